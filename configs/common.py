@@ -1,0 +1,87 @@
+"""What every experiment has: all fields with their defaults, for the full-size model. Configs change what they need."""
+
+from ml_collections import ConfigDict
+
+# What trains: the HFQ-Former with its projection, and LoRA. First match decides.
+TRAINABLE = (
+    (r".*_positions|encoder/positions", False),
+    (r"hfq_former/.*", True),
+    (r".*/lora_[ab]", True),
+    (r"(encoder|llm)/.*", False),
+)
+
+
+def source(path: str, tasks: tuple[str, ...] = (), weight: float = 1.0, join: dict | None = None) -> ConfigDict:
+    """A manifest of the mixture (see data.pipeline.Source); `join` makes long-form recordings (data.longform.LongForm)."""
+    fields = {"path": path, "tasks": tasks, "weight": weight}
+    return ConfigDict(fields | ({"join": join} if join else {}))
+
+
+def full_size() -> ConfigDict:
+    """FastSLM-4B: Whisper-large-v3, HFQ-Former of 80, 80, 80 → 50 tokens, Qwen3-4B with LoRA."""
+    config = ConfigDict()
+    config.name = "fastslm"
+    config.seed = 0
+    config.base = ConfigDict({"whisper": "openai/whisper-large-v3", "llm": "Qwen/Qwen3-4B-Instruct-2507"})
+    config.init_from = ""  # working directory of the stage before
+    config.model = ConfigDict(
+        {
+            "stage_tokens": (80, 80, 80),
+            "compression_size": 50,
+            "detail_recovery_layers": 2,
+            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},
+            "audio_padding": "released",
+            "window_batch": 0,  # windows of a row in the encoder at a time; 0: all
+            "remat": True,
+            "dtype": "bfloat16",  # of the computation
+            "base_dtype": "bfloat16",  # of the frozen weights
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "train": {},  # name: source(...)
+            "dev": "",  # a manifest; dev_tasks of it are scored during training
+            "dev_tasks": ("asr",),
+            "dev_utterances": 64,
+            "row": {"windows": 32, "tokens": 6144, "labels": 4096},
+            "workers": 8,
+            "prefetch": 8,
+        }
+    )
+    config.batch_rows = 16  # rows of a step, over all devices
+    config.accumulate = 1
+    config.loss_chunk = 512
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.trainable = TRAINABLE
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-4,
+            "adam_learning_rate_ratio": 1.0,
+            "schedule": "cosine",
+            "final_fraction": 0.1,
+            "warmup_steps": 500,
+            "weight_decay": 0.01,
+            "b1": 0.9,
+            "b2": 0.98,
+            "clip_norm": 1.0,
+        }
+    )
+    config.steps = 10_000
+    config.log_every = 20
+    config.eval_every = 1000
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 2
+    config.max_skipped = 10  # steps in a row without finite gradients before the run stops
+    config.eval = ConfigDict({"sets": {}, "batch_size": 32})  # sets: name → manifest
+    return config
+
+
+def small_size() -> ConfigDict:
+    """The demo's model: the same modules on the small bases under assets/, windows of 6 s with 10 tokens, float32 for CPU."""
+    config = full_size()
+    config.base.whisper, config.base.llm = "assets/demo_whisper", "assets/demo_llm"
+    config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "remat": False})
+    config.model.update({"dtype": "float32", "base_dtype": "float32"})
+    config.data.update({"workers": 0, "prefetch": 4})
+    return config

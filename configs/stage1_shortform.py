@@ -1,0 +1,25 @@
+"""Stage 1, full size: ASR on utterances of up to 30 s.
+
+    python train.py --config=configs/stage1_shortform.py --workdir=gs://…/stage1 --config.data.train.asr.path=DIR/train.jsonl
+
+Recipe: Whisper-large-v3 and Qwen3-4B frozen in bfloat16, HFQ-Former (56 M) and LoRA (33 M) trained. A row
+of 8 windows holds up to 8 utterances; 64 rows a step are up to 4.3 hours of audio.
+The paper gives no optimiser settings: these are a starting point.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.full_size()
+    config.name = "stage1-shortform"
+    config.data.train.asr = common.source("data/asr/train.jsonl", ("asr",))
+    config.data.dev = "data/asr/dev.jsonl"
+    config.data.row.update({"windows": 8, "tokens": 1536, "labels": 1024})
+    config.batch_rows = 64
+    config.mesh.update({"data": -1, "fsdp": 16})
+    config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000})
+    config.steps = 20_000
+    config.eval.sets.test = "data/asr/test.jsonl"
+    config.lock()
+    return config

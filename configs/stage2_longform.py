@@ -1,0 +1,27 @@
+"""Stage 2, full size: ASR on recordings of 1 to 15 minutes, joined from clips.
+
+    python train.py --config=configs/stage2_longform.py[:random|speaker|recording] --workdir=gs://…/stage2 \\
+        --config.init_from=gs://…/stage1
+
+How clips are grouped is the argument (the paper leaves it open). A row of 30 windows holds 15 minutes,
+one long recording or several shorter ones.
+"""
+
+from configs import common
+
+
+def get_config(grouping: str = "random"):
+    config = common.full_size()
+    config.name = f"stage2-longform-{grouping}"
+    config.init_from = "runs/stage1"
+    join = {"min_seconds": 60.0, "max_seconds": 900.0, "grouping": grouping}
+    config.data.train.long = common.source("data/asr/train.jsonl", ("asr",), join=join)
+    config.data.dev = "data/asr/dev_long.jsonl"
+    config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
+    config.batch_rows = 64
+    config.mesh.update({"data": -1, "fsdp": 16})
+    config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 500})
+    config.steps = 10_000
+    config.eval.sets.test_long = "data/asr/test_long.jsonl"
+    config.lock()
+    return config

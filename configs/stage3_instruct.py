@@ -1,0 +1,26 @@
+"""Stage 3, full size: instructions on ASR, speech translation, summaries and spoken questions, with long-form ASR replayed.
+
+python train.py --config=configs/stage3_instruct.py --workdir=gs://…/stage3 --config.init_from=gs://…/stage2
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.full_size()
+    config.name = "stage3-instruct"
+    config.init_from = "runs/stage2"
+    for task, weight in (("asr", 0.2), ("ast", 0.3), ("ssum", 0.2), ("sqqa", 0.2)):
+        config.data.train[task] = common.source("data/instruct/train.jsonl", (task,), weight)
+    join = {"min_seconds": 60.0, "max_seconds": 900.0, "grouping": "random"}
+    config.data.train.long = common.source("data/asr/train.jsonl", ("asr",), 0.1, join)
+    config.data.dev = "data/instruct/dev.jsonl"
+    config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
+    config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
+    config.batch_rows = 64
+    config.mesh.update({"data": -1, "fsdp": 16})
+    config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 500})
+    config.steps = 10_000
+    config.eval.sets.test = "data/instruct/test.jsonl"
+    config.lock()
+    return config

@@ -1,0 +1,176 @@
+"""Audio: files to int16 samples, samples to windows (host), windows to log-mel (device).
+
+Log-mel is Whisper's: 16 kHz, n_fft 400, hop 160, periodic Hann, centred frames with reflection at both ends of the
+RECORDING, power spectrum, 128 (or 80) Slaney mel bands, log10 floored at 1e-10, then `max(x, recording's max − 8)`, then
+`(x + 4) / 4`. A window of the recording carries CONTEXT samples of its neighbours at both sides, so that frames at window
+borders are exact; the maximum is taken over all windows of a recording.
+
+Two paddings of the last window are in use:
+  released  the authors': the log-mel of the audio, then 0.0 up to the window's length;
+  whisper   OpenAI's: zeros after the audio, so that the padding is silence that went through the log-mel.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soundfile
+import soxr
+
+from fastslm_jax.errors import UserError
+
+SAMPLE_RATE = 16_000
+N_FFT = 400
+HOP = 160
+CONTEXT = N_FFT // 2  # samples of the neighbouring windows at each side of a window
+MIN_SAMPLES = SAMPLE_RATE  # shorter recordings are padded with silence to one second
+PADDINGS = ("released", "whisper")
+
+
+class AudioError(UserError):
+    """A file that cannot be used as audio: says which, why and what to do."""
+
+
+def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """Decodes a wav, flac, ogg or mp3 file (or seconds offset … offset + duration of it) to mono int16 at 16 kHz."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise AudioError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, total = file.samplerate, file.frames
+            start = round(offset * rate)
+            if start > total:
+                raise AudioError(f"{path}: offset {offset} s lies behind its end ({total / rate:.2f} s)")
+            file.seek(start)
+            count = -1 if duration is None else round(duration * rate)
+            samples = file.read(count, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None
+    if not len(samples):
+        raise AudioError(f"{path}: holds no samples")
+    return to_int16(resample(samples.mean(axis=1), rate), str(path))
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 samples [n] at `rate` to 16 kHz."""
+    return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
+
+
+def to_int16(samples: np.ndarray, name: str = "audio") -> np.ndarray:
+    """float samples in [-1, 1] → int16, rounded and clipped."""
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{name}: holds samples that are not numbers")
+    return np.clip(np.round(samples * 32768.0), -32768, 32767).astype(np.int16)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSpec:
+    """How recordings are cut. Whisper's window is 30 s = 3 000 frames."""
+
+    frames: int = 3000
+    padding: str = "released"
+
+    def __post_init__(self):
+        if self.padding not in PADDINGS:
+            raise UserError(f"audio padding {self.padding!r} is not one of {PADDINGS}")
+
+    @property
+    def samples(self) -> int:
+        return self.frames * HOP
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+    def count(self, num_samples: int) -> int:
+        """Windows that a recording of num_samples takes."""
+        frames = max(num_samples, MIN_SAMPLES) // HOP
+        return -(-frames // self.frames)
+
+    def cut(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A recording [n] → windows [count, samples + 2·CONTEXT] of its dtype, and their valid frames [count] int32.
+
+        Example: 45 s in windows of 30 s → windows [2, 480 400], frames [3000, 1500] (padding "released").
+        """
+        if len(samples) < MIN_SAMPLES:
+            samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
+        count = self.count(len(samples))
+        frames = len(samples) // HOP
+        if self.padding == "whisper":
+            frames = count * self.frames
+            samples = np.pad(samples, (0, max(0, frames * HOP - len(samples))))
+        padded = np.pad(samples, CONTEXT, mode="reflect")
+        stride = self.samples
+        padded = np.pad(padded, (0, max(0, count * stride + 2 * CONTEXT - len(padded))))
+        windows = np.stack([padded[i * stride : (i + 1) * stride + 2 * CONTEXT] for i in range(count)])
+        valid = np.clip(frames - self.frames * np.arange(count), 0, self.frames).astype(np.int32)
+        return windows, valid
+
+
+@functools.cache
+def mel_filters(num_mels: int) -> np.ndarray:
+    """Slaney-normalised mel filters on the Slaney scale, 0 … 8 kHz: [N_FFT / 2 + 1, num_mels] float32."""
+
+    def hz_to_mel(hz):
+        hz = np.asarray(hz, np.float64)
+        return np.where(hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1e-9) / 1000) * 27 / np.log(6.4))
+
+    def mel_to_hz(mel):
+        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
+
+    edges = mel_to_hz(np.linspace(hz_to_mel(0), hz_to_mel(SAMPLE_RATE / 2), num_mels + 2))
+    bins = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))
+    return filters.astype(np.float32)
+
+
+@functools.cache
+def _fourier_basis() -> np.ndarray:
+    """Hann-windowed cosines and sines [N_FFT, 2·(N_FFT / 2 + 1)] float32: the DFT as one matrix product."""
+    n = np.arange(N_FFT)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * n / N_FFT)
+    angles = 2 * np.pi * np.outer(n, np.arange(N_FFT // 2 + 1)) / N_FFT
+    return (hann[:, None] * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
+
+
+def log_mel(windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, num_mels: int) -> jax.Array:
+    """Log-mel of cut windows, on the device.
+
+    Args:
+        windows: [rows, windows, samples + 2·CONTEXT], int16, or float32 in [-1, 1] (see `WindowSpec.cut`).
+        valid_frames: [rows, windows]; frames from there on become 0.0.
+        recording: [rows, windows]; windows of a row with equal numbers share the recording's maximum.
+
+    Returns:
+        [rows, windows, frames, num_mels] float32.
+    """
+    if windows.dtype == jnp.int16:
+        windows = windows.astype(jnp.float32) / 32768.0
+    rows, count, length = windows.shape
+    num_frames = (length - 2 * CONTEXT) // HOP
+    num_blocks = num_frames + 2
+    windows = jnp.pad(windows, ((0, 0), (0, 0), (0, max(0, num_blocks * HOP - length))))[:, :, : num_blocks * HOP]
+    blocks = windows.reshape(rows, count, num_blocks, HOP)
+    frames = jnp.concatenate([blocks[:, :, :-2], blocks[:, :, 1:-1], blocks[:, :, 2:, : N_FFT - 2 * HOP]], axis=-1)
+    frames = frames.reshape(-1, N_FFT)
+
+    highest = jax.lax.Precision.HIGHEST  # quiet bands lie 80 dB under the loudest: bfloat16 products would drown them
+    spectrum = jnp.matmul(frames, _fourier_basis(), precision=highest)
+    cosine, sine = jnp.split(spectrum, 2, axis=-1)
+    power = jnp.square(cosine) + jnp.square(sine)
+    mel = jnp.log10(jnp.maximum(jnp.matmul(power, mel_filters(num_mels), precision=highest), 1e-10))
+    mel = mel.reshape(rows, count, num_frames, num_mels)
+
+    is_valid = jnp.arange(num_frames) < valid_frames[:, :, None]
+    window_max = jnp.max(jnp.where(is_valid[..., None], mel, -10.0), axis=(2, 3))
+    same = recording[:, :, None] == recording[:, None, :]
+    recording_max = jnp.max(jnp.where(same, window_max[:, None, :], -10.0), axis=-1)
+    mel = (jnp.maximum(mel, recording_max[:, :, None, None] - 8.0) + 4.0) / 4.0
+    return jnp.where(is_valid[..., None], mel, 0.0)

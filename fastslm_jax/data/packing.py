@@ -1,0 +1,115 @@
+"""Packing: examples into rows of fixed window slots and token slots, planned from metadata, assembled from samples.
+
+row     = [ example | example | … | padding ]
+tokens    prompt, speech tokens, prompt, answer of each example; attention never crosses examples (segment_ids)
+windows   the examples' windows one after another; token `t` of a row is speech token speech_slot[t] of the row
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastslm_jax.audio import CONTEXT, WindowSpec
+from fastslm_jax.data.prompts import Encoded
+from fastslm_jax.errors import UserError
+
+
+class PackingError(UserError):
+    """An example that fits no row: says what it needs and what a row has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Slots of a row. label_slots bounds the tokens of a row that are predicted (their logits are what costs memory)."""
+
+    windows: int
+    tokens: int
+    labels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What an example takes of a row."""
+
+    windows: int
+    tokens: int
+    labels: int
+
+    def fits(self, shape: RowShape) -> bool:
+        return self.windows <= shape.windows and self.tokens <= shape.tokens and self.labels <= shape.labels
+
+
+def pack(sizes: Sequence[Size], shape: RowShape, open_rows: int = 64) -> list[list[int]]:
+    """Best-fit packing in the given order: each example goes to the fullest open row that takes it. Rows are listed as they were
+    opened; an example keeps to the neighbourhood in which it was drawn, since at most `open_rows` stay open.
+
+    Example: sizes of 3, 2 and 1 windows in rows of 4 windows → [[0, 2], [1]].
+
+    Raises:
+        PackingError: an example larger than a row.
+    """
+    rows: list[list[int]] = []
+    total = np.array(dataclasses.astuple(shape))
+    needs = np.array([dataclasses.astuple(size) for size in sizes]).reshape(-1, len(total))
+    too_large = np.flatnonzero((needs > total).any(axis=1))
+    if len(too_large):
+        size = sizes[too_large[0]]
+        raise PackingError(
+            f"example {too_large[0]} takes {size.windows} windows, {size.tokens} tokens and {size.labels} labels; "
+            f"a row has {shape.windows}, {shape.tokens} and {shape.labels}"
+        )
+    # The open rows: what is free in each, and their numbers. A closed row has nothing free.
+    free, number_of = np.zeros((open_rows, len(total)), np.int64), np.zeros(open_rows, np.int64)
+    for number, need in enumerate(needs):
+        left = free - need
+        # The fullest row has the fewest free windows, then tokens; one that does not take the example is no candidate.
+        cost = np.where((left >= 0).all(axis=1), left[:, 0] * (total[1] + 1) + left[:, 1], np.iinfo(np.int64).max)
+        slot = int(cost.argmin())
+        if cost[slot] == np.iinfo(np.int64).max:
+            slot = int(free[:, 0].argmin())  # the row with the fewest free windows gives up its place
+            free[slot], number_of[slot] = total, len(rows)
+            rows.append([])
+        rows[number_of[slot]].append(number)
+        free[slot] -= need
+    return rows
+
+
+def assemble(
+    parts: Sequence[tuple[Encoded, np.ndarray]], shape: RowShape, spec: WindowSpec, tokens_per_window: int
+) -> dict[str, np.ndarray]:
+    """Builds a row from its examples' ids and int16 samples (no samples for an example without audio).
+
+    Returns:
+        audio [windows, samples + 2·CONTEXT] int16, window_frames [windows], window_recording [windows] (−1: empty slot), and by
+        token [tokens]: tokens, labels (the next token), loss_mask (1 where that label counts), segment_ids (0: padding),
+        position_ids, speech_slot (−1: text), lora_gate (1 within examples that have audio).
+    """
+    row = {
+        "audio": np.zeros((shape.windows, spec.samples + 2 * CONTEXT), np.int16),
+        "window_frames": np.zeros(shape.windows, np.int32),
+        "window_recording": np.full(shape.windows, -1, np.int32),
+        "speech_slot": np.full(shape.tokens, -1, np.int32),
+        "loss_mask": np.zeros(shape.tokens, np.float32),
+        "lora_gate": np.zeros(shape.tokens, np.float32),
+    }
+    row |= {name: np.zeros(shape.tokens, np.int32) for name in ("tokens", "labels", "segment_ids", "position_ids")}
+    window, at = 0, 0
+    for segment, (encoded, samples) in enumerate(parts, start=1):
+        length = len(encoded.tokens)
+        part = slice(at, at + length)
+        row["tokens"][part] = encoded.tokens
+        row["labels"][at : at + length - 1] = encoded.tokens[1:]
+        row["loss_mask"][at : at + length - 1] = encoded.loss_mask[1:]
+        row["segment_ids"][part] = segment
+        row["position_ids"][part] = np.arange(length)
+        if encoded.num_speech:
+            windows, frames = spec.cut(samples)
+            slots = slice(window, window + len(windows))
+            row["audio"][slots], row["window_frames"][slots], row["window_recording"][slots] = windows, frames, segment
+            start = at + encoded.speech_start
+            row["speech_slot"][start : start + encoded.num_speech] = window * tokens_per_window + np.arange(encoded.num_speech)
+            row["lora_gate"][part] = 1.0
+            window += len(windows)
+        at += length
+    return row

@@ -1,0 +1,438 @@
+"""Trains the two small bases of the demo from nothing: a Whisper-shaped encoder and a Qwen3-shaped language model.
+
+    python -m fastslm_jax.demo_bases --corpus=corpus/bases --out=assets [--part=all|encoder|llm] [--seed=0]
+
+The encoder learns CTC on characters (50 Hz) and on words (12.5 Hz, through a head that is thrown away). Recordings run over
+window borders, as they do later: windows are encoded apart, their features joined in time, and CTC aligns the whole.
+Killed, it goes on from its last checkpoint when it is run again.
+
+The language model learns the generator's text: plain sentences in English and Korean, and the four tasks in chat form
+with the words themselves where later the speech stands. Both are written as Hugging Face folders.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import time
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jiwer
+import ml_dtypes
+import numpy as np
+import optax
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from fastslm_jax import audio, bases, cli, optim
+from fastslm_jax.checkpoint import Checkpoints
+from fastslm_jax.convert import engine, layouts
+from fastslm_jax.data import prompts, sentences
+
+WHISPER_CONFIG = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "d_model": 128,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 512,
+    "num_mel_bins": 80,
+    "max_source_positions": 300,
+    "activation_function": "gelu",
+}
+QWEN3_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 1536,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT_INSTRUCTIONS = {
+    "asr": "Repeat the text.",
+    "ast": "Translate the text into Korean.",
+    "ssum": "Summarize the text.",
+    "sqqa": "Answer the question in the text.",
+}
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("corpus", "corpus/bases", "Folder of the synthetic corpus that the encoder hears (made if it is missing).")
+flags.DEFINE_string("out", "assets", "Where the two folders go: OUT/demo_whisper and OUT/demo_llm.")
+flags.DEFINE_enum("part", "all", ["all", "encoder", "llm"], "What to train.")
+flags.DEFINE_integer("seed", 0, "Seed of everything.")
+flags.DEFINE_integer("utterances", 12_000, "Training utterances of the corpus.")
+flags.DEFINE_integer("encoder_steps", 6000, "Optimiser steps of the encoder.")
+flags.DEFINE_integer("llm_steps", 3000, "Optimiser steps of the language model.")
+
+
+def train(
+    name: str,
+    folder: pathlib.Path,
+    steps: int,
+    leaves: dict[str, jax.Array],
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    batch_of: Callable[[int], tuple],
+    figures_of: Callable[[dict], dict] = lambda _: {},
+) -> tuple[dict[str, jax.Array], float]:
+    """A training loop that goes on where it was killed.
+
+    Args:
+        folder: where its checkpoints lie.
+        leaves: first parameters, flat.
+        loss_fn: (parameters, *batch) → loss.
+        batch_of: step → batch, a pure function, so that the step is the whole state of the data.
+        figures_of: parameters → figures to show every 250 steps.
+
+    Returns:
+        the trained leaves, and the minutes that all attempts took.
+    """
+
+    @jax.jit
+    def update(leaves, state, *batch):
+        loss, gradients = jax.value_and_grad(lambda leaves: loss_fn(unflatten_dict(leaves, sep="/"), *batch))(leaves)
+        updates, state = optimizer.update(gradients, state, leaves)
+        return optax.apply_updates(leaves, updates), state, loss
+
+    state, first, before = optimizer.init(leaves), 0, 0.0
+    checkpoints = Checkpoints(folder, keep=1)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (leaves, {"state": state}))
+    restored = checkpoints.restore_latest(*abstract)
+    if restored is not None:
+        first, leaves, train, meta = restored
+        state, before = train["state"], meta["seconds"]
+    started, losses = time.time(), []
+    for step in tqdm(range(first + 1, steps + 1), desc=name, unit="step", initial=first, total=steps, mininterval=5):
+        leaves, state, loss = update(leaves, state, *batch_of(step))
+        losses.append(loss)
+        if step % 250 == 0 or step == steps:
+            figures = {"loss": float(np.mean(losses)), **figures_of(unflatten_dict(leaves, sep="/"))}
+            tqdm.write(f"{name} step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+            losses = []
+            checkpoints.save(step, leaves, {"state": state}, {"seconds": before + time.time() - started})
+    checkpoints.wait()
+    checkpoints.close()
+    return leaves, round((before + time.time() - started) / 60, 1)
+
+
+# ---------------------------------------------------------------------------------------------- the language model
+
+
+def train_tokenizer(folder: pathlib.Path, vocab_size: int, seed: int) -> None:
+    """A byte-level BPE with Qwen's chat markers on the generator's text, as a Hugging Face tokenizer folder."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [instruction for table in (TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS) for instruction in table.values()] * 50
+    for example in sentences.text_examples("train", seed, 40_000):
+        texts += [example.text, " " + example.text, example.answer]  # a leading space: words read alike at the start and inside
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def text_rows(tokenizer, seed: int, step: int, length: int, batch: int):
+    """Packed text of a step: tokens, loss weights, segment ids, positions, each [batch, length]."""
+    rng = random.Random(f"rows/{seed}/{step}")
+
+    def draw_sentences(count):
+        return [sentences.example("asr", rng, "train").text for _ in range(count)]
+
+    def item():
+        kind = rng.random()
+        if kind < 0.15:
+            drawn = sentences.example("ast", rng, "train")
+            ids = tokenizer(rng.choice((drawn.text, drawn.answer)))["input_ids"] + [tokenizer.eos_token_id]
+            return ids, [1.0] * len(ids)
+        task = rng.choices(("asr", "ast", "ssum", "sqqa"), (1, 1, 2, 5))[0]
+        text, answer = (lambda e: (e.text, e.answer))(sentences.example(task, rng, "train"))
+        if task == "asr":
+            longest = max(1, length // 34)
+            text = answer = " ".join(draw_sentences(1 if rng.random() < 0.5 else rng.randint(1, longest)))
+        messages = [{"role": "user", "content": f"{text}\n{TEXT_INSTRUCTIONS[task]}"}]
+        prompt = tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))["input_ids"]
+        target = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+        # Every answer weighs the same up to 12 tokens: one-word answers would drown beside transcripts.
+        weight = max(1.0, 12 / len(target))
+        return prompt + target, [0.02] * len(prompt) + [weight] * len(target)
+
+    rows = np.zeros((4, batch, length), np.float32)
+    for row in range(batch):
+        at, segment = 0, 1
+        while True:
+            ids, weights = item()
+            if at + len(ids) > length:
+                if at:
+                    break
+                continue  # a single text longer than the row: draw another
+            part = slice(at, at + len(ids))
+            rows[0, row, part], rows[1, row, part] = ids, weights
+            rows[2, row, part], rows[3, row, part] = segment, np.arange(len(ids))
+            at, segment = at + len(ids), segment + 1
+    return rows[0].astype(np.int32), rows[1], rows[2].astype(np.int32), rows[3].astype(np.int32)
+
+
+def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
+    """Trains the language model in the folder `out`. Returns its figures."""
+    config = QWEN3_CONFIG
+    model = bases.qwen3_from_config(config)
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 2, model.width)), jnp.zeros((1, 2), jnp.int32))["params"]
+    if not (out / "tokenizer.json").exists():
+        train_tokenizer(out, config["vocab_size"] - 64, seed)
+    tokenizer = prompts.load_tokenizer(out, config["vocab_size"])
+
+    def loss_fn(params, tokens, weights, segments, positions):
+        embeddings = model.apply({"params": params}, tokens, method="embed")
+        hidden, _ = model.apply({"params": params}, embeddings, positions, segments)
+        logits = model.apply({"params": params}, hidden[:, :-1], method="logits")
+        weights = jnp.where(positions[:, 1:] > 0, weights[:, 1:], 0)  # the first token of a text cannot be foretold
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+    def batch_of(step):  # one step in ten has long rows, for transcripts of minutes
+        return text_rows(tokenizer, seed, step, *((1024, 2) if step % 10 == 0 else (160, 12)))
+
+    learning_rate = optim.schedule("linear", 1e-2, steps, 100)
+    optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
+    leaves, minutes = train("llm", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer, batch_of)
+    params = unflatten_dict(leaves, sep="/")
+    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves)}
+    figures["dev_exact_match"] = text_task_accuracy(model, params, tokenizer, 100)
+    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(params, layouts.hf_qwen3())}
+    write_folder(out, config, tensors, figures)
+    return figures
+
+
+def text_task_accuracy(model, params, tokenizer, count: int) -> dict[str, float]:
+    """Fraction of dev examples of each task that the text model answers exactly (teacher-forced greedy: every token right)."""
+
+    @jax.jit
+    def predict(tokens):
+        embeddings = model.apply({"params": params}, tokens, method="embed")
+        hidden, _ = model.apply({"params": params}, embeddings, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        return jnp.argmax(model.apply({"params": params}, hidden, method="logits"), -1)
+
+    rng, results = random.Random("text accuracy"), {}
+    for task in sentences.TASKS:
+        rows, asked = np.zeros((count, 192), np.int32), np.zeros((count, 192), bool)
+        for row in range(count):
+            example = sentences.example(task, rng, "dev")
+            messages = [{"role": "user", "content": f"{example.text}\n{TEXT_INSTRUCTIONS[task]}"}]
+            prompt = tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))["input_ids"]
+            target = tokenizer(example.answer)["input_ids"] + [tokenizer.eos_token_id]
+            rows[row, : len(prompt) + len(target)] = prompt + target
+            asked[row, len(prompt) : len(prompt) + len(target)] = True
+        right = (np.asarray(predict(rows))[:, :-1] == rows[:, 1:]) | ~asked[:, 1:]
+        results[task] = float(right.all(axis=1).mean())
+    return results
+
+
+# -------------------------------------------------------------------------------------------------------- the encoder
+
+
+class CTCHeads(nn.Module):
+    """Throw-away heads on joined features [b, t, d]: character logits [b, t, 28], word logits [b, t / 4, words + 1]."""
+
+    num_words: int
+
+    @nn.compact
+    def __call__(self, features, rows: int):
+        characters = nn.Dense(len(CHARACTERS) + 1, name="characters")(features)
+        x = features
+        for level in range(2):
+            x = nn.gelu(nn.Conv(features.shape[-1], (3,), strides=(2,), padding=((1, 1),), name=f"down_{level}")(x))
+        words = nn.Dense(self.num_words + 1, name="words")(x)
+        return characters.reshape(rows, -1, characters.shape[-1]), words.reshape(rows, -1, words.shape[-1])
+
+
+@dataclasses.dataclass
+class StreamBatches:
+    """Batches of recordings over `windows` windows: one stream of clips, or one clip in each window."""
+
+    clips: list[np.ndarray]
+    texts: list[str]
+    words: dict[str, int]
+    spec: audio.WindowSpec
+    windows: int = 2
+    batch: int = 8
+
+    def draw(self, rng: np.random.Generator):
+        """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding)."""
+        drawn = [self._row(rng) for _ in range(self.batch)]
+        windows, frames, recordings, texts = zip(*drawn, strict=True)
+        characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
+        words = [[self.words[w] for w in text.split()] for text in texts]
+        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 224), _pad(words, 48)
+
+    def _row(self, rng):
+        if rng.random() < 0.5:
+            picked = [int(rng.integers(len(self.clips))) for _ in range(self.windows)]
+            cut = [self.spec.cut(self.clips[i]) for i in picked]
+            windows, frames = (np.concatenate([part[j] for part in cut]) for j in range(2))
+            return windows, frames, np.arange(self.windows, dtype=np.int32), " ".join(self.texts[i] for i in picked)
+        limit, pieces, texts = self.windows * self.spec.samples, [], []
+        used = int(rng.integers(0, 2 * audio.SAMPLE_RATE)) if rng.random() < 0.7 else 0
+        pieces.append(np.zeros(used, np.int16))
+        while True:
+            i = int(rng.integers(len(self.clips)))
+            if used + len(self.clips[i]) > limit:
+                break
+            gap = int(rng.uniform(0.1, 0.7) * audio.SAMPLE_RATE)
+            pieces += [self.clips[i], np.zeros(gap, np.int16)]
+            texts.append(self.texts[i])
+            used += len(self.clips[i]) + gap
+        stream = np.concatenate(pieces)[:limit]
+        if len(stream) <= (self.windows - 1) * self.spec.samples:
+            stream = np.pad(stream, (0, (self.windows - 1) * self.spec.samples + audio.SAMPLE_RATE - len(stream)))
+        windows, frames = self.spec.cut(stream)
+        return windows, frames, np.zeros(self.windows, np.int32), " ".join(texts)
+
+
+def _pad(labels: list[list[int]], length: int) -> np.ndarray:
+    out = np.zeros((len(labels), length), np.int32)
+    for row, label in enumerate(labels):
+        out[row, : len(label)] = label
+    return out
+
+
+def read_clips(corpus: pathlib.Path, split: str, limit: int | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """Samples and texts of a split's ASR utterances."""
+    lines = [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["task"] == "asr"][:limit]
+    clips = [audio.read_audio(corpus / line["audio_filepath"]) for line in tqdm(lines, desc=f"read {split}", mininterval=5)]
+    return clips, [line["text"] for line in lines]
+
+
+def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int) -> dict:
+    """Trains the encoder in the folder `out`. Returns its figures."""
+    config = WHISPER_CONFIG
+    encoder = bases.whisper_from_config(config)
+    vocabulary = {word: i + 1 for i, word in enumerate(sentences.lexicon())}
+    heads = CTCHeads(len(vocabulary))
+    spec = audio.WindowSpec(2 * encoder.max_positions)
+    batches = StreamBatches(*read_clips(corpus, "train"), vocabulary, spec)
+    features = jnp.zeros((2, encoder.max_positions, encoder.width))
+    params = {
+        "encoder": encoder.init(jax.random.key(seed), jnp.zeros((1, spec.frames, encoder.num_mels)))["params"],
+        "heads": heads.init(jax.random.key(seed + 1), features, 1)["params"],
+    }
+    positions = params["encoder"].pop("positions")
+
+    def forward(params, windows, frames, recordings):
+        mel = audio.log_mel(windows, frames, recordings, encoder.num_mels)
+        mel = mel.reshape(-1, *mel.shape[2:])
+        features = encoder.apply({"params": {**params["encoder"], "positions": positions}}, mel)
+        return heads.apply({"params": params["heads"]}, features, len(windows))
+
+    def loss_fn(params, windows, frames, recordings, characters, words):
+        total = 0.0
+        for logits, labels in zip(forward(params, windows, frames, recordings), (characters, words), strict=True):
+            losses = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), labels, (labels == 0).astype(jnp.float32))
+            total += jnp.mean(losses / jnp.maximum(1, jnp.sum(labels > 0, axis=1)))
+        return total
+
+    dev_clips, dev_texts = read_clips(corpus, "dev", 64)
+    forward = jax.jit(forward)
+    learning_rate = optim.schedule("linear", 5e-3, steps, 200)
+    optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.4, weight_decay=0.01)
+    leaves, minutes = train(
+        "encoder", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer,
+        lambda step: batches.draw(np.random.default_rng((seed, step))),
+        lambda params: ctc_error_rates(forward, params, spec, dev_clips, dev_texts, vocabulary),
+    )  # fmt: skip
+    params = unflatten_dict(leaves, sep="/")
+    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(flatten_dict(params["encoder"]))}
+    figures |= ctc_error_rates(forward, params, spec, *read_clips(corpus, "dev"), vocabulary)
+    tensors = dict(engine.store({**params["encoder"], "positions": positions}, layouts.hf_whisper()))
+    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
+    write_folder(out, config, tensors, figures)
+    return figures
+
+
+def ctc_error_rates(forward, params, spec, clips, texts, vocabulary) -> dict[str, float]:
+    """Greedy CTC on single utterances: character error rate of one head, word error rate of the other, in percent."""
+    inverse = {i: word for word, i in vocabulary.items()}
+    spoken = {"characters": [], "words": []}
+    for start in range(0, len(clips) - len(clips) % 16, 16):
+        cut = [spec.cut(clip) for clip in clips[start : start + 16]]
+        windows, frames = np.stack([c[0] for c in cut]), np.stack([c[1] for c in cut])
+        for name, logits in zip(spoken, forward(params, windows, frames, np.zeros(frames.shape, np.int32)), strict=True):
+            for path in np.argmax(logits, -1):
+                ids = [int(i) for i, before in zip(path, [0, *path[:-1]], strict=True) if i and i != before]
+                text = "".join(CHARACTERS[i - 1] for i in ids) if name == "characters" else " ".join(inverse[i] for i in ids)
+                spoken[name].append(text)
+    texts = texts[: len(spoken["words"])]
+    return {
+        "dev_cer": round(100 * jiwer.cer(texts, spoken["characters"]), 2),
+        "dev_wer": round(100 * jiwer.wer(texts, spoken["words"]), 2),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_folder(out: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], figures: dict) -> None:
+    """config.json, model.safetensors, and TRAINING.json: the command, seed, time and figures that made them."""
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}, indent=1) + "\n")
+    command = f"python -m fastslm_jax.demo_bases --seed={FLAGS.seed} --utterances={FLAGS.utterances}"
+    command += f" --encoder_steps={FLAGS.encoder_steps} --llm_steps={FLAGS.llm_steps}"
+    (out / "TRAINING.json").write_text(json.dumps({"command": command, "seed": FLAGS.seed} | figures, indent=1) + "\n")
+
+
+def main(_):
+    from fastslm_jax.data import synthetic
+
+    out = pathlib.Path(FLAGS.out)
+    for part, name in (("llm", "demo_llm"), ("encoder", "demo_whisper")):
+        if FLAGS.part not in ("all", part):
+            continue
+        unfinished = out / f"{name}.unfinished"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        if part == "llm":
+            figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed)
+        else:
+            counts = {key: dict.fromkeys(tasks, 0) for key, tasks in synthetic.DEFAULT_COUNTS.items()}
+            counts["train"]["asr"], counts["dev"]["asr"] = FLAGS.utterances, 200
+            synthetic.build_corpus(FLAGS.corpus, FLAGS.seed + 1000, counts, os.cpu_count())
+            figures = train_encoder(unfinished, pathlib.Path(FLAGS.corpus), FLAGS.encoder_steps, FLAGS.seed)
+        shutil.rmtree(unfinished / "training")
+        shutil.rmtree(out / name, ignore_errors=True)
+        unfinished.rename(out / name)
+        print(f"{out / name}: {json.dumps(figures)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

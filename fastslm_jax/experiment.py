@@ -1,0 +1,136 @@
+"""From a config to a model, its parameters on a mesh, and its data: what train, eval, transcribe and the tools share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fastslm_jax import audio, bases, optim, sharding
+from fastslm_jax.checkpoint import Checkpoints
+from fastslm_jax.data import longform, packing, pipeline, prompts
+from fastslm_jax.errors import UserError
+from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.lora import LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The model of a config, and the folders of its two bases."""
+
+    model: FastSLM
+    whisper_folder: pathlib.Path
+    llm_folder: pathlib.Path
+
+    def prompt_encoder(self) -> prompts.PromptEncoder:
+        return prompts.PromptEncoder(prompts.load_tokenizer(self.llm_folder, self.model.llm.vocab_size))
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"whisper": bases.fingerprint(self.whisper_folder), "llm": bases.fingerprint(self.llm_folder)}
+
+
+def build(config: ConfigDict, *, weights: bool = True) -> Experiment:
+    """Reads the bases' config.json and builds the modules. Without `weights`, no weights are looked for (plans, shapes)."""
+    whisper_folder = bases.resolve(config.base.whisper, weights=weights)
+    llm_folder = bases.resolve(config.base.llm, weights=weights)
+    options = config.model
+    dtype = jnp.dtype(options.dtype)
+    llm = bases.qwen3_from_config(
+        bases.read_config(llm_folder), lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=str(llm_folder)
+    )
+    encoder = bases.whisper_from_config(
+        bases.read_config(whisper_folder), dtype=dtype, remat=options.remat, origin=str(whisper_folder)
+    )
+    hfq_former = HFQFormer(
+        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, dtype=dtype
+    )
+    audio.WindowSpec(padding=options.audio_padding)
+    model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding)
+    return Experiment(model, whisper_folder, llm_folder)
+
+
+def is_base(path: str) -> bool:
+    """Does a parameter come from a base's folder (and not from training)?"""
+    return path.startswith(("encoder/", "llm/")) and not path.endswith(("/lora_a", "/lora_b"))
+
+
+def abstract_params(model: FastSLM, base_dtype, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter by path: bases in base_dtype, the rest in float32, with its sharding on the mesh."""
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    shardings = dict.fromkeys(leaves) if mesh is None else sharding.parameter_shardings(leaves, mesh)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, base_dtype if is_base(path) else jnp.float32, sharding=shardings[path])
+        for path, leaf in leaves.items()
+    }
+
+
+def init_params(experiment: Experiment, base_dtype, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """Bases from their folders (each process reads what its devices hold), the rest from the seed. Flat: {path: array}."""
+    model = experiment.model
+    abstract = abstract_params(model, base_dtype, mesh)
+    ours = {path: leaf for path, leaf in abstract.items() if not is_base(path)}
+
+    def init_ours(key):
+        leaves = flatten_dict(model.init(key), sep="/")
+        return {path: leaves[path].astype(leaf.dtype) for path, leaf in ours.items()}
+
+    shardings = {path: leaf.sharding for path, leaf in ours.items()}
+    leaves = jax.jit(init_ours, out_shardings=shardings)(jax.random.key(seed))
+    return {**leaves, **load_bases(experiment, abstract)}
+
+
+def load_bases(experiment: Experiment, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The bases' parameters out of their folders, in the types and shardings of `abstract`. Flat: {path: array}."""
+    tree = unflatten_dict({path: leaf for path, leaf in abstract.items() if is_base(path)}, sep="/")
+    loaded = {
+        "encoder": bases.load_whisper(experiment.whisper_folder, tree["encoder"]),
+        "llm": bases.load_qwen3(experiment.llm_folder, tree["llm"]),
+    }
+    return flatten_dict(loaded, sep="/")
+
+
+def restore_params(
+    experiment: Experiment, config: ConfigDict, checkpoints: Checkpoints, step: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Parameters of a checkpoint over those of its bases. Flat: {path: array}.
+
+    Raises:
+        CheckpointError: a base is not the one that the checkpoint was trained on.
+    """
+    checkpoints.check_bases(step, experiment.fingerprints())
+    abstract = abstract_params(experiment.model, config.model.base_dtype, mesh)
+    saved = {path: abstract[path] for path in saved_paths(abstract, config.trainable)}
+    return load_bases(experiment, abstract) | checkpoints.restore_params(step, saved)
+
+
+def saved_paths(paths: Iterable[str], trainable: Sequence[tuple[str, bool]]) -> list[str]:
+    """What a checkpoint holds: all that training changes, and all that no base's folder has."""
+    mask = optim.trainable_mask(sorted(paths), trainable)
+    return [path for path in mask if mask[path] or not is_base(path)]
+
+
+def row_shape(config: ConfigDict) -> packing.RowShape:
+    return packing.RowShape(**config.data.row)
+
+
+def make_rows(config: ConfigDict, experiment: Experiment, encoder: prompts.PromptEncoder) -> pipeline.Rows:
+    """The training rows of a config."""
+    sources = []
+    for name in sorted(config.data.train):
+        fields = config.data.train[name].to_dict()
+        join = fields.pop("join", None)
+        try:
+            source = pipeline.Source(**fields, join=longform.LongForm(**join) if join else None)
+        except TypeError as error:
+            raise UserError(f"config.data.train.{name}: {error}") from None
+        if source.weight > 0:
+            sources.append(source)
+    if not sources:
+        raise UserError("config.data.train names no source with a positive weight")
+    model = experiment.model
+    return pipeline.Rows(sources, row_shape(config), model.window, model.tokens_per_window, encoder, config.seed)

@@ -1,0 +1,103 @@
+"""FastSLM: Whisper encoder → HFQ-Former → Qwen3 with LoRA, joined by pure functions over one plain parameter dict.
+
+params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fastslm_jax import audio
+from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.qwen3 import Qwen3
+from fastslm_jax.models.whisper import WhisperEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class FastSLM:
+    """The three modules and how windows run through them.
+
+    window_batch: windows of a row that go through the encoder at a time (0: all), which bounds its memory.
+    """
+
+    encoder: WhisperEncoder
+    hfq_former: HFQFormer
+    llm: Qwen3
+    window_batch: int = 0
+    audio_padding: str = "released"
+
+    @property
+    def window(self) -> audio.WindowSpec:
+        return audio.WindowSpec(frames=2 * self.encoder.max_positions, padding=self.audio_padding)
+
+    @property
+    def tokens_per_window(self) -> int:
+        return self.hfq_former.compression_size
+
+    def init(self, rng: jax.Array) -> dict:
+        """Random parameters; use under `jax.eval_shape` for their shapes."""
+        encoder_rng, hfq_rng, llm_rng = jax.random.split(rng, 3)
+        mel = jnp.zeros((1, self.window.frames, self.encoder.num_mels))
+        features = jnp.zeros((1, self.encoder.max_positions, self.encoder.width))
+        embeddings = jnp.zeros((1, 2, self.llm.width))
+        llm = self.llm.init(llm_rng, embeddings, jnp.zeros((1, 2), jnp.int32))
+        return {
+            "encoder": self.encoder.init(encoder_rng, mel)["params"],
+            "hfq_former": self.hfq_former.init(hfq_rng, features)["params"],
+            "llm": llm["params"],
+        }
+
+    def speech_tokens(self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array) -> jax.Array:
+        """Cut windows [rows, windows, samples] → speech tokens [rows, windows · tokens_per_window, llm width].
+
+        See `audio.log_mel` for the arguments. Windows are mapped over the second axis, so rows stay on their devices.
+        """
+        mel = audio.log_mel(windows, valid_frames, recording, self.encoder.num_mels)
+        return self.speech_tokens_from_mel(params, mel)
+
+    def speech_tokens_from_mel(self, params: dict, mel: jax.Array) -> jax.Array:
+        """mel [rows, windows, frames, mels] → [rows, windows · tokens_per_window, llm width]."""
+        rows, count = mel.shape[:2]
+        group = self.window_batch if self.window_batch and count % self.window_batch == 0 else count
+
+        def encode(chunk):  # [rows, group, frames, mels]
+            features = self.encoder.apply({"params": params["encoder"]}, chunk.reshape(-1, *chunk.shape[2:]))
+            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features)
+            return tokens.reshape(rows, group * self.tokens_per_window, -1)
+
+        if group == count:
+            return encode(mel)
+        chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
+        tokens = jax.lax.map(jax.checkpoint(encode), chunks)
+        return jnp.moveaxis(tokens, 0, 1).reshape(rows, count * self.tokens_per_window, -1)
+
+    def splice(self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None) -> jax.Array:
+        """Token embeddings [rows, length, d], with speech[row, slot] wherever speech_slot ≥ 0.
+
+        A gather inside the row: nothing crosses devices when rows are sharded.
+        """
+        embeddings = self.llm.apply({"params": params["llm"]}, tokens, method="embed")
+        if speech is None:
+            return embeddings
+        gathered = jnp.take_along_axis(speech, jnp.maximum(speech_slot, 0)[:, :, None], axis=1)
+        return jnp.where(speech_slot[:, :, None] >= 0, gathered.astype(embeddings.dtype), embeddings)
+
+    def hidden(self, params: dict, batch: dict, dropout_rng: jax.Array | None = None) -> jax.Array:
+        """A batch of packed rows (see `data.packing`) → hidden states [rows, length, d]. LoRA dropout acts if it has a key."""
+        speech = self.speech_tokens(params, batch["audio"], batch["window_frames"], batch["window_recording"])
+        embeddings = self.splice(params, batch["tokens"], batch["speech_slot"], speech)
+        llm = self.llm if dropout_rng is None else self.llm.clone(deterministic=False)
+        hidden, _ = llm.apply(
+            {"params": params["llm"]},
+            embeddings,
+            batch["position_ids"],
+            batch["segment_ids"],
+            batch["lora_gate"],
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        )
+        return hidden
+
+    def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] → float32 logits [..., vocabulary]."""
+        return self.llm.apply({"params": params["llm"]}, hidden, method="logits")

@@ -1,0 +1,89 @@
+"""Layers that the speech encoder and the HFQ-Former share.
+
+Shapes: b batch, t query time, s key time, n heads, h head dimension, d model width.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastslm_jax.models.lora import Projection
+
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+gelu = functools.partial(jax.nn.gelu, approximate=False)  # the exact (erf) one everywhere on the speech side
+
+
+def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
+    """Whisper's fixed position table [length, width], float32: the sine half, then the cosine half."""
+    if width % 2:
+        raise ValueError(f"sinusoids need an even width, got {width}")
+    increment = np.log(max_timescale) / (width // 2 - 1)
+    inverse_timescales = np.exp(-increment * np.arange(width // 2))
+    angles = np.arange(length)[:, None] * inverse_timescales[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def sinusoid_init(key, shape, dtype=jnp.float32):
+    """Initialiser of a position table. It is a parameter, never trained, so that a checkpoint's own table is kept to the bit."""
+    del key
+    return jnp.asarray(sinusoids(*shape), dtype)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[b, t, d] → [b, t, n, h]."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int) -> jax.Array:
+    """Unmasked multi-head attention on [b, t, d], [b, s, d], [b, s, d] → [b, t, d]."""
+    out = jax.nn.dot_product_attention(
+        split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads), implementation="xla"
+    )
+    return out.reshape(query.shape)
+
+
+class Conv(nn.Module):
+    """Convolution over time, kernel 3, padding 1: [b, t, d_in] → [b, ceil(t / stride), features].
+
+    Written as one matrix product of the three shifted inputs, which every backend runs at full speed. The kernel keeps
+    the layout [3, d_in, features].
+    """
+
+    features: int
+    stride: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0)))
+        out_length = (length - 1) // self.stride + 1
+        taps = [
+            jax.lax.slice_in_dim(padded, tap, tap + (out_length - 1) * self.stride + 1, self.stride, axis=1) for tap in range(3)
+        ]
+        columns = jnp.concatenate(taps, axis=-1).reshape(batch * out_length, 3 * width)
+        y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features) + bias.astype(self.dtype)
+        return y.reshape(batch, out_length, self.features)
+
+
+class Attention(nn.Module):
+    """Projected multi-head attention: query, value and out with bias, key without (Whisper's convention)."""
+
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """x [b, t, d], context [b, s, d] (x itself by default) → [b, t, d]."""
+        context = x if context is None else context
+        width = x.shape[-1]
+        query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
+        key = Projection(width, dtype=self.dtype, name="key")(context)
+        value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
+        out = attend(query, key, value, self.num_heads)
+        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)

@@ -1,0 +1,88 @@
+"""Prompts and labels to the id: the nine tokens, the template, where speech stands and what is predicted."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fastslm_jax.data import prompts
+
+PROMPT = "<|im_start|>user\n<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nwrite<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_nine_tokens_in_their_order_behind_the_vocabulary(tokenizer_folder):
+    before = len(AutoTokenizer.from_pretrained(tokenizer_folder))
+    tokenizer = prompts.load_tokenizer(tokenizer_folder)
+    ids = tokenizer.convert_tokens_to_ids(
+        ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|EN|>", "<|KO|>", "<|ASR|>", "<|AST|>", "<|SSUM|>", "<|SQQA|>"]
+    )
+    assert ids == list(range(before, before + 9))
+    assert len(tokenizer) == before + 9
+
+
+def test_a_prompt_with_speech_and_an_answer(encoder):
+    """The template's ids, six speech places instead of <|AUDIO|>, the answer and its end; only those two are predicted."""
+    tokenizer = encoder.tokenizer
+    ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    at = ids.index(tokenizer.convert_tokens_to_ids("<|AUDIO|>"))
+    answer = tokenizer("anna bought eggs", add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 1  # of the user's turn
+
+    encoded = encoder.encode("asr", "write", "anna bought eggs", num_speech=6)
+    assert encoded.tokens.tolist() == ids[:at] + [0] * 6 + ids[at + 1 :] + answer + [end]
+    assert encoded.loss_mask.tolist() == [False] * (len(ids) + 5) + [True] * (len(answer) + 1)
+    assert (encoded.speech_start, encoded.num_speech) == (at, 6)
+    assert encoder.length("asr", "write", "anna bought eggs", num_speech=6) == len(encoded.tokens)
+    assert tokenizer.decode(ids) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("asr", "<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranscribe the audio clip into text."),
+        ("ast", "<|AST|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranslate the audio clip into Korean."),
+        ("ssum", "<|SSUM|><|audio_bos|><|AUDIO|><|audio_eos|>\nSummarize the audio clip."),
+        ("sqqa", "<|SQQA|><|audio_bos|><|AUDIO|><|audio_eos|>\nAnswer the question in the audio clip."),
+    ],
+)
+def test_default_instructions(encoder, task, words):
+    assert encoder.user_turn(task) == words
+
+
+def test_a_prompt_alone_and_a_prompt_without_audio(encoder):
+    prompt = encoder.encode("asr", "write", None, num_speech=6)
+    assert len(prompt.tokens) == len(encoder.prompt_ids("asr", "write")) + 5
+    assert not prompt.loss_mask.any()
+    text = encoder.encode(None, "say hello", "hello", num_speech=0)
+    expected = "<|im_start|>user\nsay hello<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>"
+    assert encoder.tokenizer.decode(text.tokens) == expected
+    assert (text.speech_start, text.num_speech) == (-1, 0)
+    assert encoder.length(None, "say hello", "hello", num_speech=0) == len(text.tokens)
+
+
+def test_answers_come_back_as_text(encoder):
+    ids = encoder.answer_ids("안녕하세요 anna")
+    assert ids[-1] == encoder.end_id
+    assert encoder.decode(np.array(ids)) == "안녕하세요 anna"
+
+
+def test_prompts_that_cannot_be_used(encoder):
+    with pytest.raises(prompts.PromptError, match="task 'vqa' is not one of asr, ast, ssum, sqqa"):
+        encoder.prompt_ids("vqa")
+    with pytest.raises(prompts.PromptError, match=r"the instruction may not hold <\|AUDIO\|>"):
+        encoder.prompt_ids("asr", "repeat <|AUDIO|>")
+    with pytest.raises(prompts.PromptError, match=r"a prompt without audio may not hold <\|AUDIO\|>"):
+        encoder.prompt_ids(None, "what is <|AUDIO|>?")
+
+
+def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
+    with pytest.raises(prompts.PromptError, match=f"{tmp_path}: no tokenizer to be read there"):
+        prompts.load_tokenizer(tmp_path)
+    with pytest.raises(prompts.PromptError, match="the added tokens reach id 308, the model has 305 embedding rows"):
+        prompts.load_tokenizer(tokenizer_folder, vocab_rows=305)
+    plain = AutoTokenizer.from_pretrained(tokenizer_folder)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(prompts.PromptError, match="the tokenizer has no chat template"):
+        prompts.load_tokenizer(tmp_path / "plain")

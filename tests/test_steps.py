@@ -1,0 +1,112 @@
+"""The train step on a fixed batch: it learns, leaves frozen parameters alone, and is one and the same on any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import common
+from fastslm_jax import optim, sharding, steps
+
+
+@pytest.fixture(scope="module")
+def split_params(params):
+    mask = optim.trainable_mask(sorted(flatten_dict(params, sep="/")), common.TRAINABLE)
+    return optim.split(params, mask)
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return optim.make_optimizer("adamw", optax.constant_schedule(3e-2))
+
+
+@pytest.fixture(scope="module")
+def make_step(model, optimizer, row_shape):
+    @functools.cache
+    def make(accumulate: int = 1):
+        return jax.jit(
+            functools.partial(
+                steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=row_shape.labels, loss_chunk=16,
+                accumulate=accumulate,
+            )
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def start(split_params, optimizer):
+    return steps.TrainState.create(split_params[0], optimizer)
+
+
+@pytest.fixture(scope="module")
+def first(make_step, start, split_params, batch):
+    """The state and metrics after one step."""
+    return make_step()(start, split_params[1], batch)
+
+
+def test_the_loss_is_the_mean_over_labels(model, params, batch, first, row_shape):
+    sums = jax.jit(functools.partial(steps.batch_loss, model, label_slots=row_shape.labels))(params, batch)
+    _, metrics = first
+    assert metrics["labels"] == sums["labels"] == batch["loss_mask"].sum() > 0
+    np.testing.assert_allclose(metrics["loss"], sums["loss"] / sums["labels"], rtol=1e-5)
+    assert np.log(model.llm.vocab_size) - 1 < metrics["loss"] < np.log(model.llm.vocab_size) + 1  # random weights
+
+
+def test_the_loss_falls_and_counters_count(make_step, first, split_params, batch):
+    (state, metrics), losses = first, [float(first[1]["loss"])]
+    for _ in range(9):
+        state, metrics = make_step()(state, split_params[1], batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.75 * losses[0]
+    assert metrics["accuracy"] > first[1]["accuracy"]
+    assert (state.step, state.skipped) == (10, 0)
+
+
+def test_every_trained_parameter_moves_and_only_those_exist(start, first, split_params):
+    trained, frozen = split_params
+    state, metrics = first
+    assert set(state.trained) == set(trained)
+    assert not set(trained) & set(frozen)
+    still = [path for path, leaf in state.trained.items() if np.array_equal(leaf, start.trained[path])]
+    assert still == []
+    moved = np.sqrt(sum(np.sum(np.square(state.trained[path] - leaf)) for path, leaf in start.trained.items()))
+    np.testing.assert_allclose(metrics["update_norm"], moved, rtol=1e-4)
+
+
+def test_micro_batches_add_up_to_the_batch(make_step, start, first, split_params, batch):
+    """Loss and gradients (Adam's first moments are a tenth of them) of two micro-batches are those of the batch."""
+    whole, whole_metrics = first
+    parts, metrics = make_step(accumulate=2)(start, split_params[1], batch)
+    for name in ("loss", "accuracy", "labels", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
+    moments = [[leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim] for state in (parts, whole)]
+    largest = max(np.abs(leaf).max() for leaf in moments[1])
+    assert largest > 1e-3
+    for leaf, expected in zip(*moments, strict=True):
+        np.testing.assert_allclose(leaf, expected, atol=1e-5 * largest)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(make_step, start, split_params, batch):
+    broken = split_params[1] | {"llm/final_norm/scale": jnp.full(32, jnp.nan, jnp.float32)}
+    state, metrics = make_step()(start, broken, batch)
+    assert np.isnan(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, (state.trained, state.opt_state), (start.trained, start.opt_state))
+    assert (state.step, state.skipped, metrics["skipped"]) == (1, 1, 1)
+    state, _ = make_step()(state, broken, batch)
+    assert (state.step, state.skipped) == (2, 2)
+    state, _ = make_step()(state, split_params[1], batch)
+    assert (state.step, state.skipped) == (3, 0)  # in a row
+
+
+def test_one_device_and_a_mesh_of_eight_take_the_same_step(make_step, start, first, split_params, batch, optimizer):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    trained, frozen = (jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh)) for leaves in split_params)
+    state, metrics = make_step()(steps.TrainState.create(trained, optimizer), frozen, sharding.shard_batch(batch, mesh))
+    for name in ("loss", "accuracy", "labels", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], first[1][name], rtol=1e-5, err_msg=name)
+    assert len(state.trained["llm/layers/query/lora_a"].sharding.device_set) == 8
