@@ -84,7 +84,7 @@ flags.DEFINE_enum("part", "all", ["all", "encoder", "llm"], "What to train.")
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 flags.DEFINE_integer("utterances", 12_000, "Training utterances of the corpus.")
 flags.DEFINE_integer("encoder_steps", 6000, "Optimiser steps of the encoder.")
-flags.DEFINE_integer("llm_steps", 3000, "Optimiser steps of the language model.")
+flags.DEFINE_integer("llm_steps", 4000, "Optimiser steps of the language model.")
 
 
 def train(
@@ -226,25 +226,28 @@ def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
 
     learning_rate = optim.schedule("linear", 1e-2, steps, 100)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
-    leaves, minutes = train("llm", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer, batch_of)
+    accuracy = text_task_accuracy(model, tokenizer, 100)
+    leaves, minutes = train(
+        "llm", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer, batch_of, accuracy
+    )  # fmt: skip
     params = unflatten_dict(leaves, sep="/")
     figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves)}
-    figures["dev_exact_match"] = text_task_accuracy(model, params, tokenizer, 100)
+    figures["dev_exact_match"] = accuracy(params)
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(params, layouts.hf_qwen3())}
     write_folder(out, config, tensors, figures)
     return figures
 
 
-def text_task_accuracy(model, params, tokenizer, count: int) -> dict[str, float]:
-    """Fraction of dev examples of each task that the text model answers exactly (teacher-forced greedy: every token right)."""
+def text_task_accuracy(model, tokenizer, count: int) -> Callable[[dict], dict[str, float]]:
+    """parameters → fraction of dev examples of each task answered exactly (teacher-forced greedy: every token right)."""
 
     @jax.jit
-    def predict(tokens):
+    def predict(params, tokens):
         embeddings = model.apply({"params": params}, tokens, method="embed")
         hidden, _ = model.apply({"params": params}, embeddings, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         return jnp.argmax(model.apply({"params": params}, hidden, method="logits"), -1)
 
-    rng, results = random.Random("text accuracy"), {}
+    rng, batches = random.Random("text accuracy"), {}
     for task in sentences.TASKS:
         rows, asked = np.zeros((count, 192), np.int32), np.zeros((count, 192), bool)
         for row in range(count):
@@ -254,9 +257,16 @@ def text_task_accuracy(model, params, tokenizer, count: int) -> dict[str, float]
             target = tokenizer(example.answer)["input_ids"] + [tokenizer.eos_token_id]
             rows[row, : len(prompt) + len(target)] = prompt + target
             asked[row, len(prompt) : len(prompt) + len(target)] = True
-        right = (np.asarray(predict(rows))[:, :-1] == rows[:, 1:]) | ~asked[:, 1:]
-        results[task] = float(right.all(axis=1).mean())
-    return results
+        batches[task] = rows, asked
+
+    def accuracy(params):
+        results = {}
+        for task, (rows, asked) in batches.items():
+            right = (np.asarray(predict(params, rows))[:, :-1] == rows[:, 1:]) | ~asked[:, 1:]
+            results[task] = float(right.all(axis=1).mean())
+        return results
+
+    return accuracy
 
 
 # -------------------------------------------------------------------------------------------------------- the encoder
@@ -286,7 +296,7 @@ class StreamBatches:
     words: dict[str, int]
     spec: audio.WindowSpec
     windows: int = 2
-    batch: int = 8
+    batch: int = 4
 
     def draw(self, rng: np.random.Generator):
         """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding)."""
@@ -294,7 +304,7 @@ class StreamBatches:
         windows, frames, recordings, texts = zip(*drawn, strict=True)
         characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
         words = [[self.words[w] for w in text.split()] for text in texts]
-        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 224), _pad(words, 48)
+        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 144 * self.windows), _pad(words, 32 * self.windows)
 
     def _row(self, rng):
         if rng.random() < 0.5:
@@ -365,7 +375,7 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
 
     dev_clips, dev_texts = read_clips(corpus, "dev", 64)
     forward = jax.jit(forward)
-    learning_rate = optim.schedule("linear", 5e-3, steps, 200)
+    learning_rate = optim.schedule("linear", 2e-2, steps, 200)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.4, weight_decay=0.01)
     leaves, minutes = train(
         "encoder", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer,
