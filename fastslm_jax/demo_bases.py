@@ -85,6 +85,9 @@ flags.DEFINE_integer("seed", 0, "Seed of everything.")
 flags.DEFINE_integer("utterances", 12_000, "Training utterances of the corpus.")
 flags.DEFINE_integer("encoder_steps", 6000, "Optimiser steps of the encoder.")
 flags.DEFINE_integer("llm_steps", 4000, "Optimiser steps of the language model.")
+flags.DEFINE_string(
+    "llm_init", "", "Folder of a language model to go on from, at half the learning rate (default: from nothing)."
+)
 
 
 def train(
@@ -204,12 +207,19 @@ def text_rows(tokenizer, seed: int, step: int, length: int, batch: int):
     return rows[0].astype(np.int32), rows[1], rows[2].astype(np.int32), rows[3].astype(np.int32)
 
 
-def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
-    """Trains the language model in the folder `out`. Returns its figures."""
-    config = QWEN3_CONFIG
+def train_llm(out: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
+    """Trains the language model in the folder `out`, from nothing or from the folder `init`. Returns its figures."""
+    config, history = QWEN3_CONFIG, {}
     model = bases.qwen3_from_config(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, 2, model.width)), jnp.zeros((1, 2), jnp.int32))["params"]
-    if not (out / "tokenizer.json").exists():
+    if init:
+        history = {"went_on_from": json.loads((pathlib.Path(init) / "TRAINING.json").read_text())}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        params = bases.load_qwen3(pathlib.Path(init), abstract)
+        for file in pathlib.Path(init).glob("*token*"):
+            shutil.copy(file, out)
+        shutil.copy(pathlib.Path(init) / "chat_template.jinja", out)
+    elif not (out / "tokenizer.json").exists():
         train_tokenizer(out, config["vocab_size"] - 64, seed)
     tokenizer = prompts.load_tokenizer(out, config["vocab_size"])
 
@@ -224,14 +234,14 @@ def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
     def batch_of(step):  # one step in ten has long rows, for transcripts of minutes
         return text_rows(tokenizer, seed, step, *((1024, 2) if step % 10 == 0 else (160, 12)))
 
-    learning_rate = optim.schedule("linear", 1e-2, steps, 100)
+    learning_rate = optim.schedule("linear", 5e-3 if init else 1e-2, steps, 100)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
     accuracy = text_task_accuracy(model, tokenizer, 100)
     leaves, minutes = train(
         "llm", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer, batch_of, accuracy
     )  # fmt: skip
     params = unflatten_dict(leaves, sep="/")
-    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves)}
+    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves), **history}
     figures["dev_exact_match"] = accuracy(params)
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(params, layouts.hf_qwen3())}
     write_folder(out, config, tensors, figures)
@@ -304,7 +314,13 @@ class StreamBatches:
         windows, frames, recordings, texts = zip(*drawn, strict=True)
         characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
         words = [[self.words[w] for w in text.split()] for text in texts]
-        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 144 * self.windows), _pad(words, 32 * self.windows)
+        return (
+            np.stack(windows),
+            np.stack(frames),
+            np.stack(recordings),
+            _pad(characters, 144 * self.windows),
+            _pad(words, 32 * self.windows),
+        )
 
     def _row(self, rng):
         if rng.random() < 0.5:
@@ -419,6 +435,7 @@ def write_folder(out: pathlib.Path, config: dict, tensors: dict[str, np.ndarray]
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}, indent=1) + "\n")
     command = f"python -m fastslm_jax.demo_bases --seed={FLAGS.seed} --utterances={FLAGS.utterances}"
     command += f" --encoder_steps={FLAGS.encoder_steps} --llm_steps={FLAGS.llm_steps}"
+    command += f" --llm_init={FLAGS.llm_init}" if FLAGS.llm_init else ""
     (out / "TRAINING.json").write_text(json.dumps({"command": command, "seed": FLAGS.seed} | figures, indent=1) + "\n")
 
 
@@ -432,7 +449,7 @@ def main(_):
         unfinished = out / f"{name}.unfinished"
         unfinished.mkdir(parents=True, exist_ok=True)
         if part == "llm":
-            figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed)
+            figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed, FLAGS.llm_init)
         else:
             counts = {key: dict.fromkeys(tasks, 0) for key, tasks in synthetic.DEFAULT_COUNTS.items()}
             counts["train"]["asr"], counts["dev"]["asr"] = FLAGS.utterances, 200
