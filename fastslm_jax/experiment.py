@@ -47,7 +47,12 @@ def build(config: ConfigDict, *, weights: bool = True) -> Experiment:
         bases.read_config(whisper_folder), dtype=dtype, remat=options.remat, origin=str(whisper_folder)
     )
     hfq_former = HFQFormer(
-        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, dtype=dtype
+        llm.width,
+        tuple(options.stage_tokens),
+        options.compression_size,
+        options.detail_recovery_layers,
+        query_init=options.query_init,
+        dtype=dtype,
     )
     audio.WindowSpec(padding=options.audio_padding)
     model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding)

@@ -9,9 +9,31 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fastslm_jax.models.layers import Attention, Conv, LayerNorm, attend, gelu, sinusoid_init
+from fastslm_jax.errors import UserError
+from fastslm_jax.models.layers import Attention, Conv, LayerNorm, attend, gelu, sinusoid_init, sinusoids_at
 from fastslm_jax.models.lora import Projection
+
+
+def time_queries(num_queries: int, parts: Sequence[int], width: int):
+    """Initialiser of queries that look along the time axis from the start: query i at the i-th of num_queries equal spans.
+
+    Queries of small random numbers (the authors' start) all look at the first frames, because of their own positions 0, 1, …, and
+    must learn where to look. These begin with what the key positions of their span match, less their own position.
+
+    Args:
+        parts: lengths of the parts of the context; each spans the whole window.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        centre = (np.arange(num_queries) + 0.5) / num_queries
+        starts = np.cumsum([0, *parts[:-1]])
+        target = sum(sinusoids_at(start + centre * part - 0.5, width) for start, part in zip(starts, parts, strict=True))
+        noise = 0.02 * jax.random.normal(key, shape, dtype)
+        return noise + jnp.asarray(2 * target / np.sqrt(len(parts)) - sinusoids_at(np.arange(num_queries), width), dtype)
+
+    return init
 
 
 class Compressor(nn.Module):
@@ -22,12 +44,14 @@ class Compressor(nn.Module):
 
     num_queries: int
     num_heads: int
+    time_parts: Sequence[int] = ()  # start with `time_queries` of these parts; empty: with small random numbers
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, context, width = x.shape
-        query = self.param("query", nn.initializers.normal(0.02), (self.num_queries, width))
+        init = time_queries(self.num_queries, self.time_parts, width) if self.time_parts else nn.initializers.normal(0.02)
+        query = self.param("query", init, (self.num_queries, width))
         query = LayerNorm(dtype=self.dtype, name="query_norm")(query)
         query = query + self.param("query_positions", sinusoid_init, (self.num_queries, width)).astype(self.dtype)
         value = LayerNorm(dtype=self.dtype, name="context_norm")(x)
@@ -75,11 +99,14 @@ class HFQFormer(nn.Module):
     compression_size: int = 50
     detail_recovery_layers: int = 2
     head_dim: int = 64
+    query_init: str = "normal"  # or "time": see time_queries
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[-1]
+        if self.query_init not in ("normal", "time"):
+            raise UserError(f"config.model.query_init={self.query_init!r} is not one of normal, time")
         if width % self.head_dim:
             raise ValueError(f"the HFQ-Former has heads of {self.head_dim}, which do not divide the encoder width {width}")
         num_heads = width // self.head_dim
@@ -90,10 +117,12 @@ class HFQFormer(nn.Module):
             self.sow("intermediates", f"stage{level}_features", levels[-1])
         stages = []
         for level, (num_queries, x) in enumerate(zip(self.stage_tokens, levels, strict=True), start=1):
-            stages.append(Compressor(num_queries, num_heads, dtype=self.dtype, name=f"compressor_{level}")(x))
+            parts = (x.shape[1],) if self.query_init == "time" else ()
+            stages.append(Compressor(num_queries, num_heads, parts, dtype=self.dtype, name=f"compressor_{level}")(x))
             self.sow("intermediates", f"stage{level}_tokens", stages[-1])
 
-        tokens = Compressor(self.compression_size, num_heads, dtype=self.dtype, name="semantic_distillation")(
+        parts = tuple(self.stage_tokens) if self.query_init == "time" else ()
+        tokens = Compressor(self.compression_size, num_heads, parts, dtype=self.dtype, name="semantic_distillation")(
             jnp.concatenate(stages, axis=1)
         )
         self.sow("intermediates", "semantic_tokens", tokens)

@@ -18,11 +18,16 @@ gelu = functools.partial(jax.nn.gelu, approximate=False)  # the exact (erf) one 
 
 def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
     """Whisper's fixed position table [length, width], float32: the sine half, then the cosine half."""
+    return sinusoids_at(np.arange(length), width, max_timescale)
+
+
+def sinusoids_at(positions: np.ndarray, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
+    """Rows of that table [len(positions), width], also between two positions."""
     if width % 2:
         raise ValueError(f"sinusoids need an even width, got {width}")
     increment = np.log(max_timescale) / (width // 2 - 1)
     inverse_timescales = np.exp(-increment * np.arange(width // 2))
-    angles = np.arange(length)[:, None] * inverse_timescales[None, :]
+    angles = np.asarray(positions)[:, None] * inverse_timescales[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
