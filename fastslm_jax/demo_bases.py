@@ -304,13 +304,7 @@ class StreamBatches:
         windows, frames, recordings, texts = zip(*drawn, strict=True)
         characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
         words = [[self.words[w] for w in text.split()] for text in texts]
-        return (
-            np.stack(windows),
-            np.stack(frames),
-            np.stack(recordings),
-            _pad(characters, 144 * self.windows),
-            _pad(words, 32 * self.windows),
-        )
+        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 144 * self.windows), _pad(words, 32 * self.windows)
 
     def _row(self, rng):
         if rng.random() < 0.5:

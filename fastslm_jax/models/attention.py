@@ -138,9 +138,9 @@ class Attend:
             block_q, block_kv = (next(size for size in BLOCKS if total % size == 0) for total in shape)
             kernel = splash.make_splash_mha(
                 splash.MultiHeadMask([mask_of_head] * query.shape[1]),
+                # One fused kernel for the backward pass: five matrix products instead of seven.
                 block_sizes=splash.BlockSizes(
-                    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q,
-                    block_kv_dq=block_kv,
+                    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, use_fused_bwd_kernel=True
                 ),
                 head_shards=1,
                 q_seq_shards=1,

@@ -72,7 +72,7 @@ class FastSLM:
 
         if group == count:
             return compress(encode(mel))
-        # Two maps: features of a frozen encoder are kept, so that the backward pass runs the HFQ-Former again and not the encoder.
+        # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
         tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), jax.lax.map(encode, chunks))
         return jnp.moveaxis(tokens, 0, 1).reshape(rows, count * self.tokens_per_window, -1)
