@@ -1,0 +1,139 @@
+"""Reads a compiled program's HLO text: its instructions, and how often each runs in one execution."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0, "opaque": 0}
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_NAME = re.compile(r"%?([\w.\-]+)")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def shape_bytes(text: str) -> list[float]:
+    """Bytes of every array in a shape's text. Example: "(bf16[2,3]{1,0}, f32[])" → [12, 4]."""
+    sizes = []
+    for kind, dims in _SHAPE.findall(text):
+        if kind in BYTES:
+            sizes.append(BYTES[kind] * math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
+    return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """attributes: all that stands behind the operands."""
+
+    name: str
+    opcode: str
+    shapes: tuple[float, ...]  # bytes of its results
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.shapes)
+
+    @property
+    def trip_count(self) -> int | None:
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+    def called(self) -> list[str]:
+        """Names of the computations that it calls."""
+        names = _CALLS.findall(self.attributes)
+        for branches in _BRANCHES.findall(self.attributes):
+            names += _NAME.findall(branches)
+        return names
+
+
+class Program:
+    """computations: {name: its instructions}; entry: the name of the one that runs first."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current = None
+        for line in text.splitlines():
+            if line and not line[0].isspace() and line.rstrip().endswith("{") and "(" in line:
+                is_entry = line.startswith("ENTRY")
+                name = _NAME.match(line.removeprefix("ENTRY").strip())[1]
+                current = self.computations[name] = []
+                self.entry = name if is_entry else self.entry
+            elif current is not None and line.startswith("}"):
+                current = None
+            elif current is not None and " = " in line and (instruction := _parse(line)):
+                current.append(instruction)
+        if not self.entry:
+            raise ValueError("no ENTRY computation: this is no HLO text")
+
+    def runs(self) -> dict[str, int]:
+        """{computation: how often it runs}. A while loop's body runs as often as the compiler says; one branch of a conditional
+        does, and all are counted.
+
+        Raises:
+            ValueError: a loop whose trip count the compiler does not know.
+        """
+        runs = collections.Counter({self.entry: 1})
+        for name in self._callers_first():
+            for instruction in self.computations[name]:
+                times = runs[name]
+                if instruction.opcode == "while":
+                    if instruction.trip_count is None:
+                        raise ValueError(f"the loop {instruction.name} of the compiled program has no known trip count")
+                    times *= instruction.trip_count
+                for called in instruction.called():
+                    runs[called] += times
+        return runs
+
+    def _callers_first(self) -> list[str]:
+        order, seen = [], set()
+
+        def visit(name):
+            if name in seen or name not in self.computations:
+                return
+            seen.add(name)
+            for instruction in self.computations[name]:
+                for called in instruction.called():
+                    visit(called)
+            order.append(name)
+
+        visit(self.entry)
+        return order[::-1]
+
+    def executed(self) -> Iterator[tuple[Instruction, str, int]]:
+        """Every instruction with its computation's name and how often it runs."""
+        for name, times in self.runs().items():
+            for instruction in self.computations.get(name, ()):
+                yield instruction, name, times
+
+
+def _parse(line: str) -> Instruction | None:
+    """One line of a computation."""
+    left, _, right = line.strip().partition(" = ")
+    name = left.removeprefix("ROOT ").lstrip("%")
+    if right.startswith("("):  # a tuple of shapes
+        end = _closing(right, 0) + 1
+    else:
+        end = right.find(" ")
+    shape, rest = right[:end], right[end:].lstrip()
+    opcode = re.match(r"[\w\-]+", rest)
+    if not opcode or not rest[opcode.end() :].startswith("("):
+        return None
+    close = _closing(rest, opcode.end())
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : close]))
+    return Instruction(name, opcode[0], tuple(shape_bytes(shape)), operands, rest[close + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """The position of the bracket that closes the one at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at
+    return len(text)
