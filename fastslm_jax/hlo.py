@@ -26,13 +26,15 @@ def shape_bytes(text: str) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """attributes: all that stands behind the operands."""
+    """shapes: bytes of its results; operands: names; arguments: the text between the brackets; attributes: all behind them."""
 
     name: str
     opcode: str
-    shapes: tuple[float, ...]  # bytes of its results
+    shapes: tuple[float, ...]
     operands: tuple[str, ...]
+    arguments: str
     attributes: str
+    is_root: bool = False
 
     @property
     def bytes(self) -> float:
@@ -116,17 +118,16 @@ def _parse(line: str) -> Instruction | None:
     """One line of a computation."""
     left, _, right = line.strip().partition(" = ")
     name = left.removeprefix("ROOT ").lstrip("%")
-    if right.startswith("("):  # a tuple of shapes
-        end = _closing(right, 0) + 1
-    else:
-        end = right.find(" ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")  # a tuple of shapes, or one
     shape, rest = right[:end], right[end:].lstrip()
     opcode = re.match(r"[\w\-]+", rest)
     if not opcode or not rest[opcode.end() :].startswith("("):
         return None
     close = _closing(rest, opcode.end())
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : close]))
-    return Instruction(name, opcode[0], tuple(shape_bytes(shape)), operands, rest[close + 1 :])
+    arguments = rest[opcode.end() + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    is_root = left.startswith("ROOT ")
+    return Instruction(name, opcode[0], tuple(shape_bytes(shape)), operands, arguments, rest[close + 1 :], is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -137,3 +138,94 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return at
     return len(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- traffic
+
+# Instructions that move nothing: they name, or begin what another instruction ends.
+_SILENT = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+}
+_SILENT |= {"replica-id", "opt-barrier", "optimization-barrier", "async-start", "async-update", "async-done", "iota"}
+_FUSED = {"fusion", "reduce", "map", "sort", "scatter", "select-and-scatter", "reduce-window", "all-reduce", "reduce-scatter"}
+
+
+def traffic(program: Program) -> float:
+    """Bytes that the instructions of a run read from and write to a chip's memory. A fusion counts as one instruction, of a slice
+    only what is sliced; what the compiler keeps in on-chip memory is counted too, so this lies above the least traffic.
+    """
+    inside_others = {
+        called
+        for instructions in program.computations.values()
+        for instruction in instructions
+        if instruction.opcode.removesuffix("-start") in _FUSED
+        for called in instruction.called()
+    }
+    total = 0.0
+    for name, runs in program.runs().items():
+        if name in inside_others or name not in program.computations:
+            continue
+        by_name = {instruction.name: instruction for instruction in program.computations[name]}
+        for instruction in by_name.values():
+            if instruction.opcode not in _SILENT and not instruction.opcode.endswith("-done"):
+                total += runs * (_written(program, instruction, by_name) + _read(program, instruction, by_name))
+    return total
+
+
+def _written(program: Program, instruction: Instruction, by_name: dict[str, Instruction]) -> float:
+    if instruction.opcode == "dynamic-update-slice":  # in place
+        return by_name[instruction.operands[1]].bytes if instruction.operands[1] in by_name else instruction.bytes
+    if instruction.opcode == "bitcast" and instruction.operands and instruction.operands[0] in by_name:
+        return _written(program, by_name[instruction.operands[0]], by_name)
+    if instruction.opcode == "tuple":
+        return sum(_written(program, by_name[name], by_name) for name in instruction.operands if name in by_name)
+    if instruction.opcode == "fusion":
+        body = {part.name: part for called in instruction.called() for part in program.computations.get(called, ())}
+        roots = [part for part in body.values() if part.is_root]
+        return sum(_written(program, root, body) for root in roots) if roots else instruction.bytes
+    return instruction.bytes
+
+
+def _read(program: Program, instruction: Instruction, by_name: dict[str, Instruction]) -> float:
+    if instruction.opcode in ("dynamic-slice", "gather"):
+        return instruction.bytes
+    if instruction.opcode == "dynamic-update-slice":
+        return by_name[instruction.operands[1]].bytes if instruction.operands[1] in by_name else 0.0
+    if instruction.opcode != "fusion":
+        return sum(by_name[name].bytes for name in instruction.operands if name in by_name)
+    sizes = [by_name[name].bytes if name in by_name else 0.0 for name in instruction.operands]
+    return sum(min(size, _read_of_parameter(program, instruction, index, size)) for index, size in enumerate(sizes))
+
+
+def _read_of_parameter(program: Program, fusion: Instruction, index: int, size: float) -> float:
+    """Bytes that a fusion reads of one operand: slices of it, if nothing else uses it."""
+    body = [part for called in fusion.called() for part in program.computations.get(called, ())]
+    names = {part.name for part in body if part.opcode == "parameter" and part.arguments.strip() == str(index)}
+    total, waiting = 0.0, sorted(names)
+    while waiting:
+        name = waiting.pop()
+        for part in body:
+            if name not in part.operands:
+                continue
+            if part.opcode == "bitcast":
+                waiting.append(part.name)
+            elif part.opcode in ("dynamic-slice", "gather") and part.operands[0] == name:
+                total += part.bytes
+            elif part.opcode == "dynamic-update-slice" and part.operands[0] == name:
+                continue
+            elif part.opcode == "fusion":
+                total += sum(
+                    _read_of_parameter(program, part, at, size) for at, operand in enumerate(part.operands) if operand == name
+                )
+            else:
+                return size
+    return total
