@@ -20,6 +20,7 @@ def get_config(grouping: str = "random"):
     config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
     config.batch_rows = 64
     config.mesh.update({"data": -1, "fsdp": 16})
+    config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 500})
     config.steps = 10_000
     config.eval.sets.test_long = "data/asr/test_long.jsonl"

@@ -8,42 +8,41 @@ from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%?([\w.\-]+)")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
-def shape_bytes(text: str) -> list[float]:
-    """Bytes of every array in a shape's text. Example: "(bf16[2,3]{1,0}, f32[])" → [12, 4]."""
-    sizes = []
-    for kind, dims in _SHAPE.findall(text):
+def shape_bytes(text: str) -> tuple[list[float], list[float]]:
+    """Bytes of every array in a shape's text, and those of them that lie in the chip's main memory (layouts name other memory
+    spaces, such as S(1), the on-chip one).
+
+    Example: "(bf16[2,3]{1,0}, f32[4]{0:S(1)})" → [12, 16], [12, 0].
+    """
+    sizes, in_memory = [], []
+    for kind, dims, layout in _SHAPE.findall(text):
         if kind in BYTES:
-            sizes.append(BYTES[kind] * math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
-    return sizes
+            size = BYTES[kind] * math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)
+            sizes.append(size)
+            in_memory.append(0 if "S(" in layout else size)
+    return sizes, in_memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """shapes: bytes of its results; operands: names; arguments: the text between the brackets; attributes: all behind them."""
+    """shapes: bytes of its results; operands: names; arguments: the text between the brackets; attributes: all behind them;
+    bytes: of its results, as far as they lie in main memory."""
 
     name: str
     opcode: str
     shapes: tuple[float, ...]
+    bytes: float
     operands: tuple[str, ...]
     arguments: str
     attributes: str
     is_root: bool = False
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.shapes)
-
-    @property
-    def trip_count(self) -> int | None:
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
 
     def called(self) -> list[str]:
         """Names of the computations that it calls."""
@@ -66,7 +65,7 @@ class Program:
                 name = _NAME.match(line.removeprefix("ENTRY").strip())[1]
                 current = self.computations[name] = []
                 self.entry = name if is_entry else self.entry
-            elif current is not None and line.startswith("}"):
+            elif line == "}":  # a kernel's attributes take several lines, which may begin with a bracket too
                 current = None
             elif current is not None and " = " in line and (instruction := _parse(line)):
                 current.append(instruction)
@@ -85,12 +84,32 @@ class Program:
             for instruction in self.computations[name]:
                 times = runs[name]
                 if instruction.opcode == "while":
-                    if instruction.trip_count is None:
-                        raise ValueError(f"the loop {instruction.name} of the compiled program has no known trip count")
-                    times *= instruction.trip_count
+                    times *= self.trip_count(instruction, name)
                 for called in instruction.called():
                     runs[called] += times
         return runs
+
+    def trip_count(self, loop: Instruction, computation: str) -> int:
+        """How often a loop runs: as the compiler says, or from its counter's start, step and end.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        if found := _TRIPS.search(loop.attributes):
+            return int(found[1])
+        condition = {part.name: part for part in self.computations[_attribute(loop, "condition")]}
+        body = {part.name: part for part in self.computations[_attribute(loop, "body")]}
+        around = {part.name: part for part in self.computations[computation]}
+        test = next(part for part in condition.values() if part.is_root)
+        counter, end = (condition.get(name) for name in (*test.operands, None, None)[:2])
+        if "direction=LT" not in test.attributes or not counter or not end or end.opcode != "constant":
+            raise ValueError(f"the loop {loop.name} of the compiled program has no known trip count")
+        index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+        start = _constant(around.get(around[loop.operands[0]].operands[index]), around)
+        following = body.get(next(part for part in body.values() if part.is_root).operands[index])
+        steps = [] if following is None else [_constant(body.get(name), body) for name in following.operands]
+        step = next((size for size in steps if size is not None), 1)
+        return -(-(int(end.arguments) - (start or 0)) // step)
 
     def _callers_first(self) -> list[str]:
         order, seen = [], set()
@@ -127,7 +146,20 @@ def _parse(line: str) -> Instruction | None:
     arguments = rest[opcode.end() + 1 : close]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     is_root = left.startswith("ROOT ")
-    return Instruction(name, opcode[0], tuple(shape_bytes(shape)), operands, arguments, rest[close + 1 :], is_root)
+    sizes, in_memory = shape_bytes(shape)
+    return Instruction(name, opcode[0], tuple(sizes), sum(in_memory), operands, arguments, rest[close + 1 :], is_root)
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)[1]
+
+
+def _constant(instruction: Instruction | None, by_name: dict[str, Instruction]) -> int | None:
+    """The whole number that an instruction is, or a copy of."""
+    while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+        instruction = by_name.get(instruction.operands[0])
+    is_number = instruction is not None and instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
+    return int(instruction.arguments) if is_number else None
 
 
 def _closing(text: str, start: int) -> int:
@@ -160,8 +192,8 @@ _FUSED = {"fusion", "reduce", "map", "sort", "scatter", "select-and-scatter", "r
 
 
 def traffic(program: Program) -> float:
-    """Bytes that the instructions of a run read from and write to a chip's memory. A fusion counts as one instruction, of a slice
-    only what is sliced; what the compiler keeps in on-chip memory is counted too, so this lies above the least traffic.
+    """Bytes that the instructions of a run read from and write to a chip's main memory. A fusion counts as one instruction, of a
+    slice only what is sliced. A kernel's operands count once, however often it reads them.
     """
     inside_others = {
         called
@@ -188,6 +220,8 @@ def _written(program: Program, instruction: Instruction, by_name: dict[str, Inst
         return _written(program, by_name[instruction.operands[0]], by_name)
     if instruction.opcode == "tuple":
         return sum(_written(program, by_name[name], by_name) for name in instruction.operands if name in by_name)
+    if instruction.opcode == "parameter":  # a fusion that hands on what it was given
+        return 0.0
     if instruction.opcode == "fusion":
         body = {part.name: part for called in instruction.called() for part in program.computations.get(called, ())}
         roots = [part for part in body.values() if part.is_root]
