@@ -31,7 +31,7 @@ def batch_loss(
 ) -> dict[str, jax.Array]:  # fmt: skip
     """Sums of loss, labels and correct predictions over a batch of rows that lie on a mesh (None: on one device)."""
     hidden = model.hidden(params, batch, dropout_rng)
-    head = params if mesh is None else _with_whole_head(model, params, mesh)
+    head = params if mesh is None or mesh.size == 1 else _with_whole_head(model, params, mesh)
     return label_loss(
         lambda state: model.logits(head, state), hidden, batch["labels"], batch["loss_mask"], label_slots, loss_chunk
     )

@@ -200,7 +200,7 @@ def test_traffic_counts_what_is_read_and_written_in_main_memory():
 
 ENTRY %main (s0: (s32[], f32[4,100], f32[4,100])) -> f32[4,100] {
   %s0 = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) parameter(0)
-  %loop = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) while(%s0), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %loop = (s32[], f32[4,100], f32[4,100]) while(%s0), condition=%condition, body=%body, config={"known_trip_count":{"n":"4"}}
   %a = f32[4,100]{1,0} get-tuple-element(%loop), index=1
   ROOT %near = f32[4,100]{1,0:S(1)} negate(%a)
 }
