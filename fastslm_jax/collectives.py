@@ -19,19 +19,23 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """runs: in one step. result: bytes of its result on one chip. groups: device numbers that exchange with each other."""
+    """runs: in one step. result: bytes of its result on one chip. groups: device numbers that exchange with each other.
+    origin: where in the traced function it comes from.
+    """
 
     kind: str
     name: str
     runs: int
     result: float
     groups: tuple[tuple[int, ...], ...]
+    origin: str = ""
 
     @property
     def size(self) -> int:
@@ -78,7 +82,9 @@ def find(program: hlo.Program, num_devices: int) -> list[Collective]:
         channel = _CHANNEL.search(instruction.attributes)
         key = f"channel {channel[1]}" if channel and computation in fused else instruction.name
         runs = max(runs, found[key].runs if key in found else 0)
-        found[key] = Collective(kind, instruction.name, runs, sum(shapes), _groups(instruction.attributes, num_devices))
+        origin = _ORIGIN.search(instruction.attributes)
+        groups = _groups(instruction.attributes, num_devices)
+        found[key] = Collective(kind, instruction.name, runs, sum(shapes), groups, origin[1] if origin else "")
     return list(found.values())
 
 

@@ -122,7 +122,7 @@ def plan(config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, 
     bounds = find_bounds(executed, program, used, mesh, chip, num_chips)
     longest = max(bounds.values()) if chip else None
     hours = config.batch_rows * config.data.row.windows * setup.model.window.seconds / 3600
-    gather = max((c for c in used if c.kind == "all-gather"), key=lambda c: c.result, default=None)
+    gathers = sorted((c for c in used if c.kind == "all-gather"), key=lambda c: -c.result)[:5]
     return {
         "topology": name,
         "chips": num_chips,
@@ -145,7 +145,8 @@ def plan(config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, 
         "collective_gib_by_kind": {
             kind: per_chip * sum(c.runs * c.sent for c in used if c.kind == kind) / GIB for kind in collectives.KINDS
         },
-        "largest_gather_gib": gather.result / GIB if gather else 0.0,
+        "largest_gather_gib": gathers[0].result / GIB if gathers else 0.0,
+        "gathers": [{"gib": c.result / GIB, "runs": c.runs, "origin": c.origin} for c in gathers],
         "largest_layer_gib": largest_layer(step) / GIB,
         "embedding_gib": embedding(step) / GIB,
         "bound_seconds": bounds if chip else None,
