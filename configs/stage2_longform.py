@@ -4,7 +4,8 @@
         --config.init_from=gs://…/stage1
 
 How clips are grouped is the argument (the paper leaves it open). A row of 30 windows holds 15 minutes,
-one long recording or several shorter ones.
+one long recording or several shorter ones; 64 rows are 16 hours of audio a step. As it stands it is for 64 TPU v5e chips, a
+row each; other slices are planned with `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 """
 
 from configs import common
