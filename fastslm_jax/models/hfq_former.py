@@ -9,31 +9,10 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fastslm_jax.errors import UserError
-from fastslm_jax.models.layers import Attention, Conv, LayerNorm, attend, gelu, sinusoid_init, sinusoids_at
+from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, sinusoid_init, split_heads
 from fastslm_jax.models.lora import Projection
-
-
-def time_queries(num_queries: int, parts: Sequence[int], width: int):
-    """Initialiser of queries that look along the time axis from the start: query i at the i-th of num_queries equal spans.
-
-    Queries of small random numbers (the authors' start) all look at the first frames, because of their own positions 0, 1, …, and
-    must learn where to look. These begin with what the key positions of their span match, less their own position.
-
-    Args:
-        parts: lengths of the parts of the context; each spans the whole window.
-    """
-
-    def init(key, shape, dtype=jnp.float32):
-        centre = (np.arange(num_queries) + 0.5) / num_queries
-        starts = np.cumsum([0, *parts[:-1]])
-        target = sum(sinusoids_at(start + centre * part - 0.5, width) for start, part in zip(starts, parts, strict=True))
-        noise = 0.02 * jax.random.normal(key, shape, dtype)
-        return noise + jnp.asarray(2 * target / np.sqrt(len(parts)) - sinusoids_at(np.arange(num_queries), width), dtype)
-
-    return init
 
 
 class Compressor(nn.Module):
@@ -44,20 +23,20 @@ class Compressor(nn.Module):
 
     num_queries: int
     num_heads: int
-    time_parts: Sequence[int] = ()  # start with `time_queries` of these parts; empty: with small random numbers
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, context, width = x.shape
-        init = time_queries(self.num_queries, self.time_parts, width) if self.time_parts else nn.initializers.normal(0.02)
-        query = self.param("query", init, (self.num_queries, width))
+        query = self.param("query", nn.initializers.normal(0.02), (self.num_queries, width))
         query = LayerNorm(dtype=self.dtype, name="query_norm")(query)
         query = query + self.param("query_positions", sinusoid_init, (self.num_queries, width)).astype(self.dtype)
         value = LayerNorm(dtype=self.dtype, name="context_norm")(x)
         key = value + self.param("context_positions", sinusoid_init, (context, width)).astype(self.dtype)
-        out = attend(jnp.broadcast_to(query, (batch, *query.shape)), key, value, self.num_heads)
-        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
+        query = jnp.broadcast_to(query, (batch, *query.shape))
+        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value)))
+        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out.reshape(query.shape))
 
 
 class Downsampler(nn.Module):
@@ -77,15 +56,16 @@ class DetailRecovery(nn.Module):
     """Tokens attend to each other, then to the features of every level (not normalised). No MLP."""
 
     num_heads: int
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, features: jax.Array) -> jax.Array:
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="self_attention")(
+        x = x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="self_attention")(
             LayerNorm(dtype=self.dtype, name="self_norm")(x)
         )
         hidden = LayerNorm(dtype=self.dtype, name="cross_norm")(x)
-        return x + Attention(self.num_heads, dtype=self.dtype, name="cross_attention")(hidden, features)
+        return x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="cross_attention")(hidden, features)
 
 
 class HFQFormer(nn.Module):
@@ -99,14 +79,12 @@ class HFQFormer(nn.Module):
     compression_size: int = 50
     detail_recovery_layers: int = 2
     head_dim: int = 64
-    query_init: str = "normal"  # or "time": see time_queries
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[-1]
-        if self.query_init not in ("normal", "time"):
-            raise UserError(f"config.model.query_init={self.query_init!r} is not one of normal, time")
         if width % self.head_dim:
             raise ValueError(f"the HFQ-Former has heads of {self.head_dim}, which do not divide the encoder width {width}")
         num_heads = width // self.head_dim
@@ -117,17 +95,15 @@ class HFQFormer(nn.Module):
             self.sow("intermediates", f"stage{level}_features", levels[-1])
         stages = []
         for level, (num_queries, x) in enumerate(zip(self.stage_tokens, levels, strict=True), start=1):
-            parts = (x.shape[1],) if self.query_init == "time" else ()
-            stages.append(Compressor(num_queries, num_heads, parts, dtype=self.dtype, name=f"compressor_{level}")(x))
+            stages.append(Compressor(num_queries, num_heads, self.attend, dtype=self.dtype, name=f"compressor_{level}")(x))
             self.sow("intermediates", f"stage{level}_tokens", stages[-1])
 
-        parts = tuple(self.stage_tokens) if self.query_init == "time" else ()
-        tokens = Compressor(self.compression_size, num_heads, parts, dtype=self.dtype, name="semantic_distillation")(
+        tokens = Compressor(self.compression_size, num_heads, self.attend, dtype=self.dtype, name="semantic_distillation")(
             jnp.concatenate(stages, axis=1)
         )
         self.sow("intermediates", "semantic_tokens", tokens)
         all_levels = jnp.concatenate(levels, axis=1)
         for layer in range(self.detail_recovery_layers):
-            tokens = DetailRecovery(num_heads, dtype=self.dtype, name=f"detail_recovery_{layer}")(tokens, all_levels)
+            tokens = DetailRecovery(num_heads, self.attend, dtype=self.dtype, name=f"detail_recovery_{layer}")(tokens, all_levels)
             self.sow("intermediates", f"detail_recovery_{layer}_tokens", tokens)
         return Projection(self.output_width, use_bias=True, dtype=self.dtype, name="projection")(tokens)

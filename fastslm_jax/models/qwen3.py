@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.layers import remat
 from fastslm_jax.models.lora import LoRA, Projection
 
 
@@ -84,11 +86,13 @@ class DecoderBlock(nn.Module):
     epsilon: float
     lora: LoRA
     deterministic: bool
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, cache, position_ids, mask, lora_gate):
-        """x [b, t, d]; cache None or (keys, values), each [b, s, k, h]; mask [b, 1, t, t or s] → (x, cache)."""
+        """x [b, t, d]; cache None or (keys, values), each [b, s, k, h]; mask [b, 1, t, t or s], or as `Attend.mask` gives it
+        → (x, cache)."""
         width = x.shape[-1]
 
         def project(features, name):
@@ -108,7 +112,7 @@ class DecoderBlock(nn.Module):
             start = position_ids[:, 0]
             cache = (_write_cache(cache[0], key, start), _write_cache(cache[1], value, start))
             key, value = (part.astype(self.dtype) for part in cache)
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+        out = self.attend(query, key, value, mask)
         x = x + project(width, "out")(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim))
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
@@ -131,7 +135,8 @@ class Qwen3(nn.Module):
     tied_embeddings: bool = True
     lora: LoRA = LoRA()
     deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
-    remat: bool = False
+    remat: str = "none"  # see `layers.remat`
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -139,7 +144,7 @@ class Qwen3(nn.Module):
         if not self.tied_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width))
         stack = nn.scan(
-            nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock,
+            remat(DecoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -148,7 +153,7 @@ class Qwen3(nn.Module):
         )
         self.layers = stack(
             self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim, self.rope, self.epsilon, self.lora,
-            self.deterministic, dtype=self.dtype,
+            self.deterministic, self.attend, dtype=self.dtype,
         )  # fmt: skip
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
@@ -179,14 +184,12 @@ class Qwen3(nn.Module):
         """
         batch, length = embeddings.shape[:2]
         if cache is None:
-            mask = jnp.tril(jnp.ones((1, length, length), bool))
-            if segment_ids is not None:
-                mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+            mask = self.attend.mask(segment_ids, length)
         else:
-            mask = jnp.arange(cache[0].shape[2])[None, None, :] <= position_ids[:, :, None]
+            mask = (jnp.arange(cache[0].shape[2])[None, None, :] <= position_ids[:, :, None])[:, None]
         if lora_gate is not None:
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
-        hidden, cache = self.layers(embeddings.astype(self.dtype), cache, position_ids, mask[:, None], lora_gate)
+        hidden, cache = self.layers(embeddings.astype(self.dtype), cache, position_ids, mask, lora_gate)
         return self.final_norm(hidden), cache
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> tuple[jax.Array, jax.Array]:
