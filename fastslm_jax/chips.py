@@ -77,6 +77,7 @@ class Topology:
         """
         # Read by libtpu when it is first asked; without them it looks for the machine's own TPU.
         settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+        settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run: several plans may be made at a time
         for name, value in settings.items():
             os.environ.setdefault(name, value)
         from jax.experimental import topologies

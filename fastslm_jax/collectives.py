@@ -17,19 +17,25 @@ from fastslm_jax.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """runs: in one step. result: bytes of its result on one chip. groups: device numbers that exchange with each other."""
+    """runs: in one step. result: bytes of its result on one chip. groups: device numbers that exchange with each other.
+    origin: where in the traced function it comes from.
+    """
 
     kind: str
     name: str
     runs: int
     result: float
     groups: tuple[tuple[int, ...], ...]
+    origin: str = ""
 
     @property
     def size(self) -> int:
@@ -52,8 +58,15 @@ class Collective:
 
 
 def find(program: hlo.Program, num_devices: int) -> list[Collective]:
-    """All collectives of a program, in no particular order."""
-    found = []
+    """All collectives of a program, in no particular order.
+
+    The TPU compiler spreads one collective over several fusions, so that it runs beside products: each names it again, with the
+    same channel. It is counted once.
+    """
+    fused = {
+        called for parts in program.computations.values() for part in parts if part.opcode == "fusion" for called in part.called()
+    }
+    found: dict[str, Collective] = {}
     for instruction, computation, runs in program.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
@@ -66,19 +79,38 @@ def find(program: hlo.Program, num_devices: int) -> list[Collective]:
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             # The TPU compiler's reduce-scatter: a fusion of an all-reduce and the slice that is kept.
             kind, shapes = "reduce-scatter", [sum(shapes) / max(map(len, _groups(instruction.attributes, num_devices)))]
-        found.append(Collective(kind, instruction.name, runs, sum(shapes), _groups(instruction.attributes, num_devices)))
-    return found
+        channel = _CHANNEL.search(instruction.attributes)
+        key = f"channel {channel[1]}" if channel and computation in fused else instruction.name
+        runs = max(runs, found[key].runs if key in found else 0)
+        origin = _ORIGIN.search(instruction.attributes)
+        groups = _groups(instruction.attributes, num_devices)
+        found[key] = Collective(kind, instruction.name, runs, sum(shapes), groups, origin[1] if origin else "")
+    return list(found.values())
 
 
 def _groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """Written as a mesh with the axes that exchange, as a reshaped and transposed range, as lists, or left out (all)."""
+    if match := _MESH.search(attributes):
+        axes, dims, order, exchanging = match.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+        numbers = _iota(dims or str(math.prod(sizes.values())), order).reshape(tuple(sizes.values()))
+        inner = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", exchanging)]
+        outer = [axis for axis in range(len(sizes)) if axis not in inner]
+        size = math.prod(numbers.shape[axis] for axis in inner)
+        return tuple(map(tuple, numbers.transpose(outer + inner).reshape(-1, size).tolist()))
     if match := _IOTA.search(attributes):
-        shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in match.groups())
-        numbers = np.arange(math.prod(dims)).reshape(dims)
-        numbers = numbers.transpose(order) if order else numbers
-        return tuple(map(tuple, numbers.reshape(shape).tolist()))
+        shape, dims, order = match.groups()
+        return tuple(map(tuple, _iota(dims, order).reshape([int(size) for size in shape.split(",")]).tolist()))
     if match := _LISTS.search(attributes) or _PAIRS.search(attributes):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1]))
     return (tuple(range(num_devices)),)
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Device numbers as HLO writes them: "2,4" and "1,0" → the range of 8 as [2, 4], transposed."""
+    shape = [int(size) for size in dims.split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers
 
 
 def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -> dict[str, float]:

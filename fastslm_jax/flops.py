@@ -4,6 +4,7 @@ A matrix product [m, k] × [k, n] is 2·m·k·n operations. Elementwise work is 
 docs/performance.md derives the minimum term by term.
 """
 
+import itertools
 import json
 import math
 
@@ -14,8 +15,8 @@ from fastslm_jax import audio
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.models.fastslm import FastSLM
 
-# Matrix products of splash attention's kernels, each over the whole (visited) score matrix: the forward kernel makes QK and PV; the
-# backward ones make the scores again, then dV, dP, dK (dkv) or dP, dQ (dq); with `use_fused_bwd_kernel`, dkv makes dQ as well.
+# Matrix products of splash attention's kernels, each over all visited scores. Forward: QK, PV. Backward, after the scores again:
+# dV, dP, dK (dkv) and dP, dQ (dq), or all in one kernel (use_fused_bwd_kernel).
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
 
 
@@ -145,7 +146,7 @@ def _hfq_former_minimum(model: FastSLM) -> dict[str, int]:
     for _ in former.stage_tokens[1:]:
         levels.append((levels[-1] + 1) // 2)
     down = 0
-    for level, (before, after) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for level, (before, after) in enumerate(itertools.pairwise(levels)):
         conv1, conv2 = 2 * 3 * before * width * width, 2 * 3 * after * width * width
         down += (3 if level else 2) * conv1 + 3 * conv2
 

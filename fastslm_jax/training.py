@@ -57,7 +57,7 @@ def build(config: ConfigDict, setup: experiment.Experiment, mesh: Mesh) -> Train
     train_step = jax.jit(
         functools.partial(
             steps.train_step, model=setup.model, optimizer=optimizer, seed=config.seed, label_slots=row.labels,
-            loss_chunk=config.loss_chunk, accumulate=config.accumulate,
+            loss_chunk=config.loss_chunk, accumulate=config.accumulate, mesh=mesh,
         ),
         in_shardings=(placed, {path: leaf.sharding for path, leaf in params.items() if not mask[path]}, rows),
         out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
