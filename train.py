@@ -3,45 +3,48 @@
     python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1 [--config.steps=100 ...]
 
 Run again with the same workdir, it goes on where it was. The workdir holds checkpoints/, metrics.jsonl, TensorBoard events
-and config.json.
+and config.json. On several hosts every process runs the same command (docs/scale.md).
 """
 
+import collections
 import functools
 import json
 import pathlib
-import signal
 
 import jax
 from absl import flags, logging
 from clu import metric_writers, parameter_overview
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from fastslm_jax import cli, evaluation, experiment, optim, sharding, steps
+from fastslm_jax import chips, cli, distributed, evaluation, experiment, flops, optim, sharding, steps, training
 from fastslm_jax.checkpoint import CheckpointError, Checkpoints
 from fastslm_jax.data import pipeline
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.decode import Generator
 from fastslm_jax.errors import UserError
-from fastslm_jax.logs import JsonLinesWriter, Timer, lock, name_changes
+from fastslm_jax.logs import Compilations, JsonLinesWriter, Profile, Timer, lock, name_changes
+from fastslm_jax.models import attention
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, for example configs/demo.py:1.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
 flags.mark_flags_as_required(["config", "workdir"])
+distributed.define_flags()
 
 
 def main(_):
     config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+    distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     is_first_process = jax.process_index() == 0
     held = lock(workdir) if is_first_process else None  # noqa: F841 (held until the process ends)
 
     # ------------------------------------------------------------------------------------------------ mesh and model
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(config.batch_rows, config.accumulate, mesh)
-    setup = experiment.build(config)
+    setup = experiment.build(config, mesh=mesh)
     model, encoder = setup.model, setup.prompt_encoder()
+    built = training.build(config, setup, mesh)
+    training.check_capacity(config, setup, built, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
     rows = experiment.make_rows(config, setup, encoder)
@@ -50,54 +53,32 @@ def main(_):
 
     # ------------------------------------------------------------------------------------ parameters: init or restore
     params = experiment.init_params(setup, config.model.base_dtype, mesh, config.seed)
-    mask = optim.trainable_mask(sorted(params), config.trainable)
     saved_paths = experiment.saved_paths(params, config.trainable)
-    schedule = optim.schedule(
-        config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.optimizer.warmup_steps,
-        config.optimizer.final_fraction,
-    )  # fmt: skip
-    optimizer = optim.make_optimizer(
-        config.optimizer.name, schedule, weight_decay=config.optimizer.weight_decay, b1=config.optimizer.b1,
-        b2=config.optimizer.b2, clip_norm=config.optimizer.clip_norm,
-        adam_learning_rate_ratio=config.optimizer.adam_learning_rate_ratio,
-        llm_learning_rate_ratio=config.optimizer.llm_learning_rate_ratio,
-    )  # fmt: skip
-
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     if config.init_from and not checkpoints.steps():
         start = Checkpoints(config.init_from, read_only=True)
         if not start.steps():
             raise CheckpointError(f"config.init_from={config.init_from}: holds no finished checkpoint; train that stage first")
-        params |= start.restore_params(start.steps()[-1], abstract({path: params[path] for path in saved_paths}))
+        params |= start.restore_params(start.steps()[-1], {path: built.params[path] for path in saved_paths})
         start.close()
         logging.info("starting from %s, step %d", config.init_from, start.steps()[-1])
 
-    trained = {path: leaf for path, leaf in params.items() if mask[path]}
-    frozen = {path: leaf for path, leaf in params.items() if not mask[path]}
-    state = jax.jit(functools.partial(steps.TrainState.create, optimizer=optimizer))(trained)
-    state = jax.device_put(state, state_shardings(state, mesh))
-    fingerprints = setup.fingerprints()
-    restored = checkpoints.restore_latest(abstract({path: params[path] for path in saved_paths}), abstract(train_items(state)))
+    trained = {path: leaf for path, leaf in params.items() if built.mask[path]}
+    frozen = {path: leaf for path, leaf in params.items() if not built.mask[path]}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
+    state = jax.jit(functools.partial(steps.TrainState.create, optimizer=built.optimizer), out_shardings=shardings)(trained)
+    del params, trained
+    fingerprints, data = setup.fingerprints(), experiment.data_fingerprints(config)
+    restored = checkpoints.restore_latest({path: built.params[path] for path in saved_paths}, train_items(built.state))
     if restored is not None:
         step, saved, train, meta = restored
         checkpoints.check_bases(step, fingerprints)
-        name_changes(meta, config)
-        state = state.replace(trained={path: saved[path] for path in trained}, **train)
+        name_changes(meta, config, data)
+        state = state.replace(trained={path: saved[path] for path in built.trained}, **train)
         frozen |= {path: leaf for path, leaf in saved.items() if path in frozen}
         logging.info("going on from step %d, row %d", step, meta["row"])
+        del saved, train, restored
     first_step = int(state.step)
-
-    # ----------------------------------------------------------------------------------------------------------- jit
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = jax.jit(
-        functools.partial(
-            steps.train_step, model=model, optimizer=optimizer, seed=config.seed, label_slots=rows.shape.labels,
-            loss_chunk=config.loss_chunk, accumulate=config.accumulate,
-        ),
-        in_shardings=(shardings, {path: leaf.sharding for path, leaf in frozen.items()}, NamedSharding(mesh, sharding.ROWS)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- logs
     writer = metric_writers.MultiWriter(
@@ -109,62 +90,72 @@ def main(_):
     if is_first_process:
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
         if not first_step:
-            logging.info("trained parameters:\n%s", parameter_overview.get_parameter_overview(trained, include_stats=False))
-            logging.info("%d of %d parameters are trained", optim.count(trained), optim.count(params))
-    stop_signals = []
-    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append("SIGTERM"))
+            logging.info("trained parameters:\n%s", parameter_overview.get_parameter_overview(built.trained, include_stats=False))
+            logging.info("%d of %d parameters are trained", optim.count(built.trained), optim.count(built.params))
+    profile = Profile(config.profile if is_first_process else "", workdir / "profile")
+    timer, compilations, preemption = Timer(), Compilations(), distributed.Preemption()
+    flops_per_step = sum(flops.minimum(model, rows.shape, config.batch_rows).values())
+    dev_scores, pending, stopped = {}, collections.deque(), False
 
     # ---------------------------------------------------------------------------------------------------------- loop
+    part, parts = distributed.rows_of_process(mesh)
     batches = pipeline.batches(
-        rows, config.batch_rows, start_row=first_step * config.batch_rows, process_index=jax.process_index(),
-        process_count=jax.process_count(), workers=config.data.workers, prefetch=config.data.prefetch,
+        rows, config.batch_rows, start_row=first_step * config.batch_rows, process_index=part, process_count=parts,
+        workers=config.data.workers, prefetch=config.data.prefetch,
     )  # fmt: skip
-    timer, dev_scores = Timer(), {}
     bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", disable=not is_first_process, mininterval=2)
     for step in range(first_step + 1, config.steps + 1):
         with timer.waiting():
             batch = next(batches)
         timer.count(batch)
-        state, metrics = train_step(state, frozen, sharding.shard_batch(batch, mesh))
+        profile.begin(step)
+        with compilations.counting():
+            state, metrics = built.train_step(state, frozen, sharding.shard_batch(batch, mesh))
+        profile.end(step, metrics)
         bar.update()
 
-        if step % config.log_every == 0 or step in (1, config.steps):
+        # The step before is looked at while this one runs; on steps that are logged, this one too.
+        is_logged = step % config.log_every == 0 or step in (first_step + 1, config.steps)
+        pending.append((step, metrics))
+        while len(pending) > (not is_logged):
+            check_finite(*pending.popleft(), config)
+            timer.finished()
+        if step == first_step + 1:
+            first_programs = compilations.programs
+            for choice, count in sorted(attention.CHOICES.items()):
+                logging.info("attention by %s (%d times)", choice, count)
+        if is_logged:
+            rates = timer.rates()
+            rates |= speed(flops_per_step, rates.get("step_seconds"), mesh)
+            rates |= {"compile_seconds": compilations.seconds, "recompilations": compilations.programs - first_programs}
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if metrics["skipped"] >= config.max_skipped:
-                last_row = step * config.batch_rows
-                raise UserError(
-                    f"{int(metrics['skipped'])} steps in a row had no finite loss or gradients, the last with rows "
-                    f"{last_row - config.batch_rows} to {last_row - 1}; lower config.optimizer.learning_rate or look at them"
-                )
-            writer.write_scalars(step, {**metrics, "learning_rate": float(schedule(step - 1)), **timer.rates()})
+            writer.write_scalars(step, {**metrics, "learning_rate": float(built.schedule(step - 1)), **rates})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", **{name: f"{value:.1f}" for name, value in dev_scores.items()})
 
-        is_last = step == config.steps or bool(stop_signals)
+        stopped = preemption.reached(step)
         if dev and (step % config.eval_every == 0 or step == config.steps):
             with timer.paused():
                 generator = Generator(model, optim.merge(state.trained, frozen), encoder)
                 dev_scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
         # The order is an invariant: a checkpoint is begun before the next batch is drawn, so step and row number agree.
-        if step % config.checkpoint_every == 0 or is_last:
+        if step % config.checkpoint_every == 0 or step == config.steps or stopped:
             with timer.paused():
                 leaves = {**frozen, **state.trained}
                 meta = {
                     "config": json.loads(config.to_json_best_effort()),
                     "row": step * config.batch_rows,
                     "bases": fingerprints,
+                    "data": data,
                 }
                 checkpoints.save(step, {path: leaves[path] for path in saved_paths}, train_items(state), meta, dev_scores or None)
-        if stop_signals:
-            logging.warning("%s: saved step %d, stopping; run the same command to go on", stop_signals[0], step)
+        if stopped:
+            logging.warning("SIGTERM: saved step %d, stopping; run the same command to go on", step)
             break
     bar.close()
+    profile.stop()
     checkpoints.wait()
     checkpoints.close()
     writer.close()
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def train_items(state: steps.TrainState) -> dict:
@@ -172,16 +163,24 @@ def train_items(state: steps.TrainState) -> dict:
     return {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
 
 
-def state_shardings(state: steps.TrainState, mesh):
-    """Leaves of the optimiser lie like the parameter whose path and shape they have; all others are replicated."""
-    by_path = sharding.parameter_shardings(state.trained, mesh)
+def check_finite(step: int, metrics, config) -> None:
+    """Ends the run when too many steps in a row were skipped."""
+    skipped = int(metrics["skipped"])
+    if skipped >= config.max_skipped:
+        first, last = (step - skipped) * config.batch_rows, step * config.batch_rows - 1
+        raise UserError(
+            f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: rows {first} to {last} of the data; "
+            "look at them, or lower config.optimizer.learning_rate"
+        )
 
-    def place(key_path, leaf):
-        path = next((key.key for key in key_path if getattr(key, "key", None) in by_path), None)
-        is_like = path is not None and leaf.shape == state.trained[path].shape
-        return by_path[path] if is_like else NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, state)
+def speed(flops_per_step: float, step_seconds: float | None, mesh) -> dict[str, float]:
+    """FLOP/s of the model's minimum with all slots of the rows counted, and what part of the chips' peak that is (MFU)."""
+    if not step_seconds:
+        return {}
+    rate, chip = flops_per_step / step_seconds, chips.of_device(mesh.devices.flat[0])
+    peak = chip and chip.peak_flops * mesh.size / chip.devices
+    return {"flops_per_second": rate} | ({"mfu": rate / peak} if peak else {})
 
 
 def dev_sets(config):

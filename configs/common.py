@@ -50,7 +50,7 @@ def full_size() -> ConfigDict:
         }
     )
     config.batch_rows = 16  # rows of a step, over all devices
-    config.accumulate = 1
+    config.accumulate = 1  # micro-batches that a step's rows are run in
     config.loss_chunk = 512
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.trainable = TRAINABLE
@@ -74,6 +74,7 @@ def full_size() -> ConfigDict:
     config.eval_every = 1000
     config.checkpoint_every = 500
     config.keep_checkpoints = 2
+    config.profile = ""  # "5:8" writes a trace of steps 5 to 8 to WORKDIR/profile
     config.max_skipped = 10  # steps in a row without finite gradients before the run stops
     config.eval = ConfigDict({"sets": {}, "batch_size": 32})  # sets: name → manifest
     return config

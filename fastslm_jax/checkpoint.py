@@ -26,7 +26,7 @@ from fastslm_jax.checksums import changed, checksums
 from fastslm_jax.errors import UserError
 
 FORMAT = 1
-DISK_ERRORS = ("No space left", "File too large", "quota", "Read-only", "Permission denied", "RESOURCE_EXHAUSTED")
+DISK_ERRORS = ("No space left", "File too large", "quota exceeded", "Read-only", "Permission denied")
 
 
 class CheckpointError(UserError):
@@ -93,11 +93,11 @@ class Checkpoints:
         except Exception as error:  # storage layers raise many kinds
             self._failed = True
             lines = (str(error) or type(error).__name__).splitlines()
-            reason = next((line for line in lines if any(word in line for word in DISK_ERRORS)), lines[0])
+            reason = next((words for words in DISK_ERRORS if words in str(error)), lines[0][:300])
             kept = [int(folder.name) for folder in self.folder.glob("[0-9]*") if folder.name.isdigit()]
             left = f"step {max(kept)} is the last one that can be used" if kept else "there is none before it"
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({reason[:300]}); {left}. Make room there and run the same "
+                f"{self.folder}: a checkpoint could not be written ({reason}); {left}. Make room there and run the same "
                 "command again"
             ) from None
 

@@ -3,6 +3,7 @@
 import logging as stdlib_logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,8 +31,16 @@ def fail(message: str) -> None:
 
 
 def _is_worth_saying(record) -> bool:
-    """Our own messages, and warnings of libraries."""
+    """Our own messages, and warnings of libraries. What the checkpoint library logs with a traceback, it raises too."""
+    if record.exc_info and "/orbax/" in record.pathname:
+        return False
     return record.levelno >= stdlib_logging.WARNING or "site-packages" not in record.pathname
+
+
+def _thread_failed(arguments) -> None:
+    """Of a library's thread: one line. What it was to do fails where its result is asked for."""
+    lines = str(arguments.exc_value).splitlines() or [arguments.exc_type.__name__]
+    logging.warning("%s: %s", arguments.thread.name if arguments.thread else "thread", lines[0][:300])
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -44,6 +53,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_worth_saying)
+
+    threading.excepthook = _thread_failed
 
     def guarded(argv):
         try:

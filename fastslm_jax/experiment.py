@@ -1,6 +1,7 @@
 """From a config to a model, its parameters on a mesh, and its data: what train, eval, transcribe and the tools share."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -63,6 +64,12 @@ def build(config: ConfigDict, *, weights: bool = True, mesh: Mesh | None = None,
         dtype=dtype,
     )  # fmt: skip
     audio.WindowSpec(padding=options.audio_padding)
+    windows, group = config.data.row.windows, options.window_batch
+    if group and windows % group:
+        near = " and ".join(map(str, sharding.nearest_divisors(windows, group)))
+        raise UserError(
+            f"config.model.window_batch={group} does not divide the {windows} windows of config.data.row; these do: {near}"
+        )
     model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding)
     return Experiment(model, whisper_folder, llm_folder)
 
@@ -129,6 +136,22 @@ def saved_paths(paths: Iterable[str], trainable: Sequence[tuple[str, bool]]) -> 
 
 def row_shape(config: ConfigDict) -> packing.RowShape:
     return packing.RowShape(**config.data.row)
+
+
+def data_fingerprints(config: ConfigDict) -> dict[str, str]:
+    """{source: content hash of its manifest}: what decides, with the seed, which examples stand in which row."""
+    found = {}
+    for name in sorted(config.data.train):
+        digest = hashlib.sha256()
+        path = pathlib.Path(config.data.train[name].path).expanduser()
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if path.is_dir():  # a store of audio: its files are told apart by name and size
+                digest.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
+            if not path.is_dir() or file.suffix in (".json", ".jsonl"):
+                digest.update(file.read_bytes())
+        found[name] = digest.hexdigest()[:32]
+    return found
 
 
 def make_rows(config: ConfigDict, experiment: Experiment, encoder: prompts.PromptEncoder) -> pipeline.Rows:

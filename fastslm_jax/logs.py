@@ -1,13 +1,15 @@
-"""What a run writes down: metrics as JSON lines, rates, and whether it is the run that it says it goes on with."""
+"""What a run writes down: metrics as JSON lines, rates, traces, and whether it is the run that it says it goes on with."""
 
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from absl import logging
 from clu import metric_writers
@@ -99,6 +101,7 @@ class Timer:
 
     def _reset(self) -> None:
         self._started, self._excluded, self._waited = time.perf_counter(), 0.0, 0.0
+        self._last, self._step_times = self._started, []
         self._steps = self._audio_seconds = self._tokens = self._window_slots = self._windows = self._token_slots = 0
 
     @contextlib.contextmanager
@@ -112,7 +115,9 @@ class Timer:
     def paused(self):
         started = time.perf_counter()
         yield
-        self._excluded += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self._excluded += elapsed
+        self._last += elapsed
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         self._steps += 1
@@ -122,8 +127,15 @@ class Timer:
         self._tokens += int((batch["segment_ids"] > 0).sum())
         self._token_slots += batch["segment_ids"].size
 
+    def finished(self) -> None:
+        """A step's results are there: its time is that since the one before."""
+        now = time.perf_counter()
+        self._step_times.append(now - self._last)
+        self._last = now
+
     def rates(self) -> dict[str, float]:
-        """Of this process's rows: seconds a step, audio seconds and tokens a second, waiting fraction, slots filled."""
+        """Of this process's rows: seconds a step (mean, median, 90th percentile, longest), audio seconds and tokens a second,
+        waiting fraction, slots filled."""
         elapsed = max(1e-9, time.perf_counter() - self._started - self._excluded)
         steps = max(1, self._steps)
         rates = {
@@ -134,23 +146,81 @@ class Timer:
             "window_fill": self._windows / max(1, self._window_slots),
             "token_fill": self._tokens / max(1, self._token_slots),
         }
+        if self._step_times:
+            median, slow = np.percentile(self._step_times, (50, 90))
+            rates |= {"step_seconds_p50": median, "step_seconds_p90": slow, "step_seconds_max": max(self._step_times)}
         self._reset()
         if self._first:  # the first step compiles: its rates say nothing
             self._first = False
-            return {"compile_seconds": elapsed}
+            return {"first_step_seconds": elapsed}
         return rates
 
 
+class Compilations:
+    """Programs that JAX compiles while `counting`, and the seconds that tracing and compiling take."""
+
+    def __init__(self):
+        self.programs, self.seconds, self._counts = 0, 0.0, False
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_) -> None:
+        if self._counts and event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+            self.programs += event.endswith("backend_compile_duration")
+
+    @contextlib.contextmanager
+    def counting(self):
+        self._counts = True
+        yield
+        self._counts = False
+
+
+class Profile:
+    """A trace of some steps, for TensorBoard's profiler or Perfetto: config.profile "FIRST:LAST", or "" for none."""
+
+    def __init__(self, steps: str, folder: str | os.PathLike):
+        match = re.fullmatch(r"(\d+):(\d+)", steps)
+        if steps and (not match or not 1 <= int(match[1]) <= int(match[2])):
+            raise UserError(f"config.profile={steps} is not FIRST:LAST, two step numbers such as 5:8")
+        self.first, self.last = map(int, match.groups()) if match else (0, 0)
+        self.folder, self._runs = pathlib.Path(folder), False
+
+    def begin(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self._runs = True
+
+    def end(self, step: int, results) -> None:
+        """After a step whose results are given; waits for them if it is the last one."""
+        if self._runs and step >= self.last:
+            jax.block_until_ready(results)
+            self.stop()
+
+    def stop(self) -> None:
+        if self._runs:
+            self._runs = False
+            jax.profiler.stop_trace()
+            logging.info("trace of steps %d to %d: %s", self.first, self.last, self.folder)
+
+
 # What may change between a run and its continuation: nothing that decides a number.
-_FREE = ("name", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "max_skipped", "eval")
+_FREE = ("name", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "max_skipped", "eval", "profile")
 
 
-def name_changes(meta: Mapping, config: ConfigDict) -> None:
-    """Says aloud what has changed in the config since the checkpoint from which a run goes on."""
+def name_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) -> None:
+    """Says aloud what has changed since the checkpoint from which a run goes on: fields of the config, manifests of its data.
+
+    data: {source: fingerprint of its manifest}.
+    """
     before, now = _flatten(meta["config"]), _flatten(json.loads(config.to_json_best_effort()))
     for field in sorted(set(before) | set(now)):
         if not field.startswith(_FREE) and before.get(field) != now.get(field):
             logging.warning("config.%s was %r when the run began, it is now %r", field, before.get(field), now.get(field))
+    for name, fingerprint in data.items():
+        if meta.get("data", {}).get(name, fingerprint) != fingerprint:
+            logging.warning(
+                "config.data.train.%s: its manifest has changed since the run began, rows are others from here on", name
+            )
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict:

@@ -1,9 +1,12 @@
 """The device mesh and one table that says how every parameter lies on it."""
 
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastslm_jax.errors import UserError
@@ -26,24 +29,43 @@ PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be −1 and takes what the others leave.
+    """A mesh over all devices; one axis may be −1 and takes what the others leave. Several TPU slices lie along `data`, so that
+    only gradients cross the network between them.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or `data` not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    free = [axis for axis, size in shape.items() if size == -1]
-    fixed = 1
-    for size in shape.values():
-        fixed *= size if size != -1 else 1
-    if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
-        raise UserError(f"config.mesh {shape}: sizes are positive, and one at most is -1")
-    if free and len(devices) % fixed == 0:
-        shape[free[0]] = len(devices) // fixed
-    elif free or fixed != len(devices):
-        raise UserError(f"config.mesh {shape} does not fit {len(devices)} devices; its sizes must multiply to that number")
-    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    asked = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    free = [axis for axis, size in asked.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in asked.values()):
+        raise UserError(f"config.mesh {asked}: sizes are positive, and one at most is -1")
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"config.mesh {asked} does not fit {len(devices)} devices; its sizes must multiply to that number, the nearest that "
+            f"do are {nearest_mesh(asked, len(devices))}"
+        )
+    shape = {axis: len(devices) // fixed if size == -1 else size for axis, size in asked.items()}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape["data"] % slices:
+        raise UserError(f"config.mesh {shape}: data must be a multiple of the {slices} slices, which lie along it")
+    if slices == 1:
+        return jax.make_mesh(tuple(shape.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
+    ordered = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def nearest_mesh(asked: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes that multiply to `devices` and are nearest to those asked for (−1: any), by their ratios."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    shapes = [(a, b, devices // (a * b)) for a in divisors for b in divisors if devices % (a * b) == 0]
+
+    def distance(shape):
+        return sum(abs(math.log(size / wanted)) for size, wanted in zip(shape, asked.values(), strict=True) if wanted > 0)
+
+    return dict(zip(AXES, min(shapes, key=distance), strict=True))
 
 
 def parameter_shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -61,7 +83,8 @@ def parameter_shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) 
             if name is not None and leaf.shape[axis] % mesh.shape[name]:
                 raise UserError(
                     f"parameter {path} {leaf.shape}: dimension {axis} does not divide over {name}={mesh.shape[name]}; "
-                    f"choose config.mesh.{name} among the divisors of {leaf.shape[axis]}"
+                    f"choose config.mesh.{name} among the divisors of {leaf.shape[axis]}, the nearest are "
+                    f"{' and '.join(map(str, nearest_divisors(leaf.shape[axis], mesh.shape[name])))}"
                 )
         shardings[path] = NamedSharding(mesh, spec)
     return shardings
@@ -75,6 +98,44 @@ def check_batch(global_rows: int, accumulate: int, mesh: Mesh) -> None:
         raise UserError(
             f"config.batch_rows={global_rows} does not divide over data × fsdp = {shards} devices in {accumulate} micro-batches; "
             f"the nearest that does is {nearest}"
+        )
+
+
+def nearest_divisors(number: int, near: int) -> list[int]:
+    """The divisors of a number next to `near`, below and above. Example: of 24, next to 5 → [4, 6]."""
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    below, above = [size for size in divisors if size <= near][-1:], [size for size in divisors if size > near][:1]
+    return below + above
+
+
+def bytes_per_device(tree) -> int:
+    """What arrays (or ShapeDtypeStructs with shardings) take of the fullest device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that a device of the mesh has; of virtual CPU devices, their share of this machine's. None if it does not say."""
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(mesh.local_devices)
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_capacity(parts: Mapping[str, int], capacity: int | None, fits_with: Callable[[], str]) -> None:
+    """Ends a run that cannot fit before anything is loaded or compiled.
+
+    Args:
+        parts: {what: bytes on a device}; a lower bound, activations come on top.
+        capacity: bytes of a device; None is not checked.
+        fits_with: asked only when it does not fit: what to choose instead.
+    """
+    needed = sum(parts.values())
+    if capacity is not None and needed > capacity:
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        raise UserError(
+            f"config.mesh: a device needs at least {needed / 2**30:.2f} GiB ({listed}) and has {capacity / 2**30:.2f}; "
+            f"{fits_with()}"
         )
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from fastslm_jax import audio, experiment, optim, sharding, steps
 from fastslm_jax.data.packing import RowShape
+from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
 
 
@@ -100,3 +101,41 @@ def state_shardings(state: steps.TrainState, mesh: Mesh):
         return by_path[path] if is_like else NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def check_capacity(config: ConfigDict, setup: experiment.Experiment, built: Training, mesh: Mesh) -> None:
+    """Ends a run that cannot fit its devices before anything is loaded or compiled; what is counted is a lower bound.
+
+    Raises:
+        UserError: says what a device needs, what it has, and the smallest sharding of parameters with which it fits.
+    """
+    capacity = sharding.device_memory(mesh)
+    parts = memory_parts(config, setup, built, mesh)
+
+    def fits_with() -> str:
+        for fsdp in (
+            size for size in range(mesh.shape["fsdp"] + 1, mesh.size + 1) if mesh.size % (size * mesh.shape["tensor"]) == 0
+        ):
+            axes = {"data": mesh.size // (fsdp * mesh.shape["tensor"]), "fsdp": fsdp, "tensor": mesh.shape["tensor"]}
+            other = sharding.make_mesh(**axes, devices=list(mesh.devices.flat))
+            try:
+                needed = sum(memory_parts(config, setup, build(config, setup, other), other).values())
+            except UserError:  # that many do not divide the parameters
+                continue
+            if needed <= capacity:
+                return f"config.mesh {axes} would need {needed / 2**30:.2f}"
+        return "no mesh of these devices fits: take more devices, or fewer rows or labels"
+
+    sharding.check_capacity(parts, capacity, fits_with)
+
+
+def memory_parts(config: ConfigDict, setup: experiment.Experiment, built: Training, mesh: Mesh) -> dict[str, int]:
+    """{what: bytes of it on a device} during a step, without activations."""
+    micro_rows = config.batch_rows // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
+    return {
+        "frozen parameters": sharding.bytes_per_device(built.frozen),
+        "trained parameters and gradients": 2 * sharding.bytes_per_device(built.state.trained),
+        "optimiser": sharding.bytes_per_device(built.state.opt_state),
+        "batch": sharding.bytes_per_device(built.batch),
+        "logits of a chunk": 4 * micro_rows * min(config.loss_chunk, config.data.row.labels) * setup.model.llm.vocab_size,
+    }

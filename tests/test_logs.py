@@ -3,6 +3,8 @@
 import json
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
@@ -70,7 +72,7 @@ def test_rates(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     timer = logs.Timer()
     clock[0] += 30.0
-    assert timer.rates() == {"compile_seconds": 30.0}  # the first step says nothing about the others
+    assert timer.rates() == {"first_step_seconds": 30.0}  # the first step says nothing about the others
     # Two rows of two windows of 1 s, one of them half full and one empty, and of four tokens.
     windows, segments = np.array([[100, 50], [100, 0]]), np.array([[1, 1, 2, 0], [1, 0, 0, 0]])
     timer.count({"window_frames": windows, "segment_ids": segments})
@@ -79,6 +81,7 @@ def test_rates(monkeypatch):
     with timer.paused():
         clock[0] += 60.0
     clock[0] += 1.5
+    timer.finished()
     assert timer.rates() == {
         "step_seconds": 2.0,
         "audio_seconds_per_second": 2.5 / 2.0,
@@ -86,7 +89,18 @@ def test_rates(monkeypatch):
         "data_wait_fraction": 0.25,
         "window_fill": 3 / 4,
         "token_fill": 4 / 8,
+        "step_seconds_p50": 2.0,
+        "step_seconds_p90": 2.0,
+        "step_seconds_max": 2.0,
     }
+    for seconds in (1.0, 1.0, 1.0, 6.0):  # an evaluation between two steps is part of neither
+        clock[0] += seconds
+        timer.finished()
+        with timer.paused():
+            clock[0] += 100.0
+    rates = timer.rates()
+    assert (rates["step_seconds_p50"], rates["step_seconds_max"]) == (1.0, 6.0)
+    assert rates["step_seconds_p90"] == pytest.approx(1 + 5 * 0.7)
     assert timer.rates()["tokens_per_second"] == 0  # counts start anew
 
 
@@ -95,9 +109,32 @@ def test_changes_of_the_config_are_named(monkeypatch):
     monkeypatch.setattr(absl_logging, "warning", lambda message, *values: said.append(message % values))
     before = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 0.1}, "gone": 1}
     now = ConfigDict({"steps": 10, "log_every": 1, "optimizer": {"learning_rate": 0.2}, "mesh": {"data": 8}, "seed": 3})
-    logs.name_changes({"config": before}, now)
+    logs.name_changes({"config": before, "data": {"asr": "aaaa", "ast": "bbbb"}}, now, {"asr": "aaaa", "ast": "cccc", "new": "d"})
     assert said == [
         "config.gone was 1 when the run began, it is now None",
         "config.optimizer.learning_rate was 0.1 when the run began, it is now 0.2",
         "config.seed was None when the run began, it is now 3",
+        "config.data.train.ast: its manifest has changed since the run began, rows are others from here on",
     ]
+
+
+def test_compilations_are_counted_while_asked():
+    compilations = logs.Compilations()
+    jax.jit(lambda x: x + 1)(jnp.zeros(3))
+    assert (compilations.programs, compilations.seconds) == (0, 0.0)
+    double = jax.jit(lambda x: 2 * x)
+    x, y = jnp.zeros(3), jnp.zeros(4)
+    with compilations.counting():
+        double(x)
+    assert compilations.programs == 1
+    assert compilations.seconds > 0
+    with compilations.counting():
+        double(x)  # compiled before
+        double(y)  # another shape
+    assert compilations.programs == 2
+
+
+@pytest.mark.parametrize("steps", ["5", "5:4", "0:2", "a:b"])
+def test_a_profile_names_two_steps(steps, tmp_path):
+    with pytest.raises(UserError, match=f"config.profile={steps} is not FIRST:LAST, two step numbers such as 5:8"):
+        logs.Profile(steps, tmp_path)

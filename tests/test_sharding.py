@@ -36,6 +36,31 @@ def test_meshes_that_do_not_fit(axes, message):
         sharding.make_mesh(**axes)
 
 
+@pytest.mark.parametrize(
+    ("asked", "devices", "nearest"),
+    [
+        ({"data": 3, "fsdp": 2, "tensor": 1}, 8, {"data": 4, "fsdp": 2, "tensor": 1}),
+        ({"data": -1, "fsdp": 16, "tensor": 1}, 8, {"data": 1, "fsdp": 8, "tensor": 1}),
+        ({"data": -1, "fsdp": 6, "tensor": 2}, 32, {"data": 2, "fsdp": 8, "tensor": 2}),
+    ],
+)
+def test_the_nearest_mesh(asked, devices, nearest):
+    assert sharding.nearest_mesh(asked, devices) == nearest
+
+
+def test_slices_lie_along_data():
+    """Two slices of four chips: only `data` crosses from one to the other."""
+    pytest.importorskip("libtpu")
+    from fastslm_jax import chips
+
+    devices = chips.parse_topology("v5e:2x2x2").devices()
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, devices=devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices, which lie along it"):
+        sharding.make_mesh(data=1, fsdp=8, devices=devices)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -84,7 +109,7 @@ def test_parameters_that_do_not_fit_are_named(mesh):
         place("llm/gadget", (3,))
     message = (
         r"parameter llm/layers/query/kernel \(2, 7, 64\): dimension 1 does not divide over fsdp=2; "
-        r"choose config.mesh.fsdp among the divisors of 7"
+        r"choose config.mesh.fsdp among the divisors of 7, the nearest are 1 and 7"
     )
     with pytest.raises(UserError, match=message):
         place("llm/layers/query/kernel", (2, 7, 64))
@@ -102,3 +127,28 @@ def test_rows_lie_over_data_and_fsdp(mesh):
     placed = sharding.shard_batch({"tokens": tokens}, mesh)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+# --------------------------------------------------------------------------------------------------------------- capacity
+
+
+def test_bytes_of_the_fullest_device(mesh):
+    spread = jax.ShapeDtypeStruct((2, 32, 64), np.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp", "tensor")))
+    everywhere = jax.ShapeDtypeStruct((10,), np.int16, sharding=jax.NamedSharding(mesh, P()))
+    assert sharding.bytes_per_device({"a": spread, "b": [everywhere]}) == 4 * 2 * 16 * 32 + 20
+
+
+def test_what_does_not_fit_is_listed():
+    parts = {"frozen parameters": 3 << 30, "batch": 1 << 29}
+    sharding.check_capacity(parts, 4 << 30, lambda: pytest.fail("it fits"))
+    sharding.check_capacity(parts, None, lambda: pytest.fail("nobody knows"))
+    with pytest.raises(UserError) as raised:
+        sharding.check_capacity(parts, 2 << 30, lambda: "take more devices")
+    assert str(raised.value) == (
+        "config.mesh: a device needs at least 3.50 GiB (frozen parameters 3.00, batch 0.50) and has 2.00; take more devices"
+    )
+
+
+@pytest.mark.parametrize(("number", "near", "divisors"), [(24, 5, [4, 6]), (24, 6, [6, 8]), (7, 8, [7]), (7, 0, [1])])
+def test_nearest_divisors(number, near, divisors):
+    assert sharding.nearest_divisors(number, near) == divisors

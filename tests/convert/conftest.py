@@ -101,7 +101,7 @@ def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **mo
     config.name = "small"
     config.base.whisper, config.base.llm = str(folder / "whisper"), str(folder / "llm")
     config.model.update(
-        {"stage_tokens": (4, 4, 5), "compression_size": 3, "dtype": "float32", "base_dtype": "float32", "remat": False}
+        {"stage_tokens": (4, 4, 5), "compression_size": 3, "dtype": "float32", "base_dtype": "float32", "remat": "none"}
     )
     config.model.lora.update({"rank": 4, "alpha": 8.0})
     config.model.update(model_options)

@@ -1,0 +1,316 @@
+"""What the train step's design is worth on this machine: step time and memory, each as a ratio measured in one run.
+
+    python benchmarks/step.py [--minutes=10] [--repeats=5] [--torch] [--size=demo|full]
+
+| row          | measured                                                | against                                              |
+|--------------|---------------------------------------------------------|------------------------------------------------------|
+| packed       | utterances packed into rows, seconds for all of them    | one utterance a row, padded to the longest           |
+| chunked loss | logits of --loss_chunk labels at a time                 | logits of all tokens at once                         |
+| frozen split | gradients and optimiser state for what is trained       | for every parameter                                  |
+| long example | forward and backward of one recording of --minutes      | the exported PyTorch model, same weights and threads |
+| encoding     | speech tokens of a recording of --minutes               | the same                                             |
+
+The first three are the demo's model in float32 on seeded noise. With --torch (needs the `export` extra) come the rows against
+PyTorch. --size=full is FastSLM-4B with random weights in bfloat16, and needs a GPU of 40 GiB: the long example also gives MFU.
+Without a GPU those rows say "not measured". Memory is what XLA plans for the step's temporaries; of PyTorch on a CPU it is not
+known. Last line: one JSON object.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from configs import common
+from fastslm_jax import chips, cli, decode, experiment, flops, optim, steps, training
+from fastslm_jax.audio import SAMPLE_RATE
+from fastslm_jax.checkpoint import Checkpoints
+from fastslm_jax.data import packing, prompts
+from fastslm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+FULL_SIZE_FIGURES = ("step seconds", "MFU", "audio seconds per second", "peak GiB", "PyTorch over JAX")
+
+
+def define_flags() -> None:
+    flags.DEFINE_float("minutes", 10.0, "Of the long recording.")
+    flags.DEFINE_integer("repeats", 5, "Timings; the median counts.")
+    flags.DEFINE_integer("loss_chunk", 128, "Labels whose logits exist at a time.")
+    flags.DEFINE_bool("torch", False, "Compare with the PyTorch model of the export.")
+    flags.DEFINE_enum("size", "demo", ["demo", "full"], "The demo's model, or FastSLM-4B on a GPU.")
+
+
+class Bench:
+    """A model with its parameters, and its train step on a batch."""
+
+    def __init__(self, config, params=None):
+        self.config, self.setup = config, experiment.build(config)
+        self.model, self.encoder = self.setup.model, self.setup.prompt_encoder()
+        self.params = params or experiment.init_params(self.setup, config.model.base_dtype, one_device(), config.seed)
+
+    def batch(self, rows: list[list[tuple[float, int]]], shape: packing.RowShape) -> dict[str, np.ndarray]:
+        """Rows of examples (seconds, tokens of the answer) → arrays."""
+        rng, packed = np.random.default_rng(0), []
+        for row in rows:
+            parts = []
+            for seconds, answer in row:
+                samples = rng.normal(0, 3000, round(seconds * SAMPLE_RATE)).astype(np.int16)
+                num_speech = self.model.window.count(len(samples)) * self.model.tokens_per_window
+                prompt = self.encoder.encode("asr", None, None, num_speech)
+                tokens = np.concatenate([prompt.tokens, rng.integers(1, 1000, answer)])
+                mask = np.concatenate([np.zeros(len(prompt.tokens)), np.ones(answer)]).astype(np.float32)
+                parts.append((prompts.Encoded(tokens, mask, prompt.speech_start, num_speech), samples))
+            packed.append(packing.assemble(parts, shape, self.model.window, self.model.tokens_per_window))
+        return {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+
+    def step(self, shape: packing.RowShape, loss_chunk: int, trainable=common.TRAINABLE):
+        """(state, frozen, step function of state, frozen and batch)."""
+        mask = optim.trainable_mask(sorted(self.params), trainable)
+        trained, frozen = ({path: leaf for path, leaf in self.params.items() if mask[path] == side} for side in (True, False))
+        _, optimizer = training.make_optimizer(self.config)
+        function = functools.partial(
+            steps.train_step, model=self.model, optimizer=optimizer, seed=0, label_slots=shape.labels, loss_chunk=loss_chunk
+        )
+        return steps.TrainState.create(trained, optimizer), frozen, function
+
+    def measure(self, state, frozen, function, batch) -> dict:
+        """Median seconds of a step, and GiB of its temporaries."""
+        compiled = jax.jit(function).lower(state, frozen, batch).compile()
+        batch = jax.device_put(batch)
+        seconds = median_seconds(lambda: compiled(state, frozen, batch))
+        return {"seconds": seconds, "gib": compiled.memory_analysis().temp_size_in_bytes / 2**30}
+
+
+def one_device():
+    from fastslm_jax import sharding
+
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def median_seconds(function) -> float:
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(FLAGS.repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def whole_loss(model, params, batch) -> jax.Array:
+    """Mean cross-entropy from the logits of all tokens."""
+    logits = model.logits(params, model.hidden(params, batch))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return jnp.sum(losses * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
+
+
+def chunked_loss(model, params, batch, shape, loss_chunk) -> jax.Array:
+    sums = steps.batch_loss(model, params, batch, label_slots=shape.labels, loss_chunk=loss_chunk)
+    return sums["loss"] / sums["labels"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the design
+
+
+def packed_against_padded(bench: Bench) -> tuple[dict, dict]:
+    """24 utterances of 2 … 24 s: in rows of eight windows, and one in each row."""
+    seconds = np.random.default_rng(1).uniform(2, 24, 24)
+    examples = [(float(s), int(3 * s)) for s in seconds]
+    window, per_window = bench.model.window, bench.model.tokens_per_window
+    prompt = len(bench.encoder.encode("asr", None, None, 0).tokens)
+    sizes = []
+    for s, labels in examples:
+        windows = window.count(round(s * SAMPLE_RATE))
+        sizes.append(packing.Size(windows, prompt + windows * per_window + labels, labels))
+    longest = packing.RowShape(*(max(getattr(size, field) for size in sizes) for field in ("windows", "tokens", "labels")))
+    shape = packing.RowShape(2 * longest.windows, 2 * longest.tokens, 2 * longest.labels)
+    rows = [[examples[i] for i in row] for row in packing.pack(sizes, shape)]
+    packed = bench.measure(*bench.step(shape, FLAGS.loss_chunk), bench.batch(rows, shape))
+    padded = bench.measure(*bench.step(longest, FLAGS.loss_chunk), bench.batch([[example] for example in examples], longest))
+    return packed, padded
+
+
+def chunked_against_whole(bench: Bench) -> tuple[dict, dict]:
+    """Gradients of the HFQ-Former and LoRA on one long row, by either loss."""
+    shape, batch = long_row(bench)
+    mask = optim.trainable_mask(sorted(bench.params), common.TRAINABLE)
+    trained, frozen = ({path: leaf for path, leaf in bench.params.items() if mask[path] == side} for side in (True, False))
+    losses = {
+        "chunked": lambda params, batch: chunked_loss(bench.model, params, batch, shape, FLAGS.loss_chunk),
+        "whole": lambda params, batch: whole_loss(bench.model, params, batch),
+    }
+    return tuple(
+        bench.measure(trained, frozen, jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), batch)
+        for loss in losses.values()
+    )
+
+
+def split_against_everything(bench: Bench) -> tuple[dict, dict]:
+    shape, batch = long_row(bench)
+    everything = ((r".*positions", False), (r".*", True))
+    return tuple(bench.measure(*bench.step(shape, FLAGS.loss_chunk, table), batch) for table in (common.TRAINABLE, everything))
+
+
+def long_row(bench: Bench, minutes: float = 3.0):
+    """One recording that fills a row, with three answer tokens a second."""
+    seconds = 60 * minutes
+    labels, windows = int(3 * seconds), bench.model.window.count(round(seconds * SAMPLE_RATE))
+    prompt = len(bench.encoder.encode("asr", None, None, windows * bench.model.tokens_per_window).tokens)
+    shape = packing.RowShape(windows, -(-(prompt + labels) // 128) * 128, labels)
+    return shape, bench.batch([[(seconds, labels)]], shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str, tuple[dict, dict]]:
+    """The same weights through the export. Nothing here is optimised for either side; both run with their defaults."""
+    try:
+        import torch
+        from transformers import AutoModel
+    except ImportError:
+        raise UserError("--torch needs PyTorch: pip install -e .[export]") from None
+    from fastslm_jax.convert import exporting
+
+    config, paths = bench.config, experiment.saved_paths(bench.params, bench.config.trainable)
+    checkpoints = Checkpoints(scratch / "run")
+    meta = {"config": json.loads(config.to_json_best_effort()), "row": 0, "bases": bench.setup.fingerprints()}
+    checkpoints.save(1, {path: bench.params[path] for path in paths}, {"step": jnp.int32(1)}, meta)
+    checkpoints.wait()
+    checkpoints.close()
+    exporting.export(scratch / "run", scratch / "hf", "hf")
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    model = AutoModel.from_pretrained(scratch / "hf", trust_remote_code=True, dtype=dtype).to(device)
+    model.requires_grad_(False)
+    model.hfq_former.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
+
+    seconds = 60 * FLAGS.minutes
+    shape, batch = long_row(bench, FLAGS.minutes)
+    waveform = np.random.default_rng(0).normal(0, 3000, round(seconds * SAMPLE_RATE)).astype(np.int16)
+    waveform = torch.from_numpy(waveform.astype(np.float32) / 32768).to(device)
+    length = int((batch["segment_ids"][0] > 0).sum())
+    tokens = torch.from_numpy(batch["tokens"][0, :length].astype(np.int64)).to(device)
+    slots = torch.from_numpy(batch["speech_slot"][0, :length]).to(device)
+    mask = torch.from_numpy(batch["loss_mask"][0, :length] > 0).to(device)
+    labels = torch.from_numpy(batch["labels"][0, :length].astype(np.int64)).to(device)
+    model.use_lora(True)
+
+    def speech():
+        with torch.no_grad():
+            windows = model.windows(waveform).to(model.dtype)
+            features = torch.cat([model.encoder(part).last_hidden_state for part in windows.split(8)])
+        return model.hfq_former(features).flatten(0, 1)
+
+    def forward_and_backward():
+        model.zero_grad()
+        found = speech()
+        embeddings = model.llm.get_input_embeddings()(tokens)
+        embeddings = torch.where(slots[:, None] >= 0, found[slots.clamp(min=0)], embeddings)
+        hidden = model.llm.model(inputs_embeds=embeddings[None]).last_hidden_state[0]
+        loss = torch.nn.functional.cross_entropy(model.llm.lm_head(hidden[mask]).float(), labels[mask])
+        loss.backward()
+        return float(loss)
+
+    def encode():
+        model.speech_tokens(waveform)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def timed(function):
+        function()
+        times = []
+        for _ in range(FLAGS.repeats):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        gib = None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+        return {"seconds": float(np.median(times)), "gib": gib}
+
+    state, frozen, function = bench.step(shape, FLAGS.loss_chunk)
+    ours = bench.measure(state, frozen, function, batch)
+    tree, windows = optim.merge(bench.params, {}), (batch["audio"], batch["window_frames"], batch["window_recording"])
+    ours_encode = {"seconds": median_seconds(lambda: decode.encode(bench.model, tree, *windows)), "gib": None}
+    return {"long example": (ours, timed(forward_and_backward)), "encoding": (ours_encode, timed(encode))}
+
+
+# ------------------------------------------------------------------------------------------------------------- full size
+
+
+def full_size(scratch: pathlib.Path) -> dict:
+    """One 15-minute row of FastSLM-4B, random weights, bfloat16, on the GPU at hand."""
+    import full_size_step
+
+    config = common.full_size()
+    config.base.whisper, config.base.llm = str(scratch / "whisper"), str(scratch / "llm")
+    full_size_step.write_bases(scratch, full_size_step.WHISPER, full_size_step.QWEN3)
+    config.model.window_batch = 6
+    bench = Bench(config)
+    shape, batch = long_row(bench, 15.0)
+    state, frozen, function = bench.step(shape, config.loss_chunk)
+    result = bench.measure(state, frozen, function, batch)
+    chip = chips.of_device(jax.devices()[0])
+    minimum = sum(flops.minimum(bench.model, shape, 1).values())
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "step seconds": result["seconds"],
+        "MFU": minimum / result["seconds"] / chip.peak_flops if chip else None,
+        "audio seconds per second": 900 / result["seconds"],
+        "peak GiB": stats.get("peak_bytes_in_use", 0) / 2**30,
+    } | ({"PyTorch over JAX": ratio(*against_torch(bench, scratch, "cuda")["long example"])} if FLAGS.torch else {})
+
+
+def ratio(ours: dict, other: dict, field: str = "seconds") -> float | None:
+    return other[field] / ours[field] if ours[field] and other[field] else None
+
+
+def main(_):
+    report = {"device": jax.devices()[0].device_kind, "cpus": len(os.sched_getaffinity(0)), "minutes": FLAGS.minutes}
+    has_gpu = jax.default_backend() == "gpu"
+    if FLAGS.size == "full" and not has_gpu:
+        raise UserError("--size=full needs a GPU; on TPUs and without one see `python -m fastslm_jax.plan`")
+    rows = {}
+    with tempfile.TemporaryDirectory(prefix="step.") as folder:
+        scratch = pathlib.Path(folder)
+        if FLAGS.size == "demo":
+            bench = Bench(common.small_size())
+            rows["packed / padded"] = packed_against_padded(bench)
+            rows["chunked / whole loss"] = chunked_against_whole(bench)
+            rows["frozen split / everything"] = split_against_everything(bench)
+            if FLAGS.torch:
+                found = against_torch(bench, scratch, "cuda" if has_gpu else "cpu")
+                rows |= {f"{name}, JAX / PyTorch": pair for name, pair in found.items()}
+        full = full_size(scratch) if FLAGS.size == "full" else dict.fromkeys(FULL_SIZE_FIGURES)
+    print(f"{'':<32}{'seconds':>10}{'against':>10}{'speed-up':>10}{'GiB':>8}{'against':>9}{'smaller':>9}")
+
+    def shown(value, form):
+        return "–" if value is None else format(value, form)
+
+    for name, (ours, other) in rows.items():
+        faster, smaller = ratio(ours, other), ratio(ours, other, "gib")
+        cells = (ours["seconds"], "10.3f"), (other["seconds"], "10.3f"), (faster, "9.2f")
+        memory = (ours["gib"], "8.3f"), (other["gib"], "9.3f"), (smaller, "8.2f")
+        print(f"{name:<32}" + "".join(f"{shown(*cell):>9}" for cell in (*cells, *memory)))
+        report[name] = {"ours": ours, "against": other, "speed_up": faster, "memory_ratio": smaller}
+    for name, value in full.items():
+        print(f"{'full size, bfloat16: ' + name:<48}{'GPU: not measured' if value is None else format(value, '.3f')}")
+    print(json.dumps(report | {"full_size": full}))
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,59 @@
+"""The same training on one device, on meshes of eight, and on two processes of four: losses and every gradient."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "layouts.py"
+NAMES = ("8x1x1", "1x8x1", "1x4x2", "2x2x2", "two processes")
+STAGES = ("1 short", "2 long", "3 mixed")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{name: {stage: losses, "stage|parameter": gradient}}."""
+    out = tmp_path_factory.mktemp("layouts")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    commands = [[], ["0", str(port)], ["1", str(port)]]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, out, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    try:
+        for process in processes:
+            _, said = process.communicate(timeout=500)
+            assert process.returncode == 0, said[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return {file.stem: dict(np.load(file)) for file in out.glob("*.npz")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layout_trains_as_one_device_does(results, name, stage):
+    one, other = results["1"], results[name]
+    assert set(one) == set(other)
+    np.testing.assert_allclose(other[stage][0], one[stage][0], rtol=1e-5)
+    np.testing.assert_allclose(other[stage], one[stage], rtol=1e-4)
+    gradients = [key for key in one if key.startswith(f"{stage}|")]
+    assert len(gradients) > 40
+    for key in gradients:
+        np.testing.assert_allclose(other[key], one[key], atol=1e-5 * np.abs(one[key]).max(), rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_steps_learn(results, stage):
+    losses = results["1"][stage]
+    assert len(losses) == 20
+    assert losses[-3:].mean() < losses[:3].mean() - 0.05
