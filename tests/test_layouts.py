@@ -43,7 +43,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", (*MESHES, "two processes"))
+@pytest.mark.parametrize("name", [*MESHES, "two processes"])
 def test_a_layout_trains_as_one_device_does(results, name, stage):
     one, other = results["1"], results[name]
     assert set(one) == set(other)
