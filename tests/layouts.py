@@ -1,6 +1,6 @@
 """Twenty steps of a tiny model on several meshes; test_layouts.py runs this and compares.
 
-    python tests/layouts.py OUT                         # one device, and four meshes of eight virtual devices
+    python tests/layouts.py OUT MESH,…                  # meshes of MESHES, on eight virtual devices
     python tests/layouts.py OUT PROCESS_ID PORT         # one of two processes of four devices
 
 Writes OUT/MESH.npz: for each stage the losses, and the gradients of the first step.
@@ -13,7 +13,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (  # tiny programs that run a few times: most of the time would go into compiling them well
-    f"--xla_force_host_platform_device_count={4 if sys.argv[2:] else 8} --xla_backend_optimization_level=0 "
+    f"--xla_force_host_platform_device_count={4 if sys.argv[3:] else 8} --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false"
 )
 
@@ -95,7 +95,7 @@ def run(name: str, mesh: jax.sharding.Mesh) -> None:
     optimizer = optim.make_optimizer("adamw", optax.constant_schedule(3e-3), b1=0.9, clip_norm=0.0)
     step_fn = jax.jit(
         functools.partial(
-            steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=SHAPE.labels, loss_chunk=8, accumulate=1
+            steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=SHAPE.labels, loss_chunk=8, mesh=mesh
         )
     )
     create = jax.jit(functools.partial(steps.TrainState.create, optimizer=optimizer))
@@ -125,13 +125,13 @@ def whole(leaf: jax.Array) -> np.ndarray:
 
 
 def main():
-    if ARGUMENTS:
+    if len(ARGUMENTS) > 1:
         process, port = map(int, ARGUMENTS)
         distributed.initialize(f"localhost:{port}", 2, process)
         run("two processes", sharding.make_mesh(data=1, fsdp=4, tensor=2))
         return
-    for name, axes in MESHES.items():
-        run(name, sharding.make_mesh(*axes, devices=jax.devices()[: np.prod(axes)]))
+    for name in ARGUMENTS[0].split(","):
+        run(name, sharding.make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])]))
 
 
 if __name__ == "__main__":
