@@ -13,7 +13,7 @@ import numpy as np
 
 from fastslm_jax import audio
 from fastslm_jax.data import longform, packing
-from fastslm_jax.data.manifest import Utterance, read_manifest
+from fastslm_jax.data.manifest import Utterance, read_clip, read_manifest
 from fastslm_jax.data.prompts import PromptEncoder
 from fastslm_jax.errors import UserError
 
@@ -133,13 +133,7 @@ class Rows:
         """The example's recording, int16."""
         pieces = []
         for utterance, gap in zip(self.utterances(example), example.gaps, strict=True):
-            clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
-            if abs(len(clip) - utterance.num_samples) > audio.SAMPLE_RATE // 100:
-                raise audio.AudioError(
-                    f"{utterance.path}: holds {len(clip) / audio.SAMPLE_RATE:.2f} s, its manifest says {utterance.seconds:.2f} s"
-                )
-            clip = clip[: utterance.num_samples]
-            pieces += [np.zeros(gap, np.int16), np.pad(clip, (0, utterance.num_samples - len(clip)))]
+            pieces += [np.zeros(gap, np.int16), read_clip(utterance)]
         return np.concatenate(pieces)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
