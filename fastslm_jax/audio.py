@@ -87,9 +87,9 @@ class WindowSpec:
     def seconds(self) -> float:
         return self.samples / SAMPLE_RATE
 
-    def count(self, num_samples: int) -> int:
-        """Windows that a recording of num_samples takes."""
-        frames = max(num_samples, MIN_SAMPLES) // HOP
+    def count(self, num_samples: int | np.ndarray) -> int | np.ndarray:
+        """Windows that a recording of num_samples takes (or of each of several)."""
+        frames = (np.maximum if isinstance(num_samples, np.ndarray) else max)(num_samples, MIN_SAMPLES) // HOP
         return -(-frames // self.frames)
 
     def cut(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

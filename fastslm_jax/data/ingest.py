@@ -321,5 +321,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    from fastslm_jax.data import ingest  # under its own name, by which other processes know what they are sent
+
+    ingest.define_flags()
+    cli.run(ingest.main)

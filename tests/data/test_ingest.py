@@ -215,18 +215,24 @@ def test_tensorflow_datasets(tmp_path):
     np.testing.assert_array_equal(read_clip(utterances[0]), expected)
 
 
-def test_hugging_face_datasets(good, tmp_path):
+def test_hugging_face_datasets(tmp_path):
+    """Parquet files as the Hub has them: audio is a file's bytes and its name."""
     pytest.importorskip("datasets")
-    folder = tmp_path / "audio"
-    folder.mkdir()
+    import pyarrow
+    from pyarrow import parquet
+
+    files = []
     for number in range(3):
-        soundfile.write(folder / f"{number}.wav", noise(1.0, number), RATE)
-    table = "file_name,text,speaker_id\n" + "".join(f"{number}.wav,number {number},{number}\n" for number in range(3))
-    (folder / "metadata.csv").write_text(table)
-    import_corpus(f"hf:{folder}", tmp_path / "out")
-    assert [(u.text, u.speaker, u.seconds) for u in read_manifest(tmp_path / "out")] == [
-        (f"number {number}", str(number), 1.0) for number in range(3)
-    ]
+        soundfile.write(tmp_path / "a.flac", noise(1.0, number), RATE)
+        files.append({"bytes": (tmp_path / "a.flac").read_bytes(), "path": f"{number}.flac"})
+    (tmp_path / "spoken").mkdir()
+    texts, speakers = [f"number {number}" for number in range(3)], [7, 8, 9]
+    table = pyarrow.table({"audio": files, "text": texts, "speaker_id": speakers})
+    parquet.write_table(table, tmp_path / "spoken" / "train-00000-of-00001.parquet")
+    import_corpus(f"hf:{tmp_path}/spoken", tmp_path / "out")
+    utterances = read_manifest(tmp_path / "out")
+    assert [(u.text, u.speaker, u.seconds) for u in utterances] == [(f"number {n}", str(7 + n), 1.0) for n in range(3)]
+    np.testing.assert_array_equal(read_clip(utterances[2]), soundfile.read(tmp_path / "a.flac", dtype="int16")[0])
 
 
 def test_mp4_containers(tmp_path):
@@ -343,3 +349,12 @@ def test_too_many_rejections_fail_the_import_until_they_are_mended(tmp_path):
     soundfile.write(tmp_path / "b.wav", noise(1.0), RATE)
     assert import_corpus(spec, tmp_path / "out", Settings(shard_clips=2))["clips"] == 4
     assert (tmp_path / "out" / "rejected.jsonl").read_text() == ""
+
+
+def test_a_beam_pipeline_writes_the_same_bytes(good, imported, tmp_path):
+    pytest.importorskip("apache_beam")
+    from fastslm_jax.data import ingest_beam
+
+    run = functools.partial(ingest_beam.run, runner="DirectRunner")
+    import_corpus(good, tmp_path / "beam", Settings(shard_clips=5), run=run)
+    assert files(tmp_path / "beam") == files(imported)
