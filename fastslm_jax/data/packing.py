@@ -85,6 +85,17 @@ def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 6
     return rows
 
 
+def suggest(sizes: np.ndarray, windows: int, spare: float = 0.05) -> RowShape:
+    """Slots of rows of so many windows for examples with these sizes [examples, 3]: tokens and labels of a row that is full of
+    them, and `spare` more, so that windows are what runs out; at least the largest example's. Tokens are a multiple of 64.
+    """
+    full, largest = sizes.sum(axis=0) * windows / sizes[:, 0].sum(), sizes.max(axis=0)
+    tokens, labels = (max(int(np.ceil(full[i] * (1 + spare))), int(largest[i])) for i in (1, 2))
+    tokens = -(-tokens // 64) * 64
+    # Labels vary more than tokens, of which most are speech; slots for them are only worth the logits' memory.
+    return RowShape(max(windows, int(largest[0])), tokens, min(tokens, -(-int(1.2 * labels) // 64) * 64))
+
+
 def assemble(
     parts: Sequence[tuple[Encoded, np.ndarray]], shape: RowShape, spec: WindowSpec, tokens_per_window: int
 ) -> dict[str, np.ndarray]:

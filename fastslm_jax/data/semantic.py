@@ -13,7 +13,7 @@ import scipy.sparse
 
 LEAF = 32  # transcripts among which the nearest is looked for
 _WORD = re.compile(r"\w+")
-_MAX_SHARE = 0.1  # words in more than a tenth of the transcripts tell nothing
+_MAX_SHARE = 0.25  # words in more than a quarter of the transcripts tell nothing
 
 
 def vectors(texts: Sequence[str]) -> scipy.sparse.csr_array:
