@@ -109,9 +109,10 @@ def show_row(rows: pipeline.Rows, number: int) -> list[str]:
     for example, (windows, tokens, labels) in zip(examples, sizes.tolist(), strict=True):
         utterances, segments = rows.utterances(example), rows.segments(example)
         first, more = utterances[0], f" and {len(utterances) - 1} more" if len(utterances) > 1 else ""
+        slots = f"windows {window} … {window + windows - 1}, tokens {token} … {token + tokens - 1}"
         lines += [
-            f"  {first.id}{more} ({first.task}, {first.lang}): {segments[-1].end:.1f} s, windows {window} … {window + windows - 1}, "
-            f"tokens {token} … {token + tokens - 1}, {windows * rows.tokens_per_window} of speech, {labels} labels",
+            f"  {first.id}{more} ({first.task}, {first.lang}): {segments[-1].end:.1f} s, {slots}, "
+            f"{windows * rows.tokens_per_window} of speech, {labels} labels",
             f"    prompt  {rows.encoder.user_turn(first.task, first.instruction)!r}",
         ]
         for segment, said in zip(segments, _speakers(utterances), strict=True):
