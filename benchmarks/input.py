@@ -2,10 +2,10 @@
 
     python benchmarks/input.py [--clips=200] [--metrics=runs/demo]
 
-Clips are 12 s of noise that sounds like speech to a codec. `decode` reads them as training does, from files and from an imported folder
-(FLAC, 16 kHz); `decode + resample` reads 44.1 kHz stereo; `rows` makes packed rows of an imported folder, tokens and all. Seconds
-are CPU seconds of this process; the ways take turns, and the best turn of each counts. With --metrics, the fraction of its time for
-which each stage of that demo waited for data, over all logged steps.
+Clips are 12 s of noise that is as hard for a codec as speech. `decode` reads them as training does, from files and from an
+imported folder (FLAC, 16 kHz); `decode + resample` reads 44.1 kHz stereo; `rows` makes packed rows of an imported folder, tokens
+and all. Seconds are CPU seconds of this process; the ways take turns, and the best turn of each counts. With --metrics, the
+fraction of its time for which each stage of that demo waited for data, over all logged steps.
 Last line: one JSON object.
 """
 
