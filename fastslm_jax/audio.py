@@ -48,12 +48,14 @@ def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | N
                 raise AudioError(f"{path}: offset {offset} s lies behind its end ({total / rate:.2f} s)")
             file.seek(start)
             count = -1 if duration is None else round(duration * rate)
-            samples = file.read(count, dtype="float32", always_2d=True)
+            # What is in our format already is taken as it is; the other way would give the same numbers, later.
+            is_ours = (rate, file.channels, file.subtype) == (SAMPLE_RATE, 1, "PCM_16")
+            samples = file.read(count, dtype="int16" if is_ours else "float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None
     if not len(samples):
         raise AudioError(f"{path}: holds no samples")
-    return to_int16(resample(samples.mean(axis=1), rate), str(path))
+    return samples[:, 0] if is_ours else to_int16(resample(samples.mean(axis=1), rate), str(path))
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -87,9 +89,9 @@ class WindowSpec:
     def seconds(self) -> float:
         return self.samples / SAMPLE_RATE
 
-    def count(self, num_samples: int) -> int:
-        """Windows that a recording of num_samples takes."""
-        frames = max(num_samples, MIN_SAMPLES) // HOP
+    def count(self, num_samples: int | np.ndarray) -> int | np.ndarray:
+        """Windows that a recording of num_samples takes (or of each of several)."""
+        frames = (np.maximum if isinstance(num_samples, np.ndarray) else max)(num_samples, MIN_SAMPLES) // HOP
         return -(-frames // self.frames)
 
     def cut(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

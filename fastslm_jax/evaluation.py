@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fastslm_jax import audio, metrics
-from fastslm_jax.data.manifest import Utterance
+from fastslm_jax import metrics
+from fastslm_jax.data.manifest import Utterance, read_clip
 from fastslm_jax.decode import Generator, Request, window_bucket
 from fastslm_jax.errors import UserError
 
@@ -58,8 +58,7 @@ def predict(
         requests, budgets = [], []
         for i in members:
             clip = clip_for(i)
-            samples = audio.read_audio(clip.path, clip.offset, clip.seconds)
-            requests.append(Request(samples, utterances[i].task, utterances[i].instruction))
+            requests.append(Request(read_clip(clip), utterances[i].task, utterances[i].instruction))
             budgets.append(budget(clip.seconds))
         bucket = bucket_of(clip_for(members[0]))
         answers = generator.answer(requests, budgets, batch_size=max(1, min(batch_size, 4 * batch_size // bucket)))
