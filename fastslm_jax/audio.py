@@ -29,6 +29,7 @@ HOP = 160
 CONTEXT = N_FFT // 2  # samples of the neighbouring windows at each side of a window
 MIN_SAMPLES = SAMPLE_RATE  # shorter recordings are padded with silence to one second
 PADDINGS = ("released", "whisper")
+LOWEST = -10.0  # log10 of the floor of the mel power
 
 
 class AudioError(UserError):
@@ -54,6 +55,20 @@ def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | N
     if not len(samples):
         raise AudioError(f"{path}: holds no samples")
     return to_int16(resample(samples.mean(axis=1), rate), str(path))
+
+
+def probe(path: str | os.PathLike) -> float:
+    """Seconds of an audio file, whose header and first second are read; raises what `read_audio` would."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise AudioError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            if not len(file.read(min(file.frames, file.samplerate), dtype="int16", always_2d=True)):
+                raise AudioError(f"{path}: holds no samples")
+            return file.frames / file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -140,17 +155,8 @@ def _fourier_basis() -> np.ndarray:
     return (hann[:, None] * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
 
 
-def log_mel(windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, num_mels: int) -> jax.Array:
-    """Log-mel of cut windows, on the device.
-
-    Args:
-        windows: [rows, windows, samples + 2·CONTEXT], int16, or float32 in [-1, 1] (see `WindowSpec.cut`).
-        valid_frames: [rows, windows]; frames from there on become 0.0.
-        recording: [rows, windows]; windows of a row with equal numbers share the recording's maximum.
-
-    Returns:
-        [rows, windows, frames, num_mels] float32.
-    """
+def _log_spectrum(windows: jax.Array, num_mels: int) -> jax.Array:
+    """Cut windows [rows, windows, samples + 2·CONTEXT] → log10 mel power [rows, windows, frames, num_mels] float32."""
     if windows.dtype == jnp.int16:
         windows = windows.astype(jnp.float32) / 32768.0
     rows, count, length = windows.shape
@@ -166,11 +172,38 @@ def log_mel(windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, n
     cosine, sine = jnp.split(spectrum, 2, axis=-1)
     power = jnp.square(cosine) + jnp.square(sine)
     mel = jnp.log10(jnp.maximum(jnp.matmul(power, mel_filters(num_mels), precision=highest), 1e-10))
-    mel = mel.reshape(rows, count, num_frames, num_mels)
+    return mel.reshape(rows, count, num_frames, num_mels)
 
-    is_valid = jnp.arange(num_frames) < valid_frames[:, :, None]
-    window_max = jnp.max(jnp.where(is_valid[..., None], mel, -10.0), axis=(2, 3))
+
+def _window_maxima(mel: jax.Array, valid_frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+    is_valid = jnp.arange(mel.shape[2]) < valid_frames[:, :, None]
+    return jnp.max(jnp.where(is_valid[..., None], mel, LOWEST), axis=(2, 3)), is_valid
+
+
+def window_maxima(windows: jax.Array, valid_frames: jax.Array, num_mels: int) -> jax.Array:
+    """The highest log10 mel power of each window, [rows, windows] (see `log_mel`)."""
+    return _window_maxima(_log_spectrum(windows, num_mels), valid_frames)[0]
+
+
+def log_mel(
+    windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, num_mels: int, elsewhere: jax.Array | None = None
+) -> jax.Array:
+    """Log-mel of cut windows, on the device.
+
+    Args:
+        windows: [rows, windows, samples + 2·CONTEXT], int16, or float32 in [-1, 1] (see `WindowSpec.cut`).
+        valid_frames: [rows, windows]; frames from there on become 0.0.
+        recording: [rows, windows]; windows of a row with equal numbers share the recording's maximum.
+        elsewhere: [rows, windows]; the maximum of a recording's windows that are not here (see `window_maxima`).
+
+    Returns:
+        [rows, windows, frames, num_mels] float32.
+    """
+    mel = _log_spectrum(windows, num_mels)
+    window_max, is_valid = _window_maxima(mel, valid_frames)
     same = recording[:, :, None] == recording[:, None, :]
-    recording_max = jnp.max(jnp.where(same, window_max[:, None, :], -10.0), axis=-1)
+    recording_max = jnp.max(jnp.where(same, window_max[:, None, :], LOWEST), axis=-1)
+    if elsewhere is not None:
+        recording_max = jnp.maximum(recording_max, elsewhere)
     mel = (jnp.maximum(mel, recording_max[:, :, None, None] - 8.0) + 4.0) / 4.0
     return jnp.where(is_valid[..., None], mel, 0.0)
