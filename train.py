@@ -60,6 +60,7 @@ def main(_):
         config.optimizer.name, schedule, weight_decay=config.optimizer.weight_decay, b1=config.optimizer.b1,
         b2=config.optimizer.b2, clip_norm=config.optimizer.clip_norm,
         adam_learning_rate_ratio=config.optimizer.adam_learning_rate_ratio,
+        llm_learning_rate_ratio=config.optimizer.llm_learning_rate_ratio,
     )  # fmt: skip
 
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)

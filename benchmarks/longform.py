@@ -26,6 +26,7 @@ if any(argument.startswith("--compile") for argument in sys.argv):
 import json
 import math
 import subprocess
+import tempfile
 import time
 
 import jax
@@ -34,14 +35,24 @@ import numpy as np
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from fastslm_jax import audio, cli, compilation, decode, decode_steps, devices, loading, spans
+from configs import common
+from fastslm_jax import (
+    audio,
+    chips,
+    cli,
+    compilation,
+    decode,
+    decode_steps,
+    devices,
+    experiment,
+    loading,
+    published,
+    sharding,
+    spans,
+)
 from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
-from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
-from fastslm_jax.models.whisper import WhisperEncoder
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("minutes", ["1", "5", "15", "60", "240", "480", "1440"], "Lengths.")
@@ -54,12 +65,8 @@ flags.DEFINE_bool("one", False, "Measure the single length in this process (what
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = 32
-# Topology to compile for, peak bfloat16 FLOP/s and bytes/s of memory, and its bytes: cloud.google.com/tpu/docs/v6e, /v5p, /v5e
-CHIPS = {
-    "v6e": ("v6e:2x2", "v6e-4", 918e12, 1638e9, 32),
-    "v5p": ("v5p:2x2x1", "v5p-8", 459e12, 2765e9, 95),
-    "v5e": ("v5e:2x2", "v5litepod-4", 197e12, 819e9, 16),
-}
+# Smallest topology of a chip, and its accelerator type
+TOPOLOGIES = {"v6e": ("v6e:2x2", "v6e-4"), "v5p": ("v5p:2x2x1", "v5p-8"), "v5e": ("v5e:2x2", "v5litepod-4")}
 
 
 # -------------------------------------------------------------------------------------------------------------- measured
@@ -124,14 +131,13 @@ def measure() -> list[dict]:
 # -------------------------------------------------------------------------------------------------------------- compiled
 
 
-def full_size() -> FastSLM:
-    """Whisper-large-v3, HFQ-Former, Qwen3-4B-Instruct-2507 with LoRA of rank 16, computing in bfloat16."""
-    dtype = jnp.bfloat16
-    return FastSLM(
-        encoder=WhisperEncoder(1280, 32, 20, 5120, 128, 1500, dtype=dtype),
-        hfq_former=HFQFormer(2560, (80, 80, 80), 50, 2, dtype=dtype),
-        llm=Qwen3(151_936, 2560, 36, 32, 8, 128, 9728, lora=LoRA(16), dtype=dtype),
-    )
+def full_size(device: jax.Device) -> FastSLM:
+    """FastSLM-4B as the full-size configs build it for a device, computing in bfloat16."""
+    config = common.full_size()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("whisper", "llm"):
+            config.base[name] = published.local(config.base[name], pathlib.Path(folder))
+        return experiment.build(config, weights=False, mesh=sharding.make_mesh(devices=[device])).model
 
 
 def bytes_of(tree) -> int:
@@ -144,12 +150,13 @@ class Chip:
     def __init__(self, name: str, cache_dtype):
         from jax.experimental import topologies
 
-        if name not in CHIPS:
-            raise UserError(f"--compile={name}: is not one of {', '.join(CHIPS)}")
-        topology, os.environ["TPU_ACCELERATOR_TYPE"], self.peak, self.bandwidth, self.memory = CHIPS[name]
+        if name not in TOPOLOGIES:
+            raise UserError(f"--compile={name}: is not one of {', '.join(TOPOLOGIES)}")
+        topology, os.environ["TPU_ACCELERATOR_TYPE"] = TOPOLOGIES[name]
         device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+        self.facts = next(chip for chip in chips.CHIPS if chip.name == name)
         self.name, self.place, self.cache_dtype = name, SingleDeviceSharding(device), jnp.dtype(cache_dtype)
-        self.model = full_size()
+        self.model = full_size(device)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
         self.params = jax.tree_util.tree_map_with_path(self._leaf, shapes)
         self.beside: dict[str, int] = {}
@@ -207,10 +214,10 @@ class Chip:
             "peak_gib": round(peak, 2),
             "peak_gb": round(peak * 1.073741824, 2),
             "seconds": round(self.least_seconds(windows, positions, stored), 1),
-            "device": f"{self.name}, one chip of {self.memory} GiB",
+            "device": f"{self.name}, one chip of {self.facts.hbm_bytes / 2**30:.0f} GiB",
             "kind": "compiled",
             "kv_cache": self.cache_dtype.name,
-            "fits": peak <= self.memory,
+            "fits": peak <= self.facts.hbm_bytes / 2**30,
             "params_gib": round(params / 2**30, 2),
             "cache_gib": round(stored / 2**30, 2),
             "beside_gib": {name: round(value, 3) for name, value in gib.items()},
@@ -230,7 +237,7 @@ class Chip:
         prompt = windows * self.model.tokens_per_window
         prefill = 2 * prompt * llm.num_layers * layer + 2 * llm.num_layers * prompt**2 * heads
         read = NEW_TOKENS * (bytes_of(self.params["llm"]) + cache_bytes * prompt / positions)
-        return (windows * per_window + prefill) / self.peak + read / self.bandwidth
+        return (windows * per_window + prefill) / self.facts.peak_flops + read / self.facts.hbm_bandwidth
 
 
 # ----------------------------------------------------------------------------------------------------------------- shown

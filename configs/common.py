@@ -32,7 +32,8 @@ def full_size() -> ConfigDict:
             "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},
             "audio_padding": "released",
             "window_batch": 0,  # windows of a row in the encoder at a time; 0: all
-            "remat": True,
+            "attention": "auto",  # kernel: auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
+            "remat": "full",  # what the backward pass computes anew: none, full, dots or names to keep; see models/layers.py
             "dtype": "bfloat16",  # of the computation
             "base_dtype": "bfloat16",  # of the frozen weights
         }
@@ -58,6 +59,7 @@ def full_size() -> ConfigDict:
             "name": "adamw",
             "learning_rate": 1e-4,
             "adam_learning_rate_ratio": 1.0,
+            "llm_learning_rate_ratio": 1.0,  # of what trains in the language model
             "schedule": "cosine",
             "final_fraction": 0.1,
             "warmup_steps": 500,
@@ -81,7 +83,7 @@ def small_size() -> ConfigDict:
     """The demo's model: the same modules on the small bases under assets/, windows of 6 s with 10 tokens, float32 for CPU."""
     config = full_size()
     config.base.whisper, config.base.llm = "assets/demo_whisper", "assets/demo_llm"
-    config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "remat": False})
+    config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "remat": "none"})
     config.model.update({"dtype": "float32", "base_dtype": "float32"})
     config.data.update({"workers": 0, "prefetch": 4})
     return config

@@ -18,6 +18,7 @@ def get_config():
     config.data.row.update({"windows": 8, "tokens": 1536, "labels": 1024})
     config.batch_rows = 64
     config.mesh.update({"data": -1, "fsdp": 16})
+    config.model.update({"remat": "attention,query,key,value,out", "window_batch": 4})
     config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000})
     config.steps = 20_000
     config.eval.sets.test = "data/asr/test.jsonl"

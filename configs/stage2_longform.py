@@ -4,7 +4,8 @@
         --config.init_from=gs://…/stage1
 
 How clips are grouped is the argument (the paper leaves it open). A row of 30 windows holds 15 minutes,
-one long recording or several shorter ones.
+one long recording or several shorter ones; 64 rows are 16 hours of audio a step. As it stands it is for 64 TPU v5e chips, a
+row each; other slices are planned with `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 """
 
 from configs import common
@@ -20,6 +21,7 @@ def get_config(grouping: str = "random"):
     config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
     config.batch_rows = 64
     config.mesh.update({"data": -1, "fsdp": 16})
+    config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 500})
     config.steps = 10_000
     config.eval.sets.test_long = "data/asr/test_long.jsonl"

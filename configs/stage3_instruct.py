@@ -19,6 +19,7 @@ def get_config():
     config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
     config.batch_rows = 64
     config.mesh.update({"data": -1, "fsdp": 16})
+    config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
     config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 500})
     config.steps = 10_000
     config.eval.sets.test = "data/instruct/test.jsonl"

@@ -65,7 +65,7 @@ def _sizes(config: dict, keys: tuple[str, ...], origin: str) -> list[int]:
     return [config[key] for key in keys]
 
 
-def whisper_from_config(config: dict, *, dtype=jnp.float32, remat: bool = False, origin: str = "whisper") -> WhisperEncoder:
+def whisper_from_config(config: dict, *, dtype=jnp.float32, remat: str = "none", origin: str = "whisper") -> WhisperEncoder:
     """The encoder that a Whisper config.json describes (any size; large-v3-turbo has the same encoder as large-v3)."""
     keys = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
     width, num_layers, num_heads, mlp_dim, num_mels, max_positions = _sizes(config, keys, origin)
@@ -105,7 +105,7 @@ def _rope_from_config(config: dict, origin: str) -> RoPE:
 
 
 def qwen3_from_config(
-    config: dict, *, lora: LoRA = LoRA(), dtype=jnp.float32, remat: bool = False, origin: str = "qwen3"
+    config: dict, *, lora: LoRA = LoRA(), dtype=jnp.float32, remat: str = "none", origin: str = "qwen3"
 ) -> Qwen3:
     """The decoder that a dense Qwen3 config.json describes."""
     if config.get("model_type") != "qwen3":

@@ -2,26 +2,31 @@
 
     WORKDIR/checkpoints/STEP/params   what training changes or made: everything but the frozen bases, flat {path: array}
                              train    optimiser state and counters
-                             meta     config, row number, the bases' fingerprints
+                             meta     config, row number, fingerprints of bases and data, checksums of all the above
 
 The frozen bases are not saved again: they are named in the config, and a fingerprint says that they are the same.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from fastslm_jax.checksums import changed, checksums
 from fastslm_jax.errors import UserError
 
 FORMAT = 1
+DISK_ERRORS = ("No space left", "File too large", "quota", "Read-only", "Permission denied", "RESOURCE_EXHAUSTED")
 
 
 class CheckpointError(UserError):
@@ -44,35 +49,71 @@ class Checkpoints:
             preservation_policy.BestN(get_metric_fn=lambda metrics: -metrics["wer"], n=1, keep_checkpoints_without_metrics=False)
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=not read_only, read_only=read_only
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # what a kill in the middle of a save left behind
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._failed = False
+        with contextlib.nullcontext() if read_only else self._writing():
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Mapping, train: Mapping, meta: Mapping, metrics: Mapping | None = None) -> None:
-        """Starts to save; a checkpoint appears whole or not at all. Saving a step twice is no error."""
+        """Starts to save; a checkpoint appears whole or not at all. Saving a step twice is no error.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one before that was still being written, cannot be written.
+        """
         if step in self._manager.all_steps():
             return
-        items = {"params": ocp.args.StandardSave(dict(params)), "meta": ocp.args.JsonSave({"format": FORMAT, **meta})}
+        items = {"params": ocp.args.StandardSave(dict(params))}
+        meta = {"format": FORMAT, **meta, "checksums": {"params": checksums(dict(params))}}
         if train:  # an imported checkpoint has none
             items["train"] = ocp.args.StandardSave(dict(train))
+            meta["checksums"]["train"] = checksums(dict(train))
+        items["meta"] = ocp.args.JsonSave(meta | {"crc32": _crc32(meta)})
         if "wer" not in (metrics or {}):  # without a word error rate there is no best one
             metrics = None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until all is written. Raises CheckpointError as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """A full disk, or whatever else hinders writing, in one line; the checkpoints before it stay."""
+        try:
+            yield
+        except Exception as error:  # storage layers raise many kinds
+            self._failed = True
+            lines = (str(error) or type(error).__name__).splitlines()
+            reason = next((line for line in lines if any(word in line for word in DISK_ERRORS)), lines[0])
+            kept = [int(folder.name) for folder in self.folder.glob("[0-9]*") if folder.name.isdigit()]
+            left = f"step {max(kept)} is the last one that can be used" if kept else "there is none before it"
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written ({reason[:300]}); {left}. Make room there and run the same "
+                "command again"
+            ) from None
 
     def close(self) -> None:
-        self._manager.close()
+        if not self._failed:  # else there is nothing that it could finish
+            self._manager.close()
 
     def meta(self, step: int) -> dict:
         try:
-            return json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
-        except (OSError, ValueError) as error:
+            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+            expected = meta.pop("crc32", None)
+        except (OSError, ValueError, AttributeError) as error:
             raise TornCheckpointError(f"{self.folder / str(step)}: its meta is not readable ({error})") from None
+        if expected not in (None, _crc32(meta)):
+            raise TornCheckpointError(f"{self.folder / str(step)}: its meta is not what was written")
+        return meta
 
     def check_bases(self, step: int, fingerprints: Mapping[str, str]) -> None:
         """The bases of a config must be those that the checkpoint was trained on."""
@@ -98,7 +139,14 @@ class Checkpoints:
     def _restore(self, step: int, abstract: Mapping) -> dict:
         self._check_shapes(step, abstract["params"])
         items = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-        return self._manager.restore(step, args=items)
+        restored = self._manager.restore(step, args=items)
+        saved = self.meta(step).get("checksums", {})
+        for name in abstract:
+            if wrong := changed(restored[name], saved.get(name, {})):
+                raise TornCheckpointError(
+                    f"{self.folder / str(step)}: {name} {wrong[0]} is not what was saved ({len(wrong)} such): the file is damaged"
+                )
+        return restored
 
     def _check_shapes(self, step: int, abstract: Mapping) -> None:
         saved = ocp.StandardCheckpointer().metadata(self.folder / str(step) / "params").item_metadata
@@ -121,16 +169,18 @@ class Checkpoints:
         """
         errors = {}
         for step in reversed(self.steps()):
+            restored, error = None, None
             try:
                 restored = step, *self.restore(step, params, train), self.meta(step)
-            except Exception as error:  # whatever a torn file makes the storage layers raise
-                if isinstance(error, CheckpointError) and not isinstance(error, TornCheckpointError):
+            except Exception as raised:  # whatever a damaged file makes the storage layers raise
+                if isinstance(raised, CheckpointError) and not isinstance(raised, TornCheckpointError):
                     raise
-                logging.error("checkpoint %s cannot be read, trying the one before: %s", self.folder / str(step), error)
-                errors[step] = (str(error) or type(error).__name__).splitlines()[0]
-            else:
+                error = (str(raised) or type(raised).__name__).splitlines()[0]
+            if _on_every_process(restored is not None):
                 self._set_aside(list(errors))
                 return restored
+            errors[step] = error or "another process cannot read it"
+            logging.error("checkpoint %s cannot be read, trying the one before: %s", self.folder / str(step), errors[step])
         if errors:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in errors.items())
             raise CheckpointError(f"{self.folder}: no checkpoint can be read ({reasons[:400]}); remove the folder to start anew")
@@ -145,3 +195,13 @@ class Checkpoints:
                 (self.folder / str(step)).rename(self.folder / f"{step}.torn")
         multihost_utils.sync_global_devices("torn checkpoints set aside")
         self._manager.reload()
+
+
+def _crc32(meta: Mapping) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _on_every_process(is_true: bool) -> bool:
+    if jax.process_count() == 1:
+        return is_true
+    return bool(np.all(multihost_utils.process_allgather(np.array(is_true))))

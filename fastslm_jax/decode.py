@@ -242,34 +242,38 @@ class Generator:
         Several recordings of window_batch windows together, or one of any length: its windows go in micro-batches, twice, as
         log-mel needs the maximum of the whole recording first.
         """
-        model, size = self._speaking, self.window_batch
-        cut = [model.window.cut(samples) for samples in recordings]
-        windows, frames = (np.concatenate([part[i] for part in cut]) for i in range(2))
-        recording = np.concatenate([np.full(len(part), i, np.int32) for i, (part, _) in enumerate(cut)])
-        if len(windows) > size and len(cut) > 1:
-            raise ValueError(f"{len(cut)} recordings have {len(windows)} windows, more than the {size} of a micro-batch")
-        batches = [slice(at, at + size) for at in range(0, len(windows), size)]
+        model, size, spec = self._speaking, self.window_batch, self.model.window
+        frames = [spec.valid_frames(len(samples)) for samples in recordings]
+        counts = [len(part) for part in frames]
+        if sum(counts) > size and len(counts) > 1:
+            raise ValueError(f"{len(counts)} recordings have {sum(counts)} windows, more than the {size} of a micro-batch")
+        rows = 1 if sum(counts) == 1 else size
+        frames, recording = np.concatenate(frames), np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
         def padded(array, fill):
-            rows = 1 if len(windows) == 1 else size
             return np.concatenate([array, np.full((rows - len(array), *array.shape[1:]), fill, array.dtype)])
 
+        def batches():  # (windows, frames, recording) of each micro-batch
+            for at in range(0, len(frames), rows):
+                part = slice(at, at + rows)
+                if len(counts) == 1:
+                    windows = spec.windows(recordings[0], at, min(at + rows, len(frames)))
+                else:
+                    windows = np.concatenate([spec.windows(samples, 0, n) for samples, n in zip(recordings, counts, strict=True)])
+                yield padded(windows, 0), padded(frames[part], 0), padded(recording[part], -1)
+
         highest = audio.LOWEST
-        if len(batches) > 1:
-            maxima = [
-                decode_steps.window_maxima(model, padded(windows[part], 0), padded(frames[part], 0), mesh=self.mesh)
-                for part in batches
-            ]
-            highest = float(np.max(jax.device_get(maxima)))
-        tokens = []
-        for part in batches:
-            inputs = (padded(windows[part], 0), padded(frames[part], 0), padded(recording[part], -1))
-            elsewhere = np.full(len(inputs[1]), highest, np.float32)
-            encoded = decode_steps.encode(model, self.params, *inputs, elsewhere, mesh=self.mesh)
-            tokens.append(np.asarray(encoded)[: len(windows[part])])
-        tokens = np.concatenate(tokens)
-        ends = np.cumsum([len(part) for part, _ in cut])
-        return [part.reshape(-1, part.shape[-1]) for part in np.split(tokens, ends[:-1])]
+        if len(frames) > rows:
+            # One micro-batch at a time, so that no more than its inputs wait on the device.
+            highest = max(
+                float(np.max(np.asarray(decode_steps.window_maxima(model, *inputs[:2], mesh=self.mesh)))) for inputs in batches()
+            )
+        elsewhere = np.full(rows, highest, np.float32)
+        encoded = [
+            np.asarray(decode_steps.encode(model, self.params, *inputs, elsewhere, mesh=self.mesh)) for inputs in batches()
+        ]
+        tokens = np.concatenate(encoded)[: len(frames)]
+        return [part.reshape(-1, part.shape[-1]) for part in np.split(tokens, np.cumsum(counts)[:-1])]
 
     def run(
         self, prompts: Iterator[tuple[float, Prompt]], *, rows: int, slots: int, yarn: float = 1.0,

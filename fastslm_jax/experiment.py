@@ -14,6 +14,7 @@ from fastslm_jax import audio, bases, optim, sharding
 from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.data import longform, packing, pipeline, prompts
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import attention
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
@@ -34,21 +35,33 @@ class Experiment:
         return {"whisper": bases.fingerprint(self.whisper_folder), "llm": bases.fingerprint(self.llm_folder)}
 
 
-def build(config: ConfigDict, *, weights: bool = True) -> Experiment:
-    """Reads the bases' config.json and builds the modules. Without `weights`, no weights are looked for (plans, shapes)."""
+def build(config: ConfigDict, *, weights: bool = True, mesh: Mesh | None = None, platform: str | None = None) -> Experiment:
+    """Reads the bases' config.json and builds the modules.
+
+    Args:
+        weights: False looks for no weights (plans, shapes).
+        mesh: what the arrays will lie on; some attention kernels need it.
+        platform: "cpu", "tpu" or "gpu", whose attention kernel is taken; by default that of the mesh or of this machine.
+    """
     whisper_folder = bases.resolve(config.base.whisper, weights=weights)
     llm_folder = bases.resolve(config.base.llm, weights=weights)
     options = config.model
     dtype = jnp.dtype(options.dtype)
+    if platform is None:
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    attend = attention.choose(options.get("attention", "auto"), platform, dtype, mesh)
+    # Configs of older checkpoints say True or False.
+    remat = {True: "full", False: "none"}.get(options.remat, options.remat)
     llm = bases.qwen3_from_config(
-        bases.read_config(llm_folder), lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=str(llm_folder)
-    )
+        bases.read_config(llm_folder), lora=LoRA(**options.lora), dtype=dtype, remat=remat, origin=str(llm_folder)
+    ).clone(attend=attend)
     encoder = bases.whisper_from_config(
-        bases.read_config(whisper_folder), dtype=dtype, remat=options.remat, origin=str(whisper_folder)
-    )
+        bases.read_config(whisper_folder), dtype=dtype, remat=remat, origin=str(whisper_folder)
+    ).clone(attend=attend)
     hfq_former = HFQFormer(
-        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, dtype=dtype
-    )
+        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, attend=attend,
+        dtype=dtype,
+    )  # fmt: skip
     audio.WindowSpec(padding=options.audio_padding)
     model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding)
     return Experiment(model, whisper_folder, llm_folder)

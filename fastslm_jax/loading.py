@@ -43,8 +43,8 @@ def saved_config(
 
 def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options) -> Generator:
     """The model of a checkpoint on a mesh over all devices (config.mesh, where its sizes fit). options: see `Generator`."""
-    setup = experiment.build(config)
     mesh = sharding.make_mesh(**config.mesh)
+    setup = experiment.build(config, mesh=mesh)
     params = optim.merge(experiment.restore_params(setup, config, checkpoints, step, mesh), {})
     native = bases.read_config(setup.llm_folder).get("max_position_embeddings")
     return Generator(setup.model, params, setup.prompt_encoder(), native_positions=native, **options)

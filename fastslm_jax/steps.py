@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastslm_jax import optim
 from fastslm_jax.losses import label_loss
@@ -25,13 +26,22 @@ class TrainState:
 
 
 def batch_loss(
-    model: FastSLM, params: dict, batch: dict, *, label_slots: int, loss_chunk: int = 512, dropout_rng: jax.Array | None = None
-) -> dict[str, jax.Array]:
-    """Sums of loss, labels and correct predictions over a batch of rows."""
+    model: FastSLM, params: dict, batch: dict, *, label_slots: int, loss_chunk: int = 512, dropout_rng: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Sums of loss, labels and correct predictions over a batch of rows that lie on a mesh (None: on one device)."""
     hidden = model.hidden(params, batch, dropout_rng)
+    head = params if mesh is None or mesh.size == 1 else _with_whole_head(model, params, mesh)
     return label_loss(
-        lambda state: model.logits(params, state), hidden, batch["labels"], batch["loss_mask"], label_slots, loss_chunk
+        lambda state: model.logits(head, state), hidden, batch["labels"], batch["loss_mask"], label_slots, loss_chunk
     )
+
+
+def _with_whole_head(model: FastSLM, params: dict, mesh: Mesh) -> dict:
+    """The output embedding gathered over fsdp once, not once for every chunk of the loss."""
+    name = "embed_tokens" if model.llm.tied_embeddings else "lm_head"
+    whole = jax.lax.with_sharding_constraint(params["llm"][name], NamedSharding(mesh, PartitionSpec("tensor", None)))
+    return {**params, "llm": {**params["llm"], name: whole}}
 
 
 def train_step(
@@ -45,6 +55,7 @@ def train_step(
     label_slots: int,
     loss_chunk: int = 512,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step on the mean loss per label of the whole batch.
 
@@ -52,6 +63,7 @@ def train_step(
         batch: arrays [rows, ...] (see `data.packing.assemble`).
         seed: with the step it gives the dropout key.
         accumulate: micro-batches that the rows are run in; the gradient is that of the whole batch.
+        mesh: what the arrays lie on (None: one device).
 
     Returns:
         the next state and metrics: loss (per label), accuracy, labels, grad_norm, update_norm, skipped.
@@ -61,7 +73,7 @@ def train_step(
 
     def micro_loss(trained, micro_batch, rng):
         params = optim.merge(trained, frozen)
-        sums = batch_loss(model, params, micro_batch, label_slots=label_slots, loss_chunk=loss_chunk, dropout_rng=rng)
+        sums = batch_loss(model, params, micro_batch, label_slots=label_slots, loss_chunk=loss_chunk, dropout_rng=rng, mesh=mesh)
         return sums["loss"] / total_labels, sums
 
     grad_fn = jax.value_and_grad(micro_loss, has_aux=True)

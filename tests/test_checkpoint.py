@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging as absl_logging
 
-from fastslm_jax import optim
+from fastslm_jax import checksums, optim
 from fastslm_jax.checkpoint import CheckpointError, Checkpoints
 
 BASES = {"whisper": "aaaa", "llm": "bbbb"}
@@ -207,4 +208,77 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
 def test_meta_is_json_that_people_can_read(checkpoints, tmp_path):
     save(checkpoints, 10)
     meta = json.loads((tmp_path / "checkpoints" / "10" / "meta" / "metadata").read_text())
+    checksums, crc32 = meta.pop("checksums"), meta.pop("crc32")
     assert meta == {"format": 1, "row": 40, "config": {"seed": 1}, "bases": BASES}
+    assert set(checksums["params"]) == set(ABSTRACT[0])
+    assert checksums["train"]["step"] == "int32:10"
+    assert isinstance(crc32, int)
+
+
+def test_checkpoints_without_checksums_are_read_too(checkpoints, tmp_path):
+    save(checkpoints, 10)
+    file = tmp_path / "checkpoints" / "10" / "meta" / "metadata"
+    meta = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("checksums", "crc32")}
+    file.write_text(json.dumps(meta))
+    assert_same(checkpoints.restore(10, *ABSTRACT), state_at(10))
+
+
+# ------------------------------------------------------------------------------------------------- damage that stays readable
+
+
+def rewrite(checkpoints, tmp_path, change):
+    """The files of step 20 as another run would have written them: whole in every respect, but not what was saved."""
+    params, train = state_at(20)
+    change(params, train)
+    other = Checkpoints(tmp_path / "other")
+    other.save(20, params, train, {"row": 80, "config": {"seed": 1}, "bases": BASES})
+    other.wait()
+    other.close()
+    for item in ("params", "train"):
+        shutil.rmtree(tmp_path / "checkpoints/20" / item)
+        shutil.copytree(tmp_path / "other/checkpoints/20" / item, tmp_path / "checkpoints/20" / item)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [("params", "params llm/layers/query/lora_b is not what was saved"), ("train", "train step is not what was saved")],
+)
+def test_a_changed_number_is_noticed(checkpoints, tmp_path, monkeypatch, item, message):
+    said = []
+    monkeypatch.setattr(absl_logging, "error", lambda text, *values: said.append(text % values))
+    save(checkpoints, 10, 20)
+
+    def change(params, train):
+        if item == "params":
+            leaf = params["llm/layers/query/lora_b"]
+            params["llm/layers/query/lora_b"] = leaf.at[1, 1, 3].multiply(1.01)
+        else:
+            train["step"] += 1
+
+    rewrite(checkpoints, tmp_path, change)
+    step, params, train, meta = checkpoints.restore_latest(*ABSTRACT)
+    assert (step, meta["row"]) == (10, 40)
+    assert_same((params, train), state_at(10))
+    assert said == [
+        f"checkpoint {tmp_path}/checkpoints/20 cannot be read, trying the one before: {tmp_path}/checkpoints/20: {message} "
+        "(1 such): the file is damaged"
+    ]
+
+
+def test_a_changed_meta_is_noticed(checkpoints, tmp_path):
+    save(checkpoints, 10, 20)
+    file = tmp_path / "checkpoints" / "20" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"row": 80', '"row": 90'))
+    assert checkpoints.restore_latest(*ABSTRACT)[0] == 10
+
+
+def test_checksums_are_the_same_on_any_mesh():
+    leaf = jax.random.normal(jax.random.key(0), (4, 6)).astype(jnp.bfloat16)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    spread = jax.device_put(leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("b", "a")))
+    assert checksums.checksums({"x": leaf}) == checksums.checksums({"x": spread})
+    bits = np.asarray(leaf).view(np.uint16).ravel().astype(np.uint64)
+    expected = int((bits * (2 * np.arange(24, dtype=np.uint64) + 1)).sum() % 2**32)
+    assert checksums.checksums({"x": leaf}) == {"x": f"bfloat16:{expected}"}
+    assert checksums.changed({"x": leaf.T.reshape(4, 6)}, {"x": f"bfloat16:{expected}"}) == ["x"]
+    assert checksums.changed({"x": leaf.astype(jnp.float32)}, {"x": f"bfloat16:{expected}"}) == []

@@ -140,7 +140,7 @@ def prompt_encoder(side: stored.Stored) -> prompts.PromptEncoder:
 
 
 def _in_float32(model: FastSLM) -> FastSLM:
-    parts = {"encoder": {"remat": False}, "hfq_former": {}, "llm": {"remat": False}}
+    parts = {"encoder": {"remat": "none"}, "hfq_former": {}, "llm": {"remat": "none"}}
     clones = {name: getattr(model, name).clone(dtype=jnp.float32, **options) for name, options in parts.items()}
     return dataclasses.replace(model, window_batch=0, **clones)
 

@@ -18,7 +18,8 @@ from fastslm_jax.models.whisper import WhisperEncoder
 class FastSLM:
     """The three modules and how windows run through them.
 
-    window_batch: windows of a row that go through the encoder at a time (0: all), which bounds its memory.
+    window_batch: windows of a row that go through the encoder at a time, at most (0: all), which bounds its memory. Groups are
+        equal: of 30 windows, a window_batch of 8 takes 6 at a time.
     """
 
     encoder: WhisperEncoder
@@ -59,17 +60,21 @@ class FastSLM:
     def speech_tokens_from_mel(self, params: dict, mel: jax.Array) -> jax.Array:
         """mel [rows, windows, frames, mels] → [rows, windows · tokens_per_window, llm width]."""
         rows, count = mel.shape[:2]
-        group = self.window_batch if self.window_batch and count % self.window_batch == 0 else count
+        group = largest_divisor(count, self.window_batch or count)
 
-        def encode(chunk):  # [rows, group, frames, mels]
-            features = self.encoder.apply({"params": params["encoder"]}, chunk.reshape(-1, *chunk.shape[2:]))
-            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features)
+        def encode(windows):  # [rows, group, frames, mels] → [rows, group, t, d]
+            features = self.encoder.apply({"params": params["encoder"]}, windows.reshape(-1, *windows.shape[2:]))
+            return features.reshape(rows, group, *features.shape[1:])
+
+        def compress(features):
+            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features.reshape(-1, *features.shape[2:]))
             return tokens.reshape(rows, group * self.tokens_per_window, -1)
 
         if group == count:
-            return encode(mel)
+            return compress(encode(mel))
+        # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
-        tokens = jax.lax.map(jax.checkpoint(encode), chunks)
+        tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), jax.lax.map(encode, chunks))
         return jnp.moveaxis(tokens, 0, 1).reshape(rows, count * self.tokens_per_window, -1)
 
     def splice(self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None) -> jax.Array:
@@ -101,3 +106,8 @@ class FastSLM:
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] → float32 logits [..., vocabulary]."""
         return self.llm.apply({"params": params["llm"]}, hidden, method="logits")
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is at most `limit`."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

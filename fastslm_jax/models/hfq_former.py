@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastslm_jax.models.layers import Attention, Conv, LayerNorm, attend, gelu, sinusoid_init
+from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, sinusoid_init, split_heads
 from fastslm_jax.models.lora import Projection
 
 
@@ -22,6 +23,7 @@ class Compressor(nn.Module):
 
     num_queries: int
     num_heads: int
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -32,8 +34,9 @@ class Compressor(nn.Module):
         query = query + self.param("query_positions", sinusoid_init, (self.num_queries, width)).astype(self.dtype)
         value = LayerNorm(dtype=self.dtype, name="context_norm")(x)
         key = value + self.param("context_positions", sinusoid_init, (context, width)).astype(self.dtype)
-        out = attend(jnp.broadcast_to(query, (batch, *query.shape)), key, value, self.num_heads)
-        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
+        query = jnp.broadcast_to(query, (batch, *query.shape))
+        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value)))
+        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out.reshape(query.shape))
 
 
 class Downsampler(nn.Module):
@@ -53,15 +56,16 @@ class DetailRecovery(nn.Module):
     """Tokens attend to each other, then to the features of every level (not normalised). No MLP."""
 
     num_heads: int
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, features: jax.Array) -> jax.Array:
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="self_attention")(
+        x = x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="self_attention")(
             LayerNorm(dtype=self.dtype, name="self_norm")(x)
         )
         hidden = LayerNorm(dtype=self.dtype, name="cross_norm")(x)
-        return x + Attention(self.num_heads, dtype=self.dtype, name="cross_attention")(hidden, features)
+        return x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="cross_attention")(hidden, features)
 
 
 class HFQFormer(nn.Module):
@@ -75,6 +79,7 @@ class HFQFormer(nn.Module):
     compression_size: int = 50
     detail_recovery_layers: int = 2
     head_dim: int = 64
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -90,15 +95,15 @@ class HFQFormer(nn.Module):
             self.sow("intermediates", f"stage{level}_features", levels[-1])
         stages = []
         for level, (num_queries, x) in enumerate(zip(self.stage_tokens, levels, strict=True), start=1):
-            stages.append(Compressor(num_queries, num_heads, dtype=self.dtype, name=f"compressor_{level}")(x))
+            stages.append(Compressor(num_queries, num_heads, self.attend, dtype=self.dtype, name=f"compressor_{level}")(x))
             self.sow("intermediates", f"stage{level}_tokens", stages[-1])
 
-        tokens = Compressor(self.compression_size, num_heads, dtype=self.dtype, name="semantic_distillation")(
+        tokens = Compressor(self.compression_size, num_heads, self.attend, dtype=self.dtype, name="semantic_distillation")(
             jnp.concatenate(stages, axis=1)
         )
         self.sow("intermediates", "semantic_tokens", tokens)
         all_levels = jnp.concatenate(levels, axis=1)
         for layer in range(self.detail_recovery_layers):
-            tokens = DetailRecovery(num_heads, dtype=self.dtype, name=f"detail_recovery_{layer}")(tokens, all_levels)
+            tokens = DetailRecovery(num_heads, self.attend, dtype=self.dtype, name=f"detail_recovery_{layer}")(tokens, all_levels)
             self.sow("intermediates", f"detail_recovery_{layer}_tokens", tokens)
         return Projection(self.output_width, use_bias=True, dtype=self.dtype, name="projection")(tokens)

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastslm_jax.errors import UserError
+from fastslm_jax.models.attention import Attend
 from fastslm_jax.models.lora import Projection
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+SAVEABLE = ("attention", "query", "key", "value", "out", "gate", "up", "down", "mlp_in", "mlp_out")  # names for `remat`
 gelu = functools.partial(jax.nn.gelu, approximate=False)  # the exact (erf) one everywhere on the speech side
 
 
@@ -35,14 +38,6 @@ def sinusoid_init(key, shape, dtype=jnp.float32):
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """[b, t, d] → [b, t, n, h]."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int) -> jax.Array:
-    """Unmasked multi-head attention on [b, t, d], [b, s, d], [b, s, d] → [b, t, d]."""
-    out = jax.nn.dot_product_attention(
-        split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads), implementation="xla"
-    )
-    return out.reshape(query.shape)
 
 
 class Conv(nn.Module):
@@ -75,6 +70,7 @@ class Attention(nn.Module):
     """Projected multi-head attention: query, value and out with bias, key without (Whisper's convention)."""
 
     num_heads: int
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -85,5 +81,29 @@ class Attention(nn.Module):
         query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
         key = Projection(width, dtype=self.dtype, name="key")(context)
         value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
-        out = attend(query, key, value, self.num_heads)
+        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value))).reshape(query.shape)
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A block whose backward pass computes activations anew, except those that the policy keeps.
+
+    policy: "none" keeps all of them (no rematerialisation), "full" keeps the block's input only, "dots" keeps results of matrix
+    products without batch axes, and names such as "attention,gate,up" keep those results: of attention, or of the projections
+    called so.
+
+    Raises:
+        UserError: a name that no layer has.
+    """
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy == "none":
+        return block
+    if policy not in policies:
+        unknown = set(policy.split(",")) - set(SAVEABLE)
+        if unknown:
+            raise UserError(
+                f"config.model.remat={policy}: {sorted(unknown)[0]!r} is none of none, full, dots, or names out of "
+                f"{', '.join(SAVEABLE)}"
+            )
+        policies[policy] = jax.checkpoint_policies.save_only_these_names(*policy.split(","))
+    return nn.remat(block, prevent_cse=False, policy=policies[policy])

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LoRA:
 
 class Projection(nn.Module):
     """y = x W (+ bias) (+ gate · scale · dropout(x) A B).
+
+    The result carries the layer's name for rematerialisation policies (see `layers.remat`).
 
     Parameters: kernel [d_in, features], bias [features], lora_a [d_in, rank], lora_b [rank, features] (zero at first).
     """
@@ -49,4 +52,4 @@ class Projection(nn.Module):
             if lora_gate is not None:
                 delta *= lora_gate.reshape(-1, 1).astype(self.dtype)
             y += delta
-        return y.reshape(*x.shape[:-1], self.features)
+        return checkpoint_name(y.reshape(*x.shape[:-1], self.features), self.name)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastslm_jax.models.attention import Attend
 from fastslm_jax.models.kv_cache import KVCache
+from fastslm_jax.models.layers import remat
 from fastslm_jax.models.lora import LoRA, Projection
 
 
@@ -78,11 +80,12 @@ class DecoderBlock(nn.Module):
     epsilon: float
     lora: LoRA
     deterministic: bool
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, carry, position_ids, mask, lora_gate):
-        """carry: x [b, t, d], and the cache or None; mask [b, 1, t, t], None with a cache → (x, cache), None."""
+        """carry: x [b, t, d], and the cache or None; mask as `Attend.mask` gives it, None with a cache → (x, cache), None."""
         x, cache = carry
         width = x.shape[-1]
 
@@ -100,7 +103,7 @@ class DecoderBlock(nn.Module):
         query = self.rope(RMSNorm(self.epsilon, self.dtype, name="query_norm")(query), position_ids)
         key = self.rope(RMSNorm(self.epsilon, self.dtype, name="key_norm")(key), position_ids)
         if cache is None:
-            out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+            out = self.attend(query, key, value, mask)
         else:
             out, cache = cache.attend(query, key, value, position_ids)
         x = x + project(width, "out")(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim))
@@ -125,7 +128,8 @@ class Qwen3(nn.Module):
     tied_embeddings: bool = True
     lora: LoRA = LoRA()
     deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
-    remat: bool = False
+    remat: str = "none"  # see `layers.remat`
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -133,7 +137,7 @@ class Qwen3(nn.Module):
         if not self.tied_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width))
         stack = nn.scan(
-            nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock,
+            remat(DecoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
@@ -141,7 +145,7 @@ class Qwen3(nn.Module):
         )
         self.layers = stack(
             self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim, self.rope, self.epsilon, self.lora,
-            self.deterministic, dtype=self.dtype,
+            self.deterministic, self.attend, dtype=self.dtype,
         )  # fmt: skip
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
@@ -173,10 +177,7 @@ class Qwen3(nn.Module):
         batch, length = embeddings.shape[:2]
         mask = None
         if cache is None:
-            mask = jnp.tril(jnp.ones((1, length, length), bool))
-            if segment_ids is not None:
-                mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            mask = mask[:, None]
+            mask = self.attend.mask(segment_ids, length)
         else:
             cache = cache.replace(layer=jnp.int32(0))
         if lora_gate is not None:

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, sinusoid_init
+from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, remat, sinusoid_init
 from fastslm_jax.models.lora import Projection
 
 
@@ -13,12 +14,13 @@ class EncoderBlock(nn.Module):
 
     num_heads: int
     mlp_dim: int
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         width = x.shape[-1]
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attention")(
+        x = x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="attention")(
             LayerNorm(dtype=self.dtype, name="attention_norm")(x)
         )
         hidden = LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
@@ -36,7 +38,8 @@ class WhisperEncoder(nn.Module):
     mlp_dim: int
     num_mels: int
     max_positions: int
-    remat: bool = False
+    remat: str = "none"
+    attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -48,7 +51,7 @@ class WhisperEncoder(nn.Module):
         x = gelu(Conv(self.width, dtype=self.dtype, name="conv1")(mel))
         x = gelu(Conv(self.width, stride=2, dtype=self.dtype, name="conv2")(x))
         x = x + self.param("positions", sinusoid_init, (self.max_positions, self.width)).astype(self.dtype)
-        block = nn.remat(EncoderBlock, prevent_cse=False) if self.remat else EncoderBlock
+        block = remat(EncoderBlock, self.remat)
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers)
-        x, _ = layers(self.num_heads, self.mlp_dim, dtype=self.dtype, name="layers")(x)
+        x, _ = layers(self.num_heads, self.mlp_dim, self.attend, dtype=self.dtype, name="layers")(x)
         return LayerNorm(dtype=self.dtype, name="final_norm")(x)

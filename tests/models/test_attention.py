@@ -1,0 +1,138 @@
+"""Attention by platform: the TPU's kernel, interpreted, gives the values and gradients of XLA's; refusals are said or counted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from fastslm_jax import sharding
+from fastslm_jax.errors import UserError
+from fastslm_jax.models import attention
+from fastslm_jax.models.attention import Attend, CausalSegments
+
+XLA, SPLASH = Attend("xla"), Attend("splash_interpret")
+
+
+def arrays(rows=2, length=9, kv_length=None, heads=4, kv_heads=2, head_dim=16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (length, heads), *[(kv_length or length, kv_heads)] * 2
+    return [jax.random.normal(key, (rows, *size, head_dim)) for key, size in zip(keys, sizes, strict=True)]
+
+
+def values_and_gradients(attend, inputs, mask, weights):
+    """The result [b, t, n, h] and the gradients of a weighted sum of it."""
+
+    def weighted(*inputs):
+        out = attend(*inputs, mask)
+        return jnp.sum(out * weights), out
+
+    gradients, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return out, *gradients
+
+
+SEGMENTS = jnp.array([[1] * 4 + [2] * 5 + [3] * 120 + [0] * 21, [1] * 150])  # the last ones of row 0 are padding; 150 is no block
+CASES = {
+    "packed decoder": ({"length": 150}, CausalSegments(SEGMENTS)),
+    "encoder": ({"length": 130, "kv_heads": 4}, None),
+    "cross-attention": ({"length": 3, "kv_length": 200, "kv_heads": 4}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_splash_attention_is_xla_attention(case):
+    options, mask = CASES[case]
+    inputs = arrays(**options)
+    weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    got, expected = (values_and_gradients(attend, inputs, mask, weights) for attend in (SPLASH, XLA))
+    for name, value, right in zip(("out", "query", "key", "value"), got, expected, strict=True):
+        assert value.shape == right.shape
+        np.testing.assert_allclose(value, right, atol=1e-5 * np.abs(right).max(), err_msg=name)
+
+
+def test_splash_attention_lies_on_the_mesh():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    inputs = arrays(rows=4, length=20)
+    mask = CausalSegments(jnp.ones((4, 20), jnp.int32))
+    spread = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*inputs, mask)
+    np.testing.assert_allclose(spread, XLA(*inputs, mask), atol=1e-5)
+    assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 20, 2, 16)}
+    three = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*(x[:3] for x in inputs), CausalSegments())  # 4 do not divide 3
+    np.testing.assert_allclose(three, XLA(*(x[:3] for x in inputs), CausalSegments()), atol=1e-5)
+
+
+def test_a_mask_that_is_not_written_out_is_the_array():
+    inputs, segments = arrays(), jnp.array([[1] * 4 + [2] * 5, [1] * 9])
+    assert isinstance(SPLASH.mask(segments, 9), CausalSegments)
+    array = XLA.mask(segments, 9)
+    assert array.shape == (2, 1, 9, 9)
+    np.testing.assert_array_equal(np.flatnonzero(array[0, 0, 5]), [4, 5])
+    np.testing.assert_array_equal(XLA(*inputs, CausalSegments(segments)), XLA(*inputs, array))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [("cpu", "bfloat16", "xla"), ("tpu", "float32", "splash"), ("gpu", "bfloat16", "cudnn"), ("gpu", "float32", "xla")],
+)
+def test_auto_takes_the_kernel_of_the_platform(platform, dtype, kernel):
+    mesh = sharding.make_mesh()
+    chosen = attention.choose("auto", platform, dtype, mesh)
+    assert (chosen.kernel, chosen.fall_back, chosen.mesh is not None) == (kernel, True, kernel == "splash")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash", "attention=flash is not one of auto, xla, splash, splash_interpret, cudnn"),
+        ("splash", "attention=splash runs on tpu, here is cpu; choose auto or xla"),
+        ("cudnn", "attention=cudnn runs on gpu, here is cpu; choose auto or xla"),
+    ],
+)
+def test_kernels_that_are_not_there_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        attention.choose(name, "cpu", jnp.float32)
+
+
+REFUSED = [
+    (Attend("splash"), {"head_dim": 80}, "heads of 80, splash attention takes multiples of 64"),
+    (Attend("cudnn"), {"head_dim": 64}, "float32 arrays, cuDNN takes bfloat16 and float16"),
+    ("mesh", {"heads": 3, "kv_heads": 3}, r"3 heads and 3 key-value heads do not divide over config.mesh.tensor=2"),
+]
+
+
+@pytest.mark.parametrize(("attend", "options", "message"), REFUSED)
+def test_what_a_kernel_cannot_take_is_an_error_or_counted(attend, options, message, monkeypatch):
+    attend = Attend("splash_interpret", mesh=sharding.make_mesh(data=4, tensor=2)) if attend == "mesh" else attend
+    inputs = arrays(**options)
+    with pytest.raises(attention.KernelError, match=f"attention={attend.kernel}: {message}; choose auto or xla"):
+        attend(*inputs)
+
+    said = []
+    monkeypatch.setattr(absl_logging, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(attention, "CHOICES", type(attention.CHOICES)())
+    falls_back = dataclasses.replace(attend, fall_back=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(falls_back(*inputs), XLA(*inputs))
+    assert len(said) == 1
+    assert message.split(",")[0] in said[0]
+    assert [count for choice, count in attention.CHOICES.items() if said[0].endswith(choice)] == [2]
+
+
+def test_the_model_gives_the_same_with_splash_attention(model, params, batch):
+    """Encoder, HFQ-Former and packed decoder together, values and gradients of LoRA."""
+    splash_model = dataclasses.replace(
+        model, **{name: getattr(model, name).clone(attend=SPLASH) for name in ("encoder", "hfq_former", "llm")}
+    )
+    rows = {name: value[:1] for name, value in batch.items()}
+
+    def loss(model, lora):
+        llm = params["llm"] | {"layers": params["llm"]["layers"] | {"up": params["llm"]["layers"]["up"] | {"lora_a": lora}}}
+        hidden = model.hidden(params | {"llm": llm}, rows)
+        return jnp.sum(jnp.sin(hidden) * (rows["segment_ids"] > 0)[:, :, None])
+
+    lora = params["llm"]["layers"]["up"]["lora_a"]
+    results = [jax.jit(jax.value_and_grad(lambda x, m=m: loss(m, x)))(lora) for m in (splash_model, model)]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-4 * np.abs(results[1][1]).max())

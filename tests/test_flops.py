@@ -1,0 +1,202 @@
+"""The counter of operations against arithmetic by hand, and the model's minimum against the terms of docs/performance.md."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
+
+from configs import common
+from fastslm_jax import audio, flops, optim, sharding, steps, training
+from fastslm_jax.data.packing import RowShape
+from fastslm_jax.models.attention import Attend, CausalSegments
+from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.lora import LoRA
+from fastslm_jax.models.qwen3 import Qwen3
+from fastslm_jax.models.whisper import WhisperEncoder
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def count(function, *arrays) -> int:
+    return flops.executed(jax.jit(function).trace(*arrays))
+
+
+# ---------------------------------------------------------------------------------------------------------- the counter
+
+PRODUCT = 2 * 3 * 5 * 5  # of [3, 5] × [5, 5]
+
+
+def chain(x, w, length=7):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=length)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, w: x @ w, PRODUCT),
+        (lambda x, w: jnp.einsum("td,hde->the", x, w.reshape(1, 5, 5)), PRODUCT),
+        (chain, 7 * PRODUCT),
+        (lambda x, w: jax.lax.fori_loop(0, 4, lambda _, y: y @ w, x), 4 * PRODUCT),
+        (lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x), PRODUCT),
+        (lambda x, w: (x @ w, x @ (2 * w))[0], PRODUCT),  # nobody reads the second
+        (lambda x, w: jax.lax.conv(x[None, :, :], jnp.ones((4, 3, 2)), (1,), "VALID"), 2 * (4 * 4) * (3 * 2)),
+        (jax.grad(lambda x, w: jnp.sum(chain(x, w))), 2 * 7 * PRODUCT),  # the gradient of x only
+        (jax.grad(lambda x, w: jnp.sum(chain(x, w)), (0, 1)), 3 * 7 * PRODUCT),
+        (jax.grad(lambda x, w: jnp.sum(jax.checkpoint(chain)(x, w)), (0, 1)), (3 + 0) * 7 * PRODUCT),
+    ],
+)
+def test_products_are_counted_as_often_as_they_run(function, expected):
+    assert count(function, array(3, 5), array(5, 5)) == expected
+
+
+def test_rematerialised_products_are_counted_twice():
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    def loss(x, w, wrap):
+        return jnp.sum(jax.lax.scan(lambda x, _: (wrap(layer)(x, w), None), x, length=7)[0])
+
+    def run(wrap):
+        return count(jax.value_and_grad(lambda x, w: loss(x, w, wrap), (0, 1)), array(3, 5), array(5, 5))
+
+    assert run(lambda f: f) == 7 * 6 * PRODUCT
+    assert run(jax.checkpoint) == 7 * 8 * PRODUCT
+    assert run(lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable)) == 7 * 6 * PRODUCT
+
+
+def test_the_work_of_every_device_is_counted():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    rows = PartitionSpec(("data", "fsdp"))
+    product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)
+    assert count(product, array(24, 5), array(5, 5)) == 8 * PRODUCT
+
+
+def test_what_cannot_be_counted_is_an_error():
+    def search(x, w):
+        return jax.lax.while_loop(lambda y: y[0, 0] < 1, lambda y: y @ w, x)
+
+    with pytest.raises(flops.UncountableError, match="a while loop holds matrix products"):
+        count(search, array(3, 5), array(5, 5))
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "block_q", "block_kv", "is_causal", "expected"),
+    [(4, 4, 2, 2, True, 12), (4, 6, 2, 2, False, 24), (512, 512, 128, 256, True, 128 * (256 + 256 + 512 + 512))],
+)
+def test_scores_that_a_kernel_visits(length, context, block_q, block_kv, is_causal, expected):
+    assert flops.visited_scores(length, context, block_q, block_kv, is_causal) == expected
+    if is_causal:  # block by block
+        causal = np.tril(np.ones((length, context), bool))
+        blocks = causal.reshape(length // block_q, block_q, context // block_kv, block_kv)
+        assert blocks.any(axis=(1, 3)).sum() * block_q * block_kv == expected
+
+
+def test_splash_attention_has_its_own_formula():
+    """Two products forward, five backward; 1 024 tokens in blocks of 512, of which a causal mask visits three of four."""
+    batch, heads, kv_heads, head_dim, length = 2, 4, 2, 64, 1024
+    attend = Attend("splash_interpret")
+    arrays = (array(batch, length, heads, head_dim), *2 * (array(batch, length, kv_heads, head_dim),))
+
+    def attention(mask):
+        return lambda q, k, v: jnp.sum(attend(q, k, v, mask))
+
+    scores = batch * heads * head_dim * 2 * 512 * 512
+    sums = 2 * batch * heads * length * head_dim  # of output · its gradient, for every token: outside the kernel
+    causal, full = CausalSegments(), None
+    assert count(attention(full), *arrays) == 2 * 4 * scores
+    assert count(attention(causal), *arrays) == 2 * 3 * scores
+    assert count(jax.value_and_grad(attention(causal), (0, 1, 2)), *arrays) == (2 + 5) * 3 * scores + sums
+
+
+# ---------------------------------------------------------------------------------------------------------- the minimum
+
+
+def test_terms_of_a_fifteen_minute_row_at_full_size():
+    """The table of docs/performance.md."""
+    model = FastSLM(
+        encoder=WhisperEncoder(1280, 32, 20, 5120, 128, 1500),
+        hfq_former=HFQFormer(2560, (80, 80, 80), 50, 2),
+        llm=Qwen3(151_936, 2560, 36, 32, 8, 128, 9728, lora=LoRA(16)),
+    )
+    terms = flops.minimum(model, RowShape(windows=30, tokens=6144, labels=4608))
+    assert {name: round(value / 1e9) for name, value in terms.items()} == {
+        "log-mel": 34,
+        "encoder convolutions": 531,
+        "encoder projections": 56_623,
+        "encoder attention": 11_059,
+        "HFQ-Former downsamplers": 2_544,
+        "HFQ-Former compressors": 188,
+        "HFQ-Former detail recovery": 2_807,
+        "HFQ-Former projection": 29,
+        "decoder projections": 89_292,
+        "decoder LoRA": 1_218,
+        "decoder attention": 33_403,
+        "loss": 7_169,
+    }
+    assert sum(terms.values()) == 204_896_947_885_056
+
+
+@pytest.fixture(scope="module")
+def count_step(model):
+    """count_step(remat) → operations of loss and gradients on ROWS rows, with XLA's attention."""
+    trainable = optim.trainable_mask(
+        sorted(flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")), common.full_size().trainable
+    )
+
+    def run(remat="none") -> int:
+        tried = dataclasses.replace(model, llm=model.llm.clone(remat=remat))
+        params = jax.eval_shape(tried.init, jax.random.key(0))
+        trained, frozen = optim.split(params, trainable)
+        batch = {
+            name: jax.ShapeDtypeStruct((ROWS, *shape), dtype) for name, (shape, dtype) in training.row_arrays(tried, ROW).items()
+        }
+
+        def loss(trained, frozen, batch):
+            merged = optim.merge(trained, frozen)
+            return steps.batch_loss(tried, merged, batch, label_slots=ROW.labels, loss_chunk=16)["loss"]
+
+        return flops.executed(jax.jit(jax.value_and_grad(loss)).trace(trained, frozen, batch))
+
+    return run
+
+
+ROW, ROWS = RowShape(windows=4, tokens=128, labels=48), 3
+
+
+def test_a_step_executes_the_minimum_and_what_is_known_to_come_on_top(model, count_step):
+    """Nothing rematerialised: three things are beyond the minimum, and nothing else."""
+    llm, former = model.llm, model.hfq_former
+    length, heads = ROW.tokens, llm.num_heads * llm.head_dim
+    # XLA computes the scores of later tokens too, and masks them.
+    masked = llm.num_layers * 3 * 2 * 2 * (length * length - length * (length + 1) // 2) * heads
+    # The loss computes its logits again for the gradient, rather than keep them.
+    logits = 2 * ROW.labels * llm.width * llm.vocab_size
+    # Keys and values are made of all features at once, and so are their gradients, though nobody needs those of the first level.
+    features = former.detail_recovery_layers * 2 * 2 * ROW.windows * model.encoder.max_positions * model.encoder.width**2
+    minimum = sum(flops.minimum(model, ROW, ROWS).values())
+    assert count_step() == minimum + ROWS * (masked + logits + features)
+
+
+def test_a_rematerialised_decoder_runs_again_but_for_its_last_product(model, count_step):
+    llm = model.llm
+    length, heads, kv = ROW.tokens, llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
+    weights = 2 * llm.width * (heads + kv) + 2 * llm.width * llm.mlp_dim
+    adapters = llm.lora.rank * (2 * (llm.width + heads) + 2 * (llm.width + kv) + 2 * (llm.width + llm.mlp_dim) + llm.mlp_dim)
+    attention = 2 * 2 * length * length * heads
+    again = llm.num_layers * (2 * length * (weights + adapters) + attention)
+    assert count_step("full") - count_step() == ROWS * again
+
+
+def test_the_spectrum_is_a_matrix_product(model):
+    """Of one window: frames × [400, 402], then × [201, mels]."""
+    windows = jax.ShapeDtypeStruct((1, 1, model.window.samples + 2 * audio.CONTEXT), jnp.int16)
+    slots = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    counted = count(lambda *arrays: audio.log_mel(*arrays, model.encoder.num_mels), windows, slots, slots)
+    assert counted == 2 * 100 * (400 * 402 + 201 * 16) == flops.minimum(model, RowShape(1, 1, 0))["log-mel"]
