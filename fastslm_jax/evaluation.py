@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fastslm_jax import compilation, metrics, spans
+from fastslm_jax import audio, compilation, metrics, spans
 from fastslm_jax.data.manifest import Utterance, read_clip
 from fastslm_jax.decode import Generator, slot_bucket
 from fastslm_jax.errors import UserError
