@@ -85,14 +85,10 @@ class Rows:
             )
         if counted_by(path) != self.encoder.fingerprint():
             index = [dataclasses.replace(u, text_tokens=None, joined_tokens=None) if u.text_tokens else u for u in index]
-        most = self.shape.windows * self.spec.samples
 
-        def fits(utterance: Utterance) -> bool:
-            if utterance.num_samples > most:
-                return False
-            windows, labels = self.spec.count(utterance.num_samples), len(self.encoder.answer_ids(utterance.answer))
-            prompt = len(self.encoder.prompt_ids(utterance.task, utterance.instruction)) - 1
-            return packing.Size(windows, prompt + windows * self.tokens_per_window + labels, labels).fits(self.shape)
+        def fits(u: Utterance) -> bool:
+            prompt = len(self.encoder.prompt_ids(u.task, u.instruction))
+            return self._size(u.num_samples, prompt, self.encoder.answer_length(u.answer)).fits(self.shape)
 
         short = []
         for utterance in index:  # only what has segments can be split; what is too large without is named when it is packed
