@@ -38,7 +38,6 @@ flags.DEFINE_string("predictions", None, "With --score_only: this file's predict
 flags.DEFINE_string("judge", None, "An OpenAI-compatible endpoint that rates summaries and answers, such as http://host:8000/v1.")
 flags.DEFINE_string("judge_model", None, "The judge's name at that endpoint.")
 flags.DEFINE_list("rtfx_batches", [], "Batch sizes to measure the speed of, on each set's first utterances.")
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(_):
@@ -102,4 +101,5 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
     cli.run(main)
