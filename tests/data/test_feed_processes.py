@@ -94,7 +94,7 @@ def test_two_processes_feed_the_rows_of_one(corpus, tokenizer_folder, tmp_path):
         after_two |= digests(batch, (STEPS + step) * GLOBAL_ROWS)
     assert after_two == {row: digest for row, digest in expected.items() if row >= GLOBAL_ROWS * STEPS}
 
-    outputs = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     parts = [{int(row): digest for row, digest in json.loads(out.splitlines()[-1]).items()} for out, _ in outputs]
     assert [sorted(part) for part in parts] == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
