@@ -67,7 +67,9 @@ def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
     done = command("eval.py", f"--config=configs/demo.py:3,{out}", f"--workdir={out}/stage3", "--limit=2")
     assert done.returncode == 0, done.stderr
     predictions = [json.loads(line) for line in (out / "stage3/eval/test_long/asr/predictions.jsonl").read_text().splitlines()]
-    assert predictions[0]["windows"] == -(-int(100 * predictions[0]["seconds"]) // 600)
+    # A barely trained model loops: a span that did is decoded again in pieces, which take a window or two more.
+    assert predictions[0]["windows"] >= -(-int(100 * predictions[0]["seconds"]) // 600)
+    assert predictions[0]["covered_seconds"] == pytest.approx(predictions[0]["seconds"], abs=0.01)
     assert predictions[0]["speech_tokens"] == 10 * predictions[0]["windows"]
     assert {"wer", "cer", "utterances"} <= json.loads((out / "stage3/eval/test/asr/metrics.json").read_text()).keys()
 
