@@ -1,26 +1,27 @@
 """Evaluates a checkpoint on the config's test sets.
 
     python eval.py --config=configs/demo.py:3 --workdir=runs/demo/stage3 [--checkpoint=STEP] [--sets=test,test_long]
-        [--tasks=asr] [--swap_audio]
+        [--tasks=asr] [--span=none|auto|SECONDS] [--swap_audio] [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
+    python eval.py --score_only --workdir=runs/demo/stage3 [--predictions=FILE]
 
-Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json} and a table. With --swap_audio every prompt hears the audio of
-another utterance: the control that a model which listens must fail.
+Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json}, WORKDIR/eval/eval.png and a table; docs/eval.md has the
+conventions. Run again, it goes on where it was stopped. With --swap_audio every prompt hears the audio of another utterance: the
+control that a model which listens must fail. --score_only scores predictions that are there (or those of a file, into
+WORKDIR/eval/FILE'S NAME), and needs no model.
 """
 
-import json
 import pathlib
 import time
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from fastslm_jax import cli, evaluation, experiment, optim, sharding
-from fastslm_jax.checkpoint import CheckpointError, Checkpoints
+from fastslm_jax import cli, devices, evaluation, loading, scoring, spans
+from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.data.manifest import read_manifest
-from fastslm_jax.decode import Generator
 from fastslm_jax.errors import UserError
+from fastslm_jax.judge import Judge
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, for example configs/demo.py:3.", lock_config=True)
@@ -29,64 +30,76 @@ flags.DEFINE_integer("checkpoint", None, "Step to evaluate (default: the newest)
 flags.DEFINE_list("sets", [], "Names of config.eval.sets (default: all).")
 flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
 flags.DEFINE_integer("limit", 0, "Utterances of each set and task (0: all).")
+flags.DEFINE_string("span", "none", "Seconds of a span of long recordings, auto, or none (one context).")
+flags.DEFINE_enum("kv_cache", None, ["float32", "bfloat16", "int8"], "Type of the key-value cache (default: the model's).")
 flags.DEFINE_bool("swap_audio", False, "Let every prompt hear another utterance's audio.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.DEFINE_bool("score_only", False, "Score predictions that are there.")
+flags.DEFINE_string("predictions", None, "With --score_only: this file's predictions.")
+flags.DEFINE_string("judge", None, "An OpenAI-compatible endpoint that rates summaries and answers, such as http://host:8000/v1.")
+flags.DEFINE_string("judge_model", None, "The judge's name at that endpoint.")
+flags.DEFINE_list("rtfx_batches", [], "Batch sizes to measure the speed of, on each set's first utterances.")
 
 
 def main(_):
-    config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+    workdir = pathlib.Path(FLAGS.workdir)
+    if (FLAGS.judge is None) != (FLAGS.judge_model is None):
+        raise UserError("--judge and --judge_model: give both")
+    judge = Judge(FLAGS.judge, FLAGS.judge_model) if FLAGS.judge else None
+    folder = workdir / ("eval_swapped_audio" if FLAGS.swap_audio else "eval")
+    if FLAGS.score_only:
+        table = scoring.score_again(folder, FLAGS.predictions, judge)
+    else:
+        table = answer_and_score(FLAGS.config, workdir, folder, judge)
+    scoring.picture(folder, table)
+    print(scoring.table(table))
+
+
+def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge: Judge | None) -> list[tuple[str, str, dict]]:
+    """(set, label, scores) of every set and task."""
+    if config is None:
+        raise UserError("--config: is needed (without it, --score_only scores predictions that are there)")
     unknown = set(FLAGS.sets) - set(config.eval.sets)
     if unknown:
         raise UserError(f"--sets={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
     sets = {name: read_manifest(config.eval.sets[name], FLAGS.tasks) for name in FLAGS.sets or config.eval.sets}
-    generator = load_generator(config, workdir, FLAGS.checkpoint)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = loading.find_step(checkpoints, workdir, FLAGS.checkpoint)
+    generator = loading.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
+    trained = spans.trained_seconds(config, generator.model.window.seconds)
+    run = {"checkpoint": step, "saved": (checkpoints.folder / str(step)).stat().st_mtime_ns}
+    run |= {"span": FLAGS.span, "kv_cache": FLAGS.kv_cache, "bases": [config.base.whisper, config.base.llm]}
+
+    def span_of(u):
+        return spans.span_for(generator, u.seconds, u.task, u.instruction, trained, FLAGS.span)
 
     table = []
-    folder = workdir / ("eval_swapped_audio" if FLAGS.swap_audio else "eval")
     for name, all_utterances in sets.items():
         groups = evaluation.by_task(all_utterances)
         for (task, lang), utterances in sorted(groups.items()):
             label = task if sum(task == other for other, _ in groups) == 1 else f"{task}-{lang}"
             utterances = utterances[: FLAGS.limit or None]
             started = time.time()
-            clip_for = evaluation.swapped(utterances, config.seed) if FLAGS.swap_audio else None
+            kept = scoring.Kept(folder / name / label, run | {"manifest": str(config.eval.sets[name])})
             seconds = sum(utterance.seconds for utterance in utterances)
             with tqdm(total=round(seconds), unit="s", desc=f"{name} {label}", mininterval=2) as bar:
                 predictions = evaluation.predict(
                     generator,
                     utterances,
                     batch_size=config.eval.batch_size,
-                    progress=lambda s, b=bar: b.update(round(s)),
-                    clip_for=clip_for,
+                    progress=bar.update,
+                    clip_for=evaluation.swapped(utterances, config.seed) if FLAGS.swap_audio else None,
+                    span_of=span_of,
+                    known=kept.known,
+                    keep=kept.add,
                 )
-            scores = evaluation.summarize(predictions) | {"run_seconds": round(time.time() - started, 2)}
-            scores["device"] = jax.devices()[0].device_kind
-            write(folder / name / label, predictions, scores)
-            table.append((name, label, scores))
-    for name, task, scores in table:
-        shown = {key: value for key, value in scores.items() if key in ("wer", "cer", "chrf", "bleu", "rougeL", "em")}
-        print(f"{name:>20} {task:>5} " + "  ".join(f"{key} {value:7.3f}" for key, value in shown.items()))
-
-
-def load_generator(config, workdir: pathlib.Path, step: int | None) -> Generator:
-    """The model of a checkpoint (the newest by default)."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
-        raise CheckpointError(f"{workdir}: has checkpoints of steps {steps or 'none'}" + (f", not {step}" if steps else ""))
-    setup = experiment.build(config)
-    params = experiment.restore_params(
-        setup, config, checkpoints, steps[-1] if step is None else step, sharding.make_mesh(**config.mesh)
-    )
-    return Generator(setup.model, optim.merge(params, {}), setup.prompt_encoder())
-
-
-def write(folder: pathlib.Path, predictions: list[dict], scores: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-    (folder / "predictions.jsonl").write_text(lines)
-    (folder / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n")
+            measured = {"run_seconds": round(time.time() - started, 2), "device": devices.name()}
+            measured |= {"peak_memory_gib": devices.peak_memory_gib(), "checkpoint": step}
+            if FLAGS.rtfx_batches:
+                measured["rtfx_by_batch"] = scoring.rtfx_by_batch(generator, utterances, FLAGS.rtfx_batches, span_of)
+            table.append((name, label, kept.finish(predictions, measured, judge)))
+    return table
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
     cli.run(main)

@@ -29,7 +29,6 @@ from fastslm_jax.models import attention
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, for example configs/demo.py:1.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
-flags.mark_flags_as_required(["config", "workdir"])
 distributed.define_flags()
 
 
@@ -205,4 +204,5 @@ def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

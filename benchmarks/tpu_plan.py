@@ -40,8 +40,8 @@ COLUMNS = (
 )  # fmt: skip
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("stages", STAGES, "Names of configs.")
-flags.DEFINE_list("topologies", TOPOLOGIES, "Slices to plan for.")
+flags.DEFINE_list("stages", list(STAGES), "Names of configs.")
+flags.DEFINE_list("topologies", list(TOPOLOGIES), "Slices to plan for.")
 flags.DEFINE_bool("render", False, "Only writes the page from what is kept.")
 
 
@@ -102,7 +102,7 @@ def row(stage: str, topology: str, r: dict | None) -> str:
             f"{r['audio_hours_per_day']:,.0f}",
             f"{r['compile_seconds']:.0f}",
         ]
-    missed = ["", ", ".join(misses(r)) or "all met"][r is not None]
+    missed = "" if r is None else ", ".join(misses(r)) or "all met"
     return "| " + " | ".join([*cells, missed]) + " |"
 
 

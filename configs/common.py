@@ -12,7 +12,10 @@ TRAINABLE = (
 
 
 def source(path: str, tasks: tuple[str, ...] = (), weight: float = 1.0, join: dict | None = None) -> ConfigDict:
-    """A manifest of the mixture (see data.pipeline.Source); `join` makes long-form recordings (data.longform.LongForm)."""
+    """A manifest or imported folder of the mixture (see data.pipeline.Source, docs/data.md).
+
+    join: {min_seconds, max_seconds, grouping, distribution, gap_seconds} of long-form recordings (data.longform.LongForm).
+    """
     fields = {"path": path, "tasks": tasks, "weight": weight}
     return ConfigDict(fields | ({"join": join} if join else {}))
 
@@ -41,7 +44,7 @@ def full_size() -> ConfigDict:
     config.data = ConfigDict(
         {
             "train": {},  # name: source(...)
-            "dev": "",  # a manifest; dev_tasks of it are scored during training
+            "dev": "",  # a manifest or imported folder; dev_tasks of it are scored during training
             "dev_tasks": ("asr",),
             "dev_utterances": 64,
             "row": {"windows": 32, "tokens": 6144, "labels": 4096},
@@ -59,6 +62,7 @@ def full_size() -> ConfigDict:
             "name": "adamw",
             "learning_rate": 1e-4,
             "adam_learning_rate_ratio": 1.0,
+            "llm_learning_rate_ratio": 1.0,  # of what trains in the language model
             "schedule": "cosine",
             "final_fraction": 0.1,
             "warmup_steps": 500,
@@ -75,7 +79,7 @@ def full_size() -> ConfigDict:
     config.keep_checkpoints = 2
     config.profile = ""  # "5:8" writes a trace of steps 5 to 8 to WORKDIR/profile
     config.max_skipped = 10  # steps in a row without finite gradients before the run stops
-    config.eval = ConfigDict({"sets": {}, "batch_size": 32})  # sets: name → manifest
+    config.eval = ConfigDict({"sets": {}, "batch_size": 32})  # sets: name → manifest or imported folder
     return config
 
 

@@ -28,7 +28,9 @@ N_FFT = 400
 HOP = 160
 CONTEXT = N_FFT // 2  # samples of the neighbouring windows at each side of a window
 MIN_SAMPLES = SAMPLE_RATE  # shorter recordings are padded with silence to one second
+BLOCK = 600  # seconds that are decoded at a time
 PADDINGS = ("released", "whisper")
+LOWEST = -10.0  # log10 of the floor of the mel power
 
 
 class AudioError(UserError):
@@ -36,7 +38,10 @@ class AudioError(UserError):
 
 
 def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Decodes a wav, flac, ogg or mp3 file (or seconds offset … offset + duration of it) to mono int16 at 16 kHz."""
+    """Decodes a wav, flac, ogg or mp3 file (or seconds offset … offset + duration of it) to mono int16 at 16 kHz.
+
+    Long files are decoded in blocks, so that the result is most of what it takes.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise AudioError(f"{path}: no such audio file")
@@ -47,13 +52,44 @@ def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | N
             if start > total:
                 raise AudioError(f"{path}: offset {offset} s lies behind its end ({total / rate:.2f} s)")
             file.seek(start)
-            count = -1 if duration is None else round(duration * rate)
-            samples = file.read(count, dtype="float32", always_2d=True)
+            count = max(0, total - start)
+            count = count if duration is None else min(count, round(duration * rate))
+            samples = _decode(file, count, str(path))
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None
     if not len(samples):
         raise AudioError(f"{path}: holds no samples")
-    return to_int16(resample(samples.mean(axis=1), rate), str(path))
+    return samples
+
+
+def _decode(file: soundfile.SoundFile, count: int, name: str) -> np.ndarray:
+    """The next `count` frames of an open file, mono int16 at 16 kHz; BLOCK seconds at a time if there are more."""
+    rate = file.samplerate
+    if (rate, file.channels, file.subtype) == (SAMPLE_RATE, 1, "PCM_16"):  # our own format: the way below gives the same, later
+        return file.read(count, dtype="int16", always_2d=True)[:, 0]
+    if count <= BLOCK * rate:
+        return to_int16(resample(file.read(count, dtype="float32", always_2d=True).mean(axis=1), rate), name)
+    stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+    parts, left = [], count
+    while left:
+        block = file.read(min(left, BLOCK * rate), dtype="float32", always_2d=True).mean(axis=1)
+        left = left - len(block) if len(block) else 0  # a header may promise more than there is
+        parts.append(to_int16(block if stream is None else stream.resample_chunk(block, last=not left), name))
+    return np.concatenate(parts)
+
+
+def probe(path: str | os.PathLike) -> float:
+    """Seconds of an audio file, whose header and first second are read; raises what `read_audio` would."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise AudioError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            if not len(file.read(min(file.frames, file.samplerate), dtype="int16", always_2d=True)):
+                raise AudioError(f"{path}: holds no samples")
+            return file.frames / file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -87,9 +123,9 @@ class WindowSpec:
     def seconds(self) -> float:
         return self.samples / SAMPLE_RATE
 
-    def count(self, num_samples: int) -> int:
-        """Windows that a recording of num_samples takes."""
-        frames = max(num_samples, MIN_SAMPLES) // HOP
+    def count(self, num_samples: int | np.ndarray) -> int | np.ndarray:
+        """Windows that a recording of num_samples takes (or of each of several)."""
+        frames = (np.maximum if isinstance(num_samples, np.ndarray) else max)(num_samples, MIN_SAMPLES) // HOP
         return -(-frames // self.frames)
 
     def cut(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,19 +133,35 @@ class WindowSpec:
 
         Example: 45 s in windows of 30 s → windows [2, 480 400], frames [3000, 1500] (padding "released").
         """
-        if len(samples) < MIN_SAMPLES:
-            samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
-        count = self.count(len(samples))
-        frames = len(samples) // HOP
+        frames = self.valid_frames(len(samples))
+        return self.windows(samples, 0, len(frames)), frames
+
+    def valid_frames(self, num_samples: int) -> np.ndarray:
+        """Frames of each window that are the recording's: [count] int32."""
+        count = self.count(num_samples)
+        frames = count * self.frames if self.padding == "whisper" else max(num_samples, MIN_SAMPLES) // HOP
+        return np.clip(frames - self.frames * np.arange(count), 0, self.frames).astype(np.int32)
+
+    def windows(self, samples: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Windows start … stop of a recording [n], as `cut` gives them: a long one need never be copied as a whole."""
+        length = max(len(samples), MIN_SAMPLES)
         if self.padding == "whisper":
-            frames = count * self.frames
-            samples = np.pad(samples, (0, max(0, frames * HOP - len(samples))))
-        padded = np.pad(samples, CONTEXT, mode="reflect")
-        stride = self.samples
-        padded = np.pad(padded, (0, max(0, count * stride + 2 * CONTEXT - len(padded))))
-        windows = np.stack([padded[i * stride : (i + 1) * stride + 2 * CONTEXT] for i in range(count)])
-        valid = np.clip(frames - self.frames * np.arange(count), 0, self.frames).astype(np.int32)
-        return windows, valid
+            length = max(length, self.count(len(samples)) * self.samples)
+
+        def take(low, high):  # of the recording with zeros behind it
+            part = samples[low : min(high, len(samples))]
+            return np.pad(part, (0, high - low - len(part)))
+
+        low, high = start * self.samples - CONTEXT, stop * self.samples + CONTEXT
+        parts = [take(max(low, 0), min(high, length))]
+        if low < 0:  # both ends are reflected; behind the second are zeros
+            parts.insert(0, take(1, 1 - low)[::-1])
+        if high > length:
+            parts.append(take(length - 1 - CONTEXT, length - 1)[::-1])
+            parts.append(np.zeros(max(0, high - length - CONTEXT), samples.dtype))
+        joined = np.concatenate(parts)[: high - low]
+        width = self.samples + 2 * CONTEXT
+        return np.stack([joined[i * self.samples : i * self.samples + width] for i in range(stop - start)])
 
 
 @functools.cache
@@ -140,17 +192,8 @@ def _fourier_basis() -> np.ndarray:
     return (hann[:, None] * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
 
 
-def log_mel(windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, num_mels: int) -> jax.Array:
-    """Log-mel of cut windows, on the device.
-
-    Args:
-        windows: [rows, windows, samples + 2·CONTEXT], int16, or float32 in [-1, 1] (see `WindowSpec.cut`).
-        valid_frames: [rows, windows]; frames from there on become 0.0.
-        recording: [rows, windows]; windows of a row with equal numbers share the recording's maximum.
-
-    Returns:
-        [rows, windows, frames, num_mels] float32.
-    """
+def _log_spectrum(windows: jax.Array, num_mels: int) -> jax.Array:
+    """Cut windows [rows, windows, samples + 2·CONTEXT] → log10 mel power [rows, windows, frames, num_mels] float32."""
     if windows.dtype == jnp.int16:
         windows = windows.astype(jnp.float32) / 32768.0
     rows, count, length = windows.shape
@@ -166,11 +209,38 @@ def log_mel(windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, n
     cosine, sine = jnp.split(spectrum, 2, axis=-1)
     power = jnp.square(cosine) + jnp.square(sine)
     mel = jnp.log10(jnp.maximum(jnp.matmul(power, mel_filters(num_mels), precision=highest), 1e-10))
-    mel = mel.reshape(rows, count, num_frames, num_mels)
+    return mel.reshape(rows, count, num_frames, num_mels)
 
-    is_valid = jnp.arange(num_frames) < valid_frames[:, :, None]
-    window_max = jnp.max(jnp.where(is_valid[..., None], mel, -10.0), axis=(2, 3))
+
+def _window_maxima(mel: jax.Array, valid_frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+    is_valid = jnp.arange(mel.shape[2]) < valid_frames[:, :, None]
+    return jnp.max(jnp.where(is_valid[..., None], mel, LOWEST), axis=(2, 3)), is_valid
+
+
+def window_maxima(windows: jax.Array, valid_frames: jax.Array, num_mels: int) -> jax.Array:
+    """The highest log10 mel power of each window, [rows, windows] (see `log_mel`)."""
+    return _window_maxima(_log_spectrum(windows, num_mels), valid_frames)[0]
+
+
+def log_mel(
+    windows: jax.Array, valid_frames: jax.Array, recording: jax.Array, num_mels: int, elsewhere: jax.Array | None = None
+) -> jax.Array:
+    """Log-mel of cut windows, on the device.
+
+    Args:
+        windows: [rows, windows, samples + 2·CONTEXT], int16, or float32 in [-1, 1] (see `WindowSpec.cut`).
+        valid_frames: [rows, windows]; frames from there on become 0.0.
+        recording: [rows, windows]; windows of a row with equal numbers share the recording's maximum.
+        elsewhere: [rows, windows]; the maximum of a recording's windows that are not here (see `window_maxima`).
+
+    Returns:
+        [rows, windows, frames, num_mels] float32.
+    """
+    mel = _log_spectrum(windows, num_mels)
+    window_max, is_valid = _window_maxima(mel, valid_frames)
     same = recording[:, :, None] == recording[:, None, :]
-    recording_max = jnp.max(jnp.where(same, window_max[:, None, :], -10.0), axis=-1)
+    recording_max = jnp.max(jnp.where(same, window_max[:, None, :], LOWEST), axis=-1)
+    if elsewhere is not None:
+        recording_max = jnp.maximum(recording_max, elsewhere)
     mel = (jnp.maximum(mel, recording_max[:, :, None, None] - 8.0) + 4.0) / 4.0
     return jnp.where(is_valid[..., None], mel, 0.0)

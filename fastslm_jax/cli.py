@@ -15,8 +15,8 @@ from fastslm_jax.errors import UserError
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS:  # a config file that is missing is noticed only when it is looked at
-            _ = flags.FLAGS.config.keys()
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            _ = flags.FLAGS.config.keys()  # a config file that is missing is noticed only when it is looked at
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:  # all that ml_collections raises
         lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]

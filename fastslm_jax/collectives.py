@@ -15,7 +15,8 @@ import numpy as np
 from fastslm_jax import hlo
 from fastslm_jax.chips import Chip
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -53,12 +54,14 @@ class Collective:
             "all-reduce": 2 * (n - 1) / n,
             "reduce-scatter": n - 1,  # its result is 1 / n of the whole
             "collective-permute": 1.0,
+            BETWEEN_SLICES: 2 * (n - 1) / n,  # the slices reduce it, each chip its own part
         }
         return share[self.kind] * self.result
 
 
-def find(program: hlo.Program, num_devices: int) -> list[Collective]:
-    """All collectives of a program, in no particular order.
+def find(program: hlo.Program, num_devices: int, slices: int = 1) -> list[Collective]:
+    """All collectives of a program, in no particular order. Devices are numbered within a slice; what slices exchange is sent
+    through their hosts (Megascale).
 
     The TPU compiler spreads one collective over several fusions, so that it runs beside products: each names it again, with the
     same channel. It is counted once.
@@ -69,6 +72,9 @@ def find(program: hlo.Program, num_devices: int) -> list[Collective]:
     found: dict[str, Collective] = {}
     for instruction, computation, runs in program.executed():
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "send" and "xla_megascale_runtime" in instruction.attributes:
+            members = (tuple(range(slices)),)
+            found[instruction.name] = Collective(BETWEEN_SLICES, instruction.name, runs, instruction.shapes[0], members)
         if kind not in KINDS:
             continue
         shapes = instruction.shapes
@@ -121,6 +127,8 @@ def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -
     data-centre network, after the chips of a slice have combined theirs.
     """
     bytes_sent = collective.runs * collective.sent
+    if collective.kind == BETWEEN_SLICES:
+        return {"ici": 0.0, "dcn": bytes_sent / chip.dcn_bandwidth}
     group = [devices[number] for number in max(collective.groups, key=len)]
     if len(group) == 1 or not bytes_sent:
         return {"ici": 0.0, "dcn": 0.0}

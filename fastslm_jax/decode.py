@@ -1,22 +1,39 @@
-"""Generation: speech encoded in windows, prompts prefilled, tokens decoded in one compiled loop with a key-value cache.
+"""Generation: requests of any length through a few compiled programs.
 
-Shapes are few: prompts are padded to a multiple of PROMPT_STEP and recordings to `window_bucket` windows, so that files of any
-length share compiled programs.
+The encoder takes windows in micro-batches of one size, prompts enter the cache in chunks of two sizes, and one loop decodes all
+rows; a row that is done takes the next request. Only the cache's size depends on the longest request, and it comes in few sizes.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 
-from fastslm_jax import audio
-from fastslm_jax.data.prompts import Encoded, PromptEncoder
+from fastslm_jax import audio, decode_steps, loops
+from fastslm_jax.data.prompts import PromptEncoder
+from fastslm_jax.decode_steps import STEPS, Rows
+from fastslm_jax.devices import free_memory
+from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.models.kv_cache import BLOCK, KVCache
+from fastslm_jax.models.lora import LoRA
+from fastslm_jax.sampling import Sampling
 
-PROMPT_STEP = 64
+CHUNK = 64  # prompt tokens of several rows at a time
+LONG_CHUNK = 512  # prompt tokens of one row at a time
+CHUNK_ROWS = 8
+WINDOW_BATCH = 8
+STREAM_STEPS = 4  # tokens between two calls of on_tokens
+YARN_FACTORS = (2.0, 4.0)
+
+
+class CapacityError(UserError):
+    """A request that the model or the memory cannot take: says how long it is, what fits, and what changes that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,130 +46,334 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A request as the decoder takes it: ids [n], and speech tokens [s, d] that stand at speech_start (−1: none)."""
+
+    tokens: np.ndarray
+    speech: np.ndarray | None
+    speech_start: int
+    budget: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
-    """text, and how it came about: stop_reason is "eos", or "budget" when max_new_tokens ran out."""
+    """text, and how it came about: stop_reason is "eos", "budget" when max_new_tokens ran out, or "loop" when the answer began
+    to repeat itself (its repetitions are left out). first_token_seconds counts from the start of the request's encoding."""
 
     text: str
     token_ids: tuple[int, ...]
     windows: int
     speech_tokens: int
     stop_reason: str
+    first_token_seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
-def window_bucket(windows: int) -> int:
-    """Windows that a recording is padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, …"""
-    size = 1
-    while size < windows:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else 2 ** (size.bit_length())
-    return size
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def encode(model: FastSLM, params: dict, windows: jax.Array, frames: jax.Array, recording: jax.Array) -> jax.Array:
-    """Cut windows [b, w, samples] → speech tokens [b, w · tokens_per_window, d]."""
-    return model.speech_tokens(params, windows, frames, recording)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def generate(
-    model: FastSLM, params: dict, tokens: jax.Array, lengths: jax.Array, speech_slot: jax.Array, speech: jax.Array | None,
-    budgets: jax.Array, end_id: int, *, max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Greedy decoding.
-
-    Args:
-        tokens: prompts [b, t], right-padded; lengths [b]; speech_slot [b, t] (−1: text).
-        speech: speech tokens [b, s, d]; None for prompts without audio, which run with LoRA off.
-        budgets: [b], the most new tokens of each row.
-        end_id: the token that ends an answer.
-        max_new_tokens: the most new tokens of any row (sizes the cache).
-
-    Returns:
-        new tokens [b, max_new_tokens] (0 behind the end), and their number [b] with the end token counted.
-    """
-    batch, length = tokens.shape
-    variables, gate = {"params": params["llm"]}, jnp.full((batch, 1), 0.0 if speech is None else 1.0)
-    cache = model.llm.init_cache(batch, length + max_new_tokens)
-    embeddings = model.splice(params, tokens, speech_slot, speech)
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    hidden, cache = model.llm.apply(variables, embeddings, positions, lora_gate=gate, cache=cache)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-
-    def body(carry):
-        step, cache, logits, out, count, done = carry
-        token = jnp.where(done, 0, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        count = count + ~done
-        done = done | (token == end_id) | (count >= budgets)
-        embedding = model.llm.apply(variables, token[:, None], method="embed")
-        hidden, cache = model.llm.apply(variables, embedding, (lengths + step)[:, None], lora_gate=gate, cache=cache)
-        return step + 1, cache, model.logits(params, hidden[:, 0]), out, count, done
-
-    def unfinished(carry):
-        return (carry[0] < max_new_tokens) & ~jnp.all(carry[5])
-
-    start = (
-        jnp.int32(0), cache, model.logits(params, last), jnp.zeros((batch, max_new_tokens), jnp.int32),
-        jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool),
-    )  # fmt: skip
-    _, _, _, out, count, _ = jax.lax.while_loop(unfinished, body, start)
-    return out, count
+def slot_bucket(positions: int) -> int:
+    """Slots of a cache for that many positions: 256, 512, 1024, … 8192, then in steps of an eighth of a power of two."""
+    if positions <= BLOCK:
+        return 256 if positions <= 256 else BLOCK
+    power = 1 << (positions - 1).bit_length()
+    if power <= 8192:
+        return power
+    return -(-positions // (power // 16)) * (power // 16)
 
 
 class Generator:
-    """Answers batches of requests with one model."""
+    """Answers lists of requests with one model."""
 
-    def __init__(self, model: FastSLM, params: dict, encoder: PromptEncoder):
-        self.model, self.params, self.encoder = model, params, encoder
-
-    def answer(self, requests: Sequence[Request], max_new_tokens: Sequence[int], batch_size: int | None = None) -> list[Answer]:
-        """Answers requests that all have audio, or that all have none; max_new_tokens bounds each answer.
-
-        batch_size: pad the batch to that many rows, so that a last small batch needs no program of its own.
+    def __init__(
+        self,
+        model: FastSLM,
+        params: dict,
+        encoder: PromptEncoder,
+        *,
+        native_positions: int | None = None,
+        cache_dtype=None,
+        sampling: Sampling = Sampling(),
+        window_batch: int = WINDOW_BATCH,
+        detect_loops: bool = True,
+    ):
         """
-        real = len(requests)
-        padded = list(requests) + [requests[0]] * (max(real, batch_size or 0) - real)
-        budgets = np.array(list(max_new_tokens) + [1] * (len(padded) - real), np.int32)
-        speech, windows = self._speech(padded)
-        per_window = self.model.tokens_per_window
-        prompts = [self.encoder.encode(r.task, r.instruction, None, n * per_window) for r, n in zip(padded, windows, strict=True)]
-        tokens, lengths, slots = _pad_prompts(prompts)
-        limit = -(-int(budgets.max()) // PROMPT_STEP) * PROMPT_STEP
-        out, counts = jax.device_get(
-            generate(
-                self.model, self.params, tokens, lengths, slots, speech, budgets, self.encoder.end_id, max_new_tokens=limit
+        Args:
+            native_positions: positions that the language model was trained for; up to four times as many go by YaRN. None: no
+                bound.
+            cache_dtype: of the key-value cache (bfloat16, int8, …); None: the model's.
+            window_batch: windows in the encoder at a time.
+        """
+        self.model, self.params, self.encoder, self.sampling = model, params, encoder, sampling
+        self.native_positions, self.detect_loops = native_positions, detect_loops
+        self.cache_dtype = jnp.dtype(cache_dtype or model.llm.dtype)
+        placed = jax.tree.leaves(params)[0].sharding if isinstance(jax.tree.leaves(params)[0], jax.Array) else None
+        self.mesh = placed.mesh if isinstance(placed, NamedSharding) and placed.mesh.size > 1 else None
+        parts = decode_steps.shards(self.mesh)
+        self.window_batch = -(-window_batch // parts) * parts
+        self._speaking = dataclasses.replace(model, window_batch=0)
+        leaves = flatten_dict(params, sep="/")
+        # Prompts without audio: the base's own modules and weights, no LoRA that would be switched off.
+        self._base = dataclasses.replace(model, llm=model.llm.clone(lora=LoRA()))
+        self._base_params = unflatten_dict({path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/")
+
+    # ------------------------------------------------------------------------------------------------------------ capacity
+
+    def positions(self, request: Request, budget: int) -> int:
+        """Cache slots that a request needs, its answer included."""
+        prompt = len(self.encoder.prompt_ids(request.task if request.samples is not None else None, request.instruction))
+        if request.samples is not None:
+            prompt += self.model.window.count(len(request.samples)) * self.model.tokens_per_window - 1
+        return prompt + max(budget, CHUNK)
+
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """Memory of a cache, over all devices."""
+        llm = self.model.llm
+        per_head = llm.head_dim * self.cache_dtype.itemsize + (4 if self.cache_dtype == jnp.int8 else 0)
+        return 2 * llm.num_layers * rows * slots * llm.num_kv_heads * per_head
+
+    @property
+    def most_positions(self) -> int | None:
+        """The longest context that the model takes, YaRN included; None: no bound."""
+        if self.native_positions is None:
+            return None
+        is_extended = self.model.llm.rope.factor != 1
+        return self.native_positions if is_extended else int(self.native_positions * YARN_FACTORS[-1])
+
+    def check(self, positions: int, rows: int = 1) -> None:
+        """Refuses what cannot be done, before any work starts.
+
+        Raises:
+            CapacityError: the context is longer than the model's, or the cache does not fit the memory that is free.
+        """
+        remedy = "transcribe it in shorter spans (--span=SECONDS), or lower --max_new_tokens"
+        most = self.most_positions
+        if most is not None and positions > most:
+            raise CapacityError(
+                f"{positions} positions (speech, prompt and answer) are needed and the language model takes {most}: {remedy}"
             )
-        )  # fmt: skip
-        answers = []
-        for i in range(real):
-            ids = tuple(int(token) for token in out[i, : counts[i]])
-            ended = bool(ids) and ids[-1] == self.encoder.end_id
-            ids = ids[:-1] if ended else ids
-            stop_reason = "eos" if ended else "budget"
-            answers.append(Answer(self.encoder.decode(ids), ids, windows[i], windows[i] * per_window, stop_reason))
+        parts = decode_steps.shards(self.mesh) if rows % decode_steps.shards(self.mesh) == 0 else 1
+        needed, free = self.cache_bytes(rows, slot_bucket(positions)) / parts, free_memory()
+        if free is not None and needed > 0.9 * free:
+            raise CapacityError(
+                f"{positions} positions need a key-value cache of {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+                f"use --kv_cache=int8, or {remedy}"
+            )
+
+    def yarn_factor(self, positions: int) -> float:
+        """How far YaRN must stretch the native context; 1: not at all."""
+        native = self.native_positions
+        if native is None or positions <= native or self.model.llm.rope.factor != 1:
+            return 1.0
+        return next(factor for factor in YARN_FACTORS if positions <= factor * native)
+
+    def _variant(self, has_audio: bool, yarn: float) -> tuple[FastSLM, dict]:
+        """The model and parameters to run: without LoRA if there is no audio, with YaRN past the native context."""
+        model, params = (self._speaking, self.params) if has_audio else (self._base, self._base_params)
+        if yarn == 1:
+            return model, params
+        rope = dataclasses.replace(model.llm.rope, factor=yarn, original_max_positions=self.native_positions)
+        return dataclasses.replace(model, llm=model.llm.clone(rope=rope)), params
+
+    # ----------------------------------------------------------------------------------------------------------- answering
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: Sequence[int],
+        batch_size: int | None = None,
+        *,
+        slots: int = 0,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answers requests in their order, as many at a time as batch_size says; max_new_tokens bounds each answer.
+
+        Args:
+            batch_size: rows of the batch (default: as many as requests, up to 16). A longer context has fewer rows.
+            slots: the least size of the cache, so that several calls share one.
+            on_tokens: called with a request's number and its tokens so far, every few tokens.
+            on_answer: called with a request's number and its answer, as answers end.
+        """
+        answers: list[Answer | None] = [None] * len(requests)
+        positions = [self.positions(request, budget) for request, budget in zip(requests, max_new_tokens, strict=True)]
+        self.check(max(positions, default=0))
+        groups: dict[tuple[bool, float], list[int]] = {}  # what shares a model: with or without audio, with or without YaRN
+        for i, request in enumerate(requests):
+            groups.setdefault((request.samples is not None, self.yarn_factor(positions[i])), []).append(i)
+        for (_, yarn), members in groups.items():
+            longest = max(positions[i] for i in members)
+            size = max(slots, slot_bucket(longest))
+            rows = rows_for(batch_size or min(16, 1 << (len(members) - 1).bit_length()), size)
+            self.check(longest, rows)
+            prompts = self._prompts([requests[i] for i in members], [max_new_tokens[i] for i in members])
+            listen = None if on_tokens is None else lambda i, tokens, members=members: on_tokens(members[i], tokens)
+            for number, tokens, reason, seconds in self.run(prompts, rows=rows, slots=size, yarn=yarn, on_tokens=listen):
+                i = members[number]
+                answers[i] = self._answer(requests[i], tokens, reason, seconds)
+                if on_answer is not None:
+                    on_answer(i, answers[i])
         return answers
 
-    def _speech(self, requests: Sequence[Request]) -> tuple[jax.Array | None, list[int]]:
-        if requests[0].samples is None:
-            return None, [0] * len(requests)
-        spec = self.model.window
-        cut = [spec.cut(request.samples) for request in requests]
-        counts = [len(windows) for windows, _ in cut]
-        slots = window_bucket(max(counts))
-        windows = np.zeros((len(cut), slots, spec.samples + 2 * audio.CONTEXT), np.int16)
-        frames = np.zeros((len(cut), slots), np.int32)
-        recording = np.full((len(cut), slots), -1, np.int32)
-        for i, (part, valid) in enumerate(cut):
-            windows[i, : len(part)], frames[i, : len(part)], recording[i, : len(part)] = part, valid, 0
-        return encode(self.model, self.params, windows, frames, recording), counts
+    def _answer(self, request: Request, tokens: Sequence[int], reason: str, seconds: float) -> Answer:
+        windows = 0 if request.samples is None else self.model.window.count(len(request.samples))
+        ids = tuple(tokens[:-1]) if reason == "eos" else loops.without_repeats(tokens) if reason == "loop" else tuple(tokens)
+        text = self.encoder.decode(ids)
+        return Answer(text, ids, windows, windows * self.model.tokens_per_window, reason, round(seconds, 4))
+
+    def _prompts(self, requests: Sequence[Request], budgets: Sequence[int]) -> Iterator[tuple[float, Prompt]]:
+        """(when its work began, prompt) of each request; recordings go through the encoder as their turn comes."""
+        spec, number = self.model.window, 0
+        while number < len(requests):
+            began, group, windows = time.time(), [], 0
+            while number + len(group) < len(requests):
+                request = requests[number + len(group)]
+                count = 0 if request.samples is None else spec.count(len(request.samples))
+                if group and windows + count > self.window_batch:
+                    break
+                group.append(request)
+                windows += count
+            speech = self.speech([request.samples for request in group]) if windows else [None] * len(group)
+            for request, tokens in zip(group, speech, strict=True):
+                task = None if tokens is None else request.task
+                encoded = self.encoder.encode(task, request.instruction, None, 0 if tokens is None else len(tokens))
+                yield began, Prompt(encoded.tokens, tokens, encoded.speech_start, budgets[number])
+                number += 1
+
+    def speech(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Speech tokens [windows · tokens_per_window, d] of recordings, on the host.
+
+        Several recordings of window_batch windows together, or one of any length: its windows go in micro-batches, twice, as
+        log-mel needs the maximum of the whole recording first.
+        """
+        model, size, spec = self._speaking, self.window_batch, self.model.window
+        frames = [spec.valid_frames(len(samples)) for samples in recordings]
+        counts = [len(part) for part in frames]
+        if sum(counts) > size and len(counts) > 1:
+            raise ValueError(f"{len(counts)} recordings have {sum(counts)} windows, more than the {size} of a micro-batch")
+        rows = 1 if sum(counts) == 1 else size
+        frames, recording = np.concatenate(frames), np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+        def padded(array, fill):
+            return np.concatenate([array, np.full((rows - len(array), *array.shape[1:]), fill, array.dtype)])
+
+        def batches():  # (windows, frames, recording) of each micro-batch
+            for at in range(0, len(frames), rows):
+                part = slice(at, at + rows)
+                if len(counts) == 1:
+                    windows = spec.windows(recordings[0], at, min(at + rows, len(frames)))
+                else:
+                    windows = np.concatenate([spec.windows(samples, 0, n) for samples, n in zip(recordings, counts, strict=True)])
+                yield padded(windows, 0), padded(frames[part], 0), padded(recording[part], -1)
+
+        highest = audio.LOWEST
+        if len(frames) > rows:
+            # One micro-batch at a time, so that no more than its inputs wait on the device.
+            highest = max(
+                float(np.max(np.asarray(decode_steps.window_maxima(model, *inputs[:2], mesh=self.mesh)))) for inputs in batches()
+            )
+        elsewhere = np.full(rows, highest, np.float32)
+        encoded = [
+            np.asarray(decode_steps.encode(model, self.params, *inputs, elsewhere, mesh=self.mesh)) for inputs in batches()
+        ]
+        tokens = np.concatenate(encoded)[: len(frames)]
+        return [part.reshape(-1, part.shape[-1]) for part in np.split(tokens, np.cumsum(counts)[:-1])]
+
+    def run(
+        self, prompts: Iterator[tuple[float, Prompt]], *, rows: int, slots: int, yarn: float = 1.0,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+    ) -> Iterator[tuple[int, list[int], str, float]]:  # fmt: skip
+        """Continuous batching of prompts that all have audio, or that all have none.
+
+        Yields:
+            a prompt's number, its new tokens with the end token, stop reason, and seconds to its first token; as they end.
+        """
+        prompts, number, state, work = iter(prompts), 0, Rows.idle(rows), {}
+        upcoming = next(prompts, None)
+        if upcoming is None:
+            return
+        has_audio = upcoming[1].speech is not None
+        model, params = self._variant(has_audio, yarn)
+        cache = decode_steps.empty_cache(model, rows=rows, slots=slots, dtype=self.cache_dtype, mesh=self.mesh)
+        seen = np.zeros((rows, model.llm.vocab_size), bool) if self.sampling.penalizes else None
+        while upcoming is not None or work:
+            new: list[tuple[int, Prompt]] = []
+            for row in range(rows):
+                if row in work or upcoming is None:
+                    continue
+                began, prompt = upcoming
+                work[row] = _Work(number, began, [])
+                new.append((row, prompt))
+                state.begin(row, int(prompt.tokens[-1]), len(prompt.tokens) - 1, prompt.budget, number)
+                if seen is not None:
+                    seen[row] = False
+                    seen[row, [] if has_audio else prompt.tokens] = True
+                upcoming, number = next(prompts, None), number + 1
+            cache = self._prefill(model, params, cache, new)
+            enough = rows if upcoming is None else rows - len(work) + max(1, rows // 4)
+            before = state.count.copy()
+            cache, state, out = decode_steps.decode(
+                model, params, cache, state, seen, self.sampling.controls(), self.encoder.end_id,
+                1 if new else STREAM_STEPS if on_tokens else STEPS, enough, self.detect_loops,
+                greedy=self.sampling.is_greedy, mesh=self.mesh,
+            )  # fmt: skip
+            state, out = jax.tree.map(np.array, (state, out))
+            for row in sorted(work):
+                job, fresh = work[row], out[row, : state.count[row] - before[row]].tolist()
+                if fresh and not job.tokens:
+                    job.first = time.time() - job.began
+                job.tokens.extend(fresh)
+                if seen is not None:
+                    seen[row, fresh] = True
+                if on_tokens:
+                    on_tokens(job.number, job.tokens)
+                if state.done[row]:
+                    ended = job.tokens[-1] == self.encoder.end_id
+                    reason = "eos" if ended else "loop" if state.looped[row] else "budget"
+                    yield job.number, job.tokens, reason, job.first
+                    del work[row]
+
+    def _prefill(self, model: FastSLM, params: dict, cache: KVCache, new: Sequence[tuple[int, Prompt]]) -> KVCache:
+        """All but the last token of prompts, into rows: long stretches row by row, what is left in groups of rows."""
+        starts = [0] * len(new)
+        for i, (row, prompt) in enumerate(new):
+            while len(prompt.tokens) - 1 - starts[i] >= LONG_CHUNK:
+                cache = self._chunk(model, params, cache, [(row, prompt, starts[i])], LONG_CHUNK)
+                starts[i] += LONG_CHUNK
+        size = min(CHUNK_ROWS, cache.keys.shape[1])
+        for first in range(0, len(new), size):
+            group = [(*new[i], starts[i]) for i in range(first, min(first + size, len(new)))]
+            group += group[:1] * (size - len(group))  # the same once more changes nothing
+            while any(start < len(prompt.tokens) - 1 for _, prompt, start in group):
+                cache = self._chunk(model, params, cache, group, CHUNK)
+                group = [(row, prompt, min(start + CHUNK, len(prompt.tokens) - 1)) for row, prompt, start in group]
+        return cache
+
+    def _chunk(self, model, params, cache: KVCache, group: Sequence[tuple[int, Prompt, int]], length: int) -> KVCache:
+        tokens, speech, is_speech = np.zeros((len(group), length), np.int32), None, None
+        if group[0][1].speech is not None:
+            speech = np.zeros((len(group), length, model.llm.width), group[0][1].speech.dtype)
+            is_speech = np.zeros((len(group), length), bool)
+        for i, (_, prompt, start) in enumerate(group):
+            part = prompt.tokens[start : min(start + length, len(prompt.tokens) - 1)]
+            tokens[i, : len(part)] = part
+            if speech is None:
+                continue
+            low, high = (
+                min(max(at, start), start + length) for at in (prompt.speech_start, prompt.speech_start + len(prompt.speech))
+            )
+            speech[i, low - start : high - start] = prompt.speech[low - prompt.speech_start : high - prompt.speech_start]
+            is_speech[i, low - start : high - start] = True
+        rows, starts = (np.array([entry[at] for entry in group], np.int32) for at in (0, 2))
+        return decode_steps.prefill(model, params, cache, rows, starts, tokens, speech, is_speech, mesh=self.mesh)
 
 
-def _pad_prompts(prompts: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-    length = -(-int(lengths.max()) // PROMPT_STEP) * PROMPT_STEP
-    tokens, slots = np.zeros((len(prompts), length), np.int32), np.full((len(prompts), length), -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : lengths[i]] = prompt.tokens
-        if prompt.num_speech:
-            slots[i, prompt.speech_start : prompt.speech_start + prompt.num_speech] = np.arange(prompt.num_speech)
-    return tokens, lengths, slots
+def rows_for(batch_size: int, slots: int) -> int:
+    """Rows of a batch: half as many whenever the cache's rows are twice as long as 1 024."""
+    return max(1, min(batch_size, batch_size * 1024 // slots))
+
+
+@dataclasses.dataclass
+class _Work:
+    """What a row is at: the prompt's number, when it began, and its tokens so far."""
+
+    number: int
+    began: float
+    tokens: list[int]
+    first: float = 0.0

@@ -2,8 +2,9 @@
 
     python -m fastslm_jax.demo_bases --corpus=corpus/bases --out=assets [--part=all|encoder|llm] [--seed=0]
 
-The encoder learns CTC on characters (50 Hz) and on words (12.5 Hz, through a head that is thrown away). Recordings run over
-window borders, as they do later: windows are encoded apart, their features joined in time, and CTC aligns the whole.
+The encoder learns CTC on characters and on words, both through a linear layer on its features (50 Hz) that is thrown away: what
+attention reads out of the features later, it can read linearly. Recordings run over window borders, as they do later: windows are
+encoded apart, their features joined in time, and CTC aligns the whole.
 Killed, it goes on from its last checkpoint when it is run again.
 
 The language model learns the generator's text: plain sentences in English and Korean, and the four tasks in chat form
@@ -85,6 +86,10 @@ flags.DEFINE_integer("seed", 0, "Seed of everything.")
 flags.DEFINE_integer("utterances", 12_000, "Training utterances of the corpus.")
 flags.DEFINE_integer("encoder_steps", 6000, "Optimiser steps of the encoder.")
 flags.DEFINE_integer("llm_steps", 4000, "Optimiser steps of the language model.")
+flags.DEFINE_string("encoder_init", "", "Folder of an encoder to go on from, at half the learning rate.")
+flags.DEFINE_string(
+    "llm_init", "", "Folder of a language model to go on from, at half the learning rate (default: from nothing)."
+)
 
 
 def train(
@@ -204,12 +209,19 @@ def text_rows(tokenizer, seed: int, step: int, length: int, batch: int):
     return rows[0].astype(np.int32), rows[1], rows[2].astype(np.int32), rows[3].astype(np.int32)
 
 
-def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
-    """Trains the language model in the folder `out`. Returns its figures."""
-    config = QWEN3_CONFIG
+def train_llm(out: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
+    """Trains the language model in the folder `out`, from nothing or from the folder `init`. Returns its figures."""
+    config, history = QWEN3_CONFIG, {}
     model = bases.qwen3_from_config(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, 2, model.width)), jnp.zeros((1, 2), jnp.int32))["params"]
-    if not (out / "tokenizer.json").exists():
+    if init:
+        history = {"went_on_from": json.loads((pathlib.Path(init) / "TRAINING.json").read_text())}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        params = bases.load_qwen3(pathlib.Path(init), abstract)
+        for file in pathlib.Path(init).glob("*token*"):
+            shutil.copy(file, out)
+        shutil.copy(pathlib.Path(init) / "chat_template.jinja", out)
+    elif not (out / "tokenizer.json").exists():
         train_tokenizer(out, config["vocab_size"] - 64, seed)
     tokenizer = prompts.load_tokenizer(out, config["vocab_size"])
 
@@ -224,14 +236,14 @@ def train_llm(out: pathlib.Path, steps: int, seed: int) -> dict:
     def batch_of(step):  # one step in ten has long rows, for transcripts of minutes
         return text_rows(tokenizer, seed, step, *((1024, 2) if step % 10 == 0 else (160, 12)))
 
-    learning_rate = optim.schedule("linear", 1e-2, steps, 100)
+    learning_rate = optim.schedule("linear", 5e-3 if init else 1e-2, steps, 100)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
     accuracy = text_task_accuracy(model, tokenizer, 100)
     leaves, minutes = train(
         "llm", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer, batch_of, accuracy
     )  # fmt: skip
     params = unflatten_dict(leaves, sep="/")
-    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves)}
+    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves), **history}
     figures["dev_exact_match"] = accuracy(params)
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(params, layouts.hf_qwen3())}
     write_folder(out, config, tensors, figures)
@@ -273,18 +285,14 @@ def text_task_accuracy(model, tokenizer, count: int) -> Callable[[dict], dict[st
 
 
 class CTCHeads(nn.Module):
-    """Throw-away heads on joined features [b, t, d]: character logits [b, t, 28], word logits [b, t / 4, words + 1]."""
+    """Throw-away linear heads on joined features [b, t, d]: logits [rows, t, 28] of characters, [rows, t, words + 1] of words."""
 
     num_words: int
 
     @nn.compact
     def __call__(self, features, rows: int):
-        characters = nn.Dense(len(CHARACTERS) + 1, name="characters")(features)
-        x = features
-        for level in range(2):
-            x = nn.gelu(nn.Conv(features.shape[-1], (3,), strides=(2,), padding=((1, 1),), name=f"down_{level}")(x))
-        words = nn.Dense(self.num_words + 1, name="words")(x)
-        return characters.reshape(rows, -1, characters.shape[-1]), words.reshape(rows, -1, words.shape[-1])
+        features = features.reshape(rows, -1, features.shape[-1])
+        return nn.Dense(len(CHARACTERS) + 1, name="characters")(features), nn.Dense(self.num_words + 1, name="words")(features)
 
 
 @dataclasses.dataclass
@@ -304,7 +312,13 @@ class StreamBatches:
         windows, frames, recordings, texts = zip(*drawn, strict=True)
         characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
         words = [[self.words[w] for w in text.split()] for text in texts]
-        return np.stack(windows), np.stack(frames), np.stack(recordings), _pad(characters, 144 * self.windows), _pad(words, 32 * self.windows)
+        return (
+            np.stack(windows),
+            np.stack(frames),
+            np.stack(recordings),
+            _pad(characters, 144 * self.windows),
+            _pad(words, 32 * self.windows),
+        )
 
     def _row(self, rng):
         if rng.random() < 0.5:
@@ -345,9 +359,9 @@ def read_clips(corpus: pathlib.Path, split: str, limit: int | None = None) -> tu
     return clips, [line["text"] for line in lines]
 
 
-def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int) -> dict:
-    """Trains the encoder in the folder `out`. Returns its figures."""
-    config = WHISPER_CONFIG
+def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
+    """Trains the encoder in the folder `out`, from nothing or from the folder `init`. Returns its figures."""
+    config, history = WHISPER_CONFIG, {}
     encoder = bases.whisper_from_config(config)
     vocabulary = {word: i + 1 for i, word in enumerate(sentences.lexicon())}
     heads = CTCHeads(len(vocabulary))
@@ -358,6 +372,10 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
         "encoder": encoder.init(jax.random.key(seed), jnp.zeros((1, spec.frames, encoder.num_mels)))["params"],
         "heads": heads.init(jax.random.key(seed + 1), features, 1)["params"],
     }
+    if init:
+        history = {"went_on_from": json.loads((pathlib.Path(init) / "TRAINING.json").read_text())}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params["encoder"])
+        params["encoder"] = bases.load_whisper(pathlib.Path(init), abstract)
     positions = params["encoder"].pop("positions")
 
     def forward(params, windows, frames, recordings):
@@ -375,7 +393,7 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
 
     dev_clips, dev_texts = read_clips(corpus, "dev", 64)
     forward = jax.jit(forward)
-    learning_rate = optim.schedule("linear", 2e-2, steps, 200)
+    learning_rate = optim.schedule("linear", 1e-2 if init else 2e-2, steps, 200)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.4, weight_decay=0.01)
     leaves, minutes = train(
         "encoder", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer,
@@ -383,7 +401,7 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
         lambda params: ctc_error_rates(forward, params, spec, dev_clips, dev_texts, vocabulary),
     )  # fmt: skip
     params = unflatten_dict(leaves, sep="/")
-    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(flatten_dict(params["encoder"]))}
+    figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(flatten_dict(params["encoder"])), **history}
     figures |= ctc_error_rates(forward, params, spec, *read_clips(corpus, "dev"), vocabulary)
     tensors = dict(engine.store({**params["encoder"], "positions": positions}, layouts.hf_whisper()))
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
@@ -419,6 +437,8 @@ def write_folder(out: pathlib.Path, config: dict, tensors: dict[str, np.ndarray]
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}, indent=1) + "\n")
     command = f"python -m fastslm_jax.demo_bases --seed={FLAGS.seed} --utterances={FLAGS.utterances}"
     command += f" --encoder_steps={FLAGS.encoder_steps} --llm_steps={FLAGS.llm_steps}"
+    for flag in ("encoder_init", "llm_init"):
+        command += f" --{flag}={FLAGS[flag].value}" if FLAGS[flag].value else ""
     (out / "TRAINING.json").write_text(json.dumps({"command": command, "seed": FLAGS.seed} | figures, indent=1) + "\n")
 
 
@@ -432,12 +452,12 @@ def main(_):
         unfinished = out / f"{name}.unfinished"
         unfinished.mkdir(parents=True, exist_ok=True)
         if part == "llm":
-            figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed)
+            figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed, FLAGS.llm_init)
         else:
             counts = {key: dict.fromkeys(tasks, 0) for key, tasks in synthetic.DEFAULT_COUNTS.items()}
             counts["train"]["asr"], counts["dev"]["asr"] = FLAGS.utterances, 200
             synthetic.build_corpus(FLAGS.corpus, FLAGS.seed + 1000, counts, os.cpu_count())
-            figures = train_encoder(unfinished, pathlib.Path(FLAGS.corpus), FLAGS.encoder_steps, FLAGS.seed)
+            figures = train_encoder(unfinished, pathlib.Path(FLAGS.corpus), FLAGS.encoder_steps, FLAGS.seed, FLAGS.encoder_init)
         shutil.rmtree(unfinished / "training")
         shutil.rmtree(out / name, ignore_errors=True)
         unfinished.rename(out / name)

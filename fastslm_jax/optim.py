@@ -74,10 +74,12 @@ def _muon_axes(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def make_optimizer(
-    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0, weight_decay: float = 0.0,
-    b1: float = 0.9, b2: float = 0.999, clip_norm: float = 1.0,
+    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0, llm_learning_rate_ratio: float = 1.0,
+    weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999, clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:  # fmt: skip
     """AdamW, or Muon on the weight matrices with Adam (at ratio · learning rate) for the rest, after global-norm clipping.
+
+    What trains in the language model has a ratio of its own: the product of LoRA's factors, times alpha / rank, is a large step.
 
     Works on flat dicts of path → leaf. Weight decay acts on leaves of two or more axes.
     """
@@ -99,7 +101,15 @@ def make_optimizer(
         )
     else:
         raise UserError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
-    return optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    chain.append(rule)
+    if llm_learning_rate_ratio != 1:
+        chain.append(optax.stateless(lambda updates, _: _scale_llm(updates, llm_learning_rate_ratio)))
+    return optax.chain(*chain)
+
+
+def _scale_llm(updates: Mapping[str, jax.Array], ratio: float) -> dict[str, jax.Array]:
+    return {path: ratio * leaf if path.startswith("llm/") else leaf for path, leaf in updates.items()}
 
 
 def count(leaves: Mapping[str, jax.Array]) -> int:

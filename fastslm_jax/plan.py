@@ -113,7 +113,8 @@ def plan(config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, 
     if hlo_file:
         pathlib.Path(hlo_file).write_text(text)
     program = hlo.Program(text)
-    used = collectives.find(program, len(devices))
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    used = collectives.find(program, len(devices) // slices, slices)
     per_chip = chip.devices if chip else 1
     num_chips = len(devices) // per_chip
     peak = per_chip * (memory.peak_memory_in_bytes or total_bytes(memory))
@@ -248,7 +249,7 @@ def _reason(error: Exception) -> str:
     """The compiler's sentence about memory, without what it lists after it."""
     text = " ".join(str(error).split())
     start = max(0, text.find("Ran out of memory"))
-    return text[start : start + 200].split(". Exceeded")[0]
+    return text[start : start + 200].split(". Exceeded")[0].rstrip(".")
 
 
 def _advice(config: ConfigDict) -> str:

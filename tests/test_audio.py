@@ -55,6 +55,35 @@ def test_offset_and_duration_pick_a_part(tmp_path):
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "a.wav", 1.5), whole[24_000:])
 
 
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_blocks_of_a_long_file_are_the_file(tmp_path, monkeypatch, rate):
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.wav", rng.normal(0, 0.1, (round(5.3 * rate), 2)), rate)
+    whole = audio.read_audio(tmp_path / "long.wav", 0.25, 4.5)
+    monkeypatch.setattr(audio, "BLOCK", 1)
+    blocks = audio.read_audio(tmp_path / "long.wav", 0.25, 4.5)
+    assert len(blocks) == len(whole) == 72_000
+    assert np.abs(blocks.astype(int) - whole).max() <= (0 if rate == SECOND else 1)
+
+
+@pytest.mark.parametrize("padding", audio.PADDINGS)
+@pytest.mark.parametrize("samples", [100, 16_000, 16_100, 47_999, 48_000, 48_159, 50_000])
+def test_windows_one_by_one_are_those_of_the_whole(samples, padding):
+    """Against the whole recording, padded and reflected at once."""
+    spec = audio.WindowSpec(frames=100, padding=padding)
+    recording = audio.to_int16(speech_like(samples / SECOND))
+    whole = np.pad(recording, (0, max(0, SECOND - samples)))
+    count = spec.count(samples)
+    if padding == "whisper":
+        whole = np.pad(whole, (0, max(0, count * SECOND - len(whole))))
+    whole = np.pad(np.pad(whole, audio.CONTEXT, mode="reflect"), (0, SECOND))
+    windows, frames = spec.cut(recording)
+    assert len(windows) == len(frames) == count
+    for i in range(count):
+        np.testing.assert_array_equal(windows[i], whole[i * SECOND : (i + 1) * SECOND + 2 * audio.CONTEXT])
+        np.testing.assert_array_equal(spec.windows(recording, i, i + 1)[0], windows[i])
+
+
 def test_to_int16_rounds_and_clips():
     assert audio.to_int16(np.array([0.0, 0.5, -1.0, 1.0, -3.0, 1.4 / 32768, 1.6 / 32768])).tolist() == [
         0, 16384, -32768, 32767, -32768, 1, 2,

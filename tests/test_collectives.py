@@ -168,6 +168,22 @@ def test_time_between_slices():
     }
 
 
+def test_what_slices_exchange_goes_through_their_hosts():
+    text = """\
+ENTRY %main (p: f32[1000]) -> f32[1000] {
+  %p = f32[1000]{0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[1000]{0}, u32[], token[]) send(%p, %after), attributes={name="xla_megascale_runtime"}
+  %near = (f32[1000]{0}, u32[], token[]) send(%p, %after), channel_id=4
+  ROOT %out = f32[1000]{0} negate(%p)
+}
+"""
+    (found,) = collectives.find(hlo.Program(text), 2, slices=4)
+    assert (found.kind, found.sent) == ("between slices", 2 * 3 / 4 * 4000)
+    two = [device(x, 0, 0) for x in range(2)]
+    assert collectives.seconds(found, two, V5E) == {"ici": 0, "dcn": pytest.approx(6000 / V5E.dcn_bandwidth)}
+
+
 # -------------------------------------------------------------------------------------------------------------- traffic
 
 

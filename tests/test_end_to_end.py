@@ -77,6 +77,8 @@ def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["file"] == str(file)
     assert record["covered_seconds"] == record["seconds"]
+    assert record["stop_reason"] in ("eos", "budget", "loop")
+    assert [(s["start"], s["end"], s["text"]) for s in record["segments"]] == [(0.0, record["seconds"], record["text"])]
 
 
 BAD_INPUT = {
@@ -87,7 +89,7 @@ BAD_INPUT = {
         "batch_rows=3",
     ),
     "missing checkpoint": (["eval.py", "--config=configs/demo.py:3,{out}", "--workdir={tmp}/none"], "holds no checkpoints"),
-    "broken audio": (["-m", "fastslm_jax.transcribe", "{tmp}/broken.wav", "--checkpoint={out}/stage3"], "not readable as audio"),
+    "broken audio": (["-m", "fastslm_jax.transcribe", "{tmp}/broken.wav", "--checkpoint={tmp}/none"], "not readable as audio"),
 }
 
 

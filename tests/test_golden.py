@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from fastslm_jax import audio, bases
 from fastslm_jax.convert import engine, exporting, importing, layouts
 from fastslm_jax.convert.tensors import SafetensorsSource
-from fastslm_jax.decode import generate
+from fastslm_jax.decode import CHUNK, Generator, Prompt, slot_bucket
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
@@ -147,10 +148,11 @@ def test_greedy_tokens(case, model_and_params):
     expected = golden["greedy_ids"]
     prompt = golden["input_ids"][: int(golden["prompt_len"])]
     tokens, slots, speech, length = spliced(case, prompt, *model_and_params)
-    new, _ = generate(
-        *model_and_params, tokens, np.array([length]), slots, speech, np.array([len(expected)]), -1, max_new_tokens=len(expected)
-    )
-    np.testing.assert_array_equal(new[0], expected)
+    at = int(np.flatnonzero(slots[0] == 0)[0])
+    decoded = Prompt(tokens[0, :length], speech[0, : slots.max() + 1], at, len(expected))
+    generator = Generator(*model_and_params, types.SimpleNamespace(end_id=-1), detect_loops=False)
+    ((_, new, reason, _),) = generator.run([(0.0, decoded)], rows=1, slots=slot_bucket(length + len(expected) + CHUNK))
+    assert (new, reason) == (expected.tolist(), "budget")
     logits = golden_logits(case, np.concatenate([prompt, expected]), *model_and_params)
     np.testing.assert_array_equal(np.argmax(logits[length - 1 : -1], axis=-1), expected)
 

@@ -136,3 +136,14 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = clipped.update({"a/bias": jnp.array([30.0, 40.0])}, state, leaves)
     moments = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "shape", None) == (2,)]
     np.testing.assert_allclose(moments[0], [0.06, 0.08], rtol=1e-5)  # (1 − b1) · gradient / 50
+
+
+def test_the_language_model_has_a_learning_rate_ratio_of_its_own():
+    leaves = {"llm/layers/query/lora_a": jnp.zeros((1, 8, 4)), "hfq_former/out/kernel": jnp.zeros((8, 4))}
+    gradients = {path: jax.random.normal(jax.random.key(1), leaf.shape) for path, leaf in leaves.items()}
+    alike, scaled = (
+        one_step(optim.make_optimizer("muon", optax.constant_schedule(0.1), llm_learning_rate_ratio=ratio), leaves, gradients)
+        for ratio in (1.0, 0.25)
+    )
+    np.testing.assert_allclose(scaled["llm/layers/query/lora_a"], 0.25 * np.asarray(alike["llm/layers/query/lora_a"]), rtol=1e-6)
+    np.testing.assert_array_equal(scaled["hfq_former/out/kernel"], alike["hfq_former/out/kernel"])

@@ -34,7 +34,7 @@ def config(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(sizes))
         config.base[name] = str(tmp_path / name)
-    config.model.update({"stage_tokens": (8, 8, 8), "compression_size": 3, "detail_recovery_layers": 1})
+    config.model.update({"stage_tokens": (8,), "compression_size": 3, "detail_recovery_layers": 1})
     config.model.lora.rank = 4
     config.data.row.update({"windows": 4, "tokens": 256, "labels": 128})
     config.loss_chunk = 64
@@ -73,10 +73,14 @@ def test_a_step_compiles_for_a_slice_that_is_not_here(config):
     json.dumps(result)
 
 
-def test_the_devices_at_hand(config, capsys):
+def test_a_sweep_over_the_devices_at_hand_ranks_what_fits(config, capsys):
     """Eight virtual CPU devices: compiled and counted, but their peak figures are not known."""
     config.model.dtype = "float32"
-    result = plan.plan(config, jax.devices(), None, "8 × cpu")
+    result = plan.sweep(config, jax.devices(), None, "8 × cpu", rows=[1], sizes=[2, 3])
+    assert [ranked["mesh"]["fsdp"] for ranked in result["ranked"]] == [2]
+    printed = capsys.readouterr().out
+    assert "fsdp 2, 1 rows a chip: compiles" in printed
+    assert "fsdp 3, 1 rows a chip: config.mesh" in printed
     assert (result["chips"], result["rows_per_chip"], result["fits"], result["bound_seconds"]) == (8, 1, None, None)
     assert result["flops_executed"] > result["flops_minimum"] == sum(result["flops_minimum_by_term"].values())
     assert result["collective_gib"] > 0
@@ -110,10 +114,3 @@ def test_arguments_that_no_chip_holds_are_refused_before_compiling(config):
     message = r"take 0\.\d+ GiB of a chip; v5e has 0\.000931, of which 85% may be taken; no fsdp axis here holds them"
     with pytest.raises(plan.CapacityError, match=message):
         plan.plan(config, jax.devices(), small, "here")
-
-
-def test_a_sweep_ranks_what_fits(config, capsys):
-    config.model.dtype = "float32"
-    result = plan.sweep(config, jax.devices(), None, "here", rows=[1, 2], sizes=[2])
-    assert [ranked["rows_per_chip"] for ranked in result["ranked"]] == [1, 2]
-    assert "fsdp 2, 2 rows a chip: compiles" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import common
-from fastslm_jax import audio, bases, experiment
+from fastslm_jax import audio, bases, experiment, loading
 from fastslm_jax.checkpoint import CheckpointError, Checkpoints
 from fastslm_jax.convert import engine, layouts
 from fastslm_jax.convert.tensors import ConversionError, SafetensorsSource, Source, Tensor, open_file
@@ -99,7 +99,7 @@ def open_workdir(path: str | os.PathLike, step: int | None = None) -> Stored:
         raise CheckpointError(f"{path}: holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     meta = checkpoints.meta(step)
-    config = ConfigDict(meta["config"])
+    config = loading.saved_config(checkpoints, path, step)
     setup = experiment.build(config)
     checkpoints.check_bases(step, setup.fingerprints())
     abstract = experiment.abstract_params(setup.model, config.model.base_dtype)

@@ -5,6 +5,7 @@ tokens    prompt, speech tokens, prompt, answer of each example; attention never
 windows   the examples' windows one after another; token `t` of a row is speech token speech_slot[t] of the row
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -40,39 +41,59 @@ class Size:
         return self.windows <= shape.windows and self.tokens <= shape.tokens and self.labels <= shape.labels
 
 
-def pack(sizes: Sequence[Size], shape: RowShape, open_rows: int = 64) -> list[list[int]]:
+def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 64) -> list[list[int]]:
     """Best-fit packing in the given order: each example goes to the fullest open row that takes it. Rows are listed as they were
     opened; an example keeps to the neighbourhood in which it was drawn, since at most `open_rows` stay open.
 
     Example: sizes of 3, 2 and 1 windows in rows of 4 windows → [[0, 2], [1]].
 
+    Args:
+        sizes: of the examples, or an array [examples, 3] of their windows, tokens and labels.
+
     Raises:
         PackingError: an example larger than a row.
     """
-    rows: list[list[int]] = []
-    total = np.array(dataclasses.astuple(shape))
-    needs = np.array([dataclasses.astuple(size) for size in sizes]).reshape(-1, len(total))
-    too_large = np.flatnonzero((needs > total).any(axis=1))
+    if not isinstance(sizes, np.ndarray):
+        sizes = np.array([(size.windows, size.tokens, size.labels) for size in sizes], np.int64).reshape(-1, 3)
+    total = (shape.windows, shape.tokens, shape.labels)
+    too_large = np.flatnonzero((sizes > total).any(axis=1))
     if len(too_large):
-        size = sizes[too_large[0]]
+        windows, tokens, labels = sizes[too_large[0]]
         raise PackingError(
-            f"example {too_large[0]} takes {size.windows} windows, {size.tokens} tokens and {size.labels} labels; "
+            f"example {too_large[0]} takes {windows} windows, {tokens} tokens and {labels} labels; "
             f"a row has {shape.windows}, {shape.tokens} and {shape.labels}"
         )
-    # The open rows: what is free in each, and their numbers. A closed row has nothing free.
-    free, number_of = np.zeros((open_rows, len(total)), np.int64), np.zeros(open_rows, np.int64)
-    for number, need in enumerate(needs):
-        left = free - need
-        # The fullest row has the fewest free windows, then tokens; one that does not take the example is no candidate.
-        cost = np.where((left >= 0).all(axis=1), left[:, 0] * (total[1] + 1) + left[:, 1], np.iinfo(np.int64).max)
-        slot = int(cost.argmin())
-        if cost[slot] == np.iinfo(np.int64).max:
-            slot = int(free[:, 0].argmin())  # the row with the fewest free windows gives up its place
-            free[slot], number_of[slot] = total, len(rows)
-            rows.append([])
-        rows[number_of[slot]].append(number)
-        free[slot] -= need
+    rows: list[list[int]] = []
+    # Open rows as (free windows, free tokens, place, free labels, row), the fullest first: the first that takes an example is the
+    # one to choose, and those without enough windows are skipped by bisection. A place without a row has nothing free.
+    opened: list[tuple[int, int, int, int, list[int]]] = [(0, 0, place, 0, []) for place in range(open_rows)]
+    for number, (windows, tokens, labels) in enumerate(sizes.tolist()):
+        at = bisect.bisect_left(opened, (windows, tokens))
+        while at < open_rows and (opened[at][1] < tokens or opened[at][3] < labels):
+            at += 1
+        if at < open_rows:
+            free_windows, free_tokens, place, free_labels, row = opened.pop(at)
+        else:  # the row with the fewest free windows gives up its place
+            fewest = [entry for entry in opened if entry[0] == opened[0][0]]
+            entry = min(fewest, key=lambda entry: entry[2])
+            opened.remove(entry)
+            place, row = entry[2], []
+            free_windows, free_tokens, free_labels = total
+            rows.append(row)
+        row.append(number)
+        bisect.insort(opened, (free_windows - windows, free_tokens - tokens, place, free_labels - labels, row))
     return rows
+
+
+def suggest(sizes: np.ndarray, windows: int, spare: float = 0.05) -> RowShape:
+    """Slots of rows of so many windows for examples with these sizes [examples, 3]: tokens and labels of a row that is full of
+    them, and `spare` more, so that windows are what runs out; at least the largest example's. Tokens are a multiple of 64.
+    """
+    full, largest = sizes.sum(axis=0) * windows / sizes[:, 0].sum(), sizes.max(axis=0)
+    tokens, labels = (max(int(np.ceil(full[i] * (1 + spare))), int(largest[i])) for i in (1, 2))
+    tokens = -(-tokens // 64) * 64
+    # Labels vary more than tokens, of which most are speech; slots for them are only worth the logits' memory.
+    return RowShape(max(windows, int(largest[0])), tokens, min(tokens, -(-int(1.2 * labels) // 64) * 64))
 
 
 def assemble(

@@ -6,21 +6,24 @@ position in the data is therefore one integer, on any number of processes and wo
 
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
 from fastslm_jax import audio
-from fastslm_jax.data import longform, packing
-from fastslm_jax.data.manifest import Utterance, read_manifest
+from fastslm_jax.data import longform, packing, semantic
+from fastslm_jax.data.manifest import Segment, Utterance, counted_by, read_clip, read_manifest
 from fastslm_jax.data.prompts import PromptEncoder
 from fastslm_jax.errors import UserError
+
+_KEPT_EPOCHS = 2  # plans in memory: rows near an epoch's end are asked for together with the next one's
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A manifest (some tasks of it) with its share of the mixture; `join` makes long-form recordings of its clips."""
+    """A manifest or imported folder (some tasks of it) with its share of the mixture; `join`: recordings made of its clips."""
 
     path: str
     tasks: tuple[str, ...] = ()
@@ -47,78 +50,167 @@ class Rows:
     ):  # fmt: skip
         self.sources, self.shape, self.spec = tuple(sources), shape, spec
         self.tokens_per_window, self.encoder, self.seed = tokens_per_window, encoder, seed
-        self.indices = [read_manifest(os.path.expanduser(source.path), source.tasks) for source in sources]
-        for source, index in zip(sources, self.indices, strict=True):
-            tasks = sorted({utterance.task for utterance in index})
-            if source.join and len(tasks) > 1:
-                raise UserError(
-                    f"{source.path}: clips of {', '.join(tasks)} cannot be joined; name one of them in the source's tasks"
-                )
-        self._answer_lengths = [[len(encoder.answer_ids(u.answer)) for u in index] for index in self.indices]
-        self._epochs: dict[int, tuple[list[longform.Example], list[list[int]]]] = {}
+        self.indices = [self._read(source) for source in sources]
+        # Of all clips, one source after another: samples, tokens of the prompt, of the answer alone and after another answer.
+        clips = [utterance for index in self.indices for utterance in index]
+        self._first_clip = np.cumsum([0] + [len(index) for index in self.indices])
+        self._samples = np.array([utterance.num_samples for utterance in clips], np.int64)
+        self._prompts = np.array([len(encoder.prompt_ids(u.task, u.instruction)) for u in clips], np.int64)
+        self._answers = self._answer_tokens(clips, "text_tokens", "")
+        self._joined = self._answer_tokens(clips, "joined_tokens", " ") if any(s.join for s in sources) else self._answers
+        self._vectors = [
+            semantic.vectors([utterance.text for utterance in index]) if s.join and s.join.grouping == "semantic" else None
+            for s, index in zip(self.sources, self.indices, strict=True)
+        ]
+        self._pass_lengths: list[list[int]] = [[] for _ in sources]  # examples of every pass that was made
+        self._last_pass: dict[int, tuple[int, list[longform.Example]]] = {}
+        self._epoch_lengths: list[int] = []  # rows of every epoch that was planned
+        self._epochs: dict[int, tuple[list[longform.Example], list[list[int]]]] = {}  # the plans in use, _KEPT_EPOCHS at most
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a worker makes its own
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _read(self, source: Source) -> list[Utterance]:
+        """The source's clips. Those longer than a row are split at their segments' boundaries; one without is an error."""
+        path = os.path.expanduser(source.path)
+        index = read_manifest(path, source.tasks)
+        tasks = sorted({utterance.task for utterance in index})
+        if source.join and len(tasks) > 1:
+            raise UserError(
+                f"{source.path}: clips of {', '.join(tasks)} cannot be joined; name one of them in the source's tasks"
+            )
+        if counted_by(path) != self.encoder.fingerprint():
+            index = [dataclasses.replace(u, text_tokens=None, joined_tokens=None) if u.text_tokens else u for u in index]
+
+        def fits(u: Utterance) -> bool:
+            prompt = len(self.encoder.prompt_ids(u.task, u.instruction))
+            return self._size(u.num_samples, prompt, self.encoder.answer_length(u.answer)).fits(self.shape)
+
+        short = []
+        for utterance in index:  # only what has segments can be split; what is too large without is named when it is packed
+            is_long = bool(utterance.segments) and not fits(utterance)
+            short += (is_long and longform.split(utterance, fits)) or [utterance]
+        return short
+
+    def _answer_tokens(self, clips: Sequence[Utterance], name: str, before: str) -> np.ndarray:
+        """Tokens of every answer, as an import counted them, or counted now."""
+        known = [getattr(utterance, name) for utterance in clips]
+        unknown = [i for i, count in enumerate(known) if count is None]
+        for i, count in zip(unknown, self.encoder.answer_lengths([before + clips[i].answer for i in unknown]), strict=True):
+            known[i] = count
+        return np.array(known, np.int64)
 
     # ---- the plan
 
-    def _passes(self, source: int, number: int) -> list[longform.Example]:
-        """Every clip of a source once: pass `number` over it."""
-        rng = np.random.default_rng((self.seed, source, number))
-        join = self.sources[source].join
+    def _pass(self, source: int, number: int) -> list[longform.Example]:
+        """Every clip of a source once: pass `number` over it. The last one is kept: the next epoch goes on in it."""
+        if self._last_pass.get(source, (None,))[0] != number:
+            self._last_pass[source] = (number, self._make_pass(source, number))
+        return self._last_pass[source][1]
+
+    def _make_pass(self, source: int, number: int) -> list[longform.Example]:
+        rng, join = np.random.default_rng((self.seed, source, number)), self.sources[source].join
         if join is None:
             return longform.single_examples(source, len(self.indices[source]), rng)
-        return longform.joined_examples(source, self.indices[source], join, rng)
+        clips = slice(self._first_clip[source], self._first_clip[source + 1])
+        prompts, tokens = self._prompts[clips].tolist(), np.maximum(self._answers[clips], self._joined[clips]).tolist()
+
+        def takes(first: int, samples: int, tokens: int) -> bool:
+            return self._size(samples, prompts[first], tokens).fits(self.shape)
+
+        return longform.joined_examples(
+            source, self.indices[source], join, rng, tokens=tokens, takes=takes, vectors=self._vectors[source]
+        )
+
+    def _size(self, samples: int, prompt: int, answer: int) -> packing.Size:
+        windows = self.spec.count(samples)  # the prompt's <|AUDIO|> gives way to the speech tokens; the answer has an end
+        return packing.Size(windows, prompt - 1 + windows * self.tokens_per_window + answer + 1, answer + 1)
+
+    def _draw(self, source: int, start: int, count: int) -> list[longform.Example]:
+        """Examples `start` to `start + count` of a source's endless passes. Passes differ in length when clips are joined."""
+        drawn, number, lengths = [], 0, self._pass_lengths[source]
+        while len(drawn) < count:
+            if number < len(lengths) and start >= lengths[number]:
+                start -= lengths[number]  # a pass that lies behind: its length is known
+            else:
+                examples = self._pass(source, number)
+                if number == len(lengths):
+                    lengths.append(len(examples))
+                drawn += examples[start : start + count - len(drawn)]
+                start = max(0, start - len(examples))
+            number += 1
+        return drawn
 
     def _examples(self, epoch: int) -> list[longform.Example]:
         """The examples of an epoch in the order in which they are packed."""
-        first = [self._passes(source, 0) for source in range(len(self.sources))]
-        total, total_weight = sum(len(examples) for examples in first), sum(source.weight for source in self.sources)
+        for source, lengths in enumerate(self._pass_lengths):
+            if not lengths:
+                lengths.append(len(self._pass(source, 0)))
+        total, total_weight = sum(lengths[0] for lengths in self._pass_lengths), sum(source.weight for source in self.sources)
         drawn = []
         for number, source in enumerate(self.sources):
             share = max(1, round(total * source.weight / total_weight))
-            start, stream, passed = epoch * share, [], 0
-            while len(stream) < start + share:  # passes differ in length when clips are joined
-                stream += first[number] if passed == 0 else self._passes(number, passed)
-                passed += 1
-            drawn += stream[start : start + share]
+            drawn += self._draw(number, epoch * share, share)
         order = np.random.default_rng((self.seed, epoch, 7)).permutation(len(drawn))
-        return [drawn[i] for i in order]
+        return [drawn[i] for i in order.tolist()]
+
+    def sizes(self, examples: Sequence[longform.Example]) -> np.ndarray:
+        """What examples take of a row, from metadata alone: int64 [examples, 3], windows, tokens and labels."""
+        first = self._first_clip.tolist()
+        clips = np.array([first[example.source] + clip for example in examples for clip in example.clips], np.int64)
+        starts = np.cumsum([0] + [len(example.clips) for example in examples])[:-1]
+        gaps = np.array([sum(example.gaps) for example in examples], np.int64)
+        samples = np.add.reduceat(self._samples[clips], starts) + gaps
+        heads = clips[starts]
+        labels = np.add.reduceat(self._joined[clips], starts) - self._joined[heads] + self._answers[heads] + 1
+        windows = self.spec.count(samples)
+        return np.stack([windows, self._prompts[heads] - 1 + windows * self.tokens_per_window + labels, labels], axis=1)
 
     def size(self, example: longform.Example) -> packing.Size:
-        """What an example takes of a row, from metadata alone."""
-        index = self.indices[example.source]
-        utterance = index[example.clips[0]]
-        samples = sum(index[clip].num_samples for clip in example.clips) + sum(example.gaps)
-        windows = self.spec.count(samples)
-        if len(example.clips) == 1:
-            labels = self._answer_lengths[example.source][example.clips[0]]
-        else:
-            labels = len(self.encoder.answer_ids(self.answer(example)))
-        prompt = len(self.encoder.prompt_ids(utterance.task, utterance.instruction)) - 1
-        return packing.Size(windows, prompt + windows * self.tokens_per_window + labels, labels)
+        """What an example takes of a row."""
+        return packing.Size(*self.sizes([example])[0].tolist())
 
-    def _epoch(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
-        if epoch not in self._epochs:  # threads that read may plan an epoch twice: it is the same plan
-            examples = self._examples(epoch)
-            sizes = [self.size(example) for example in examples]
-            for example, size in zip(examples, sizes, strict=True):
-                if not size.fits(self.shape):
-                    first = self.indices[example.source][example.clips[0]]
-                    raise packing.PackingError(
-                        f"{first.id} ({len(example.clips)} clips) takes {size.windows} windows, {size.tokens} tokens and "
-                        f"{size.labels} labels; a row has {self.shape.windows}, {self.shape.tokens} and {self.shape.labels}: "
-                        "raise config.data.row"
-                    )
-            rows = packing.pack(sizes, self.shape)
-            order = np.random.default_rng((self.seed, epoch, 8)).permutation(len(rows))
-            self._epochs[epoch] = (examples, [rows[i] for i in order])
-        return self._epochs[epoch]
+    def _plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
+        examples = self._examples(epoch)
+        sizes = self.sizes(examples)
+        too_large = np.flatnonzero((sizes > dataclasses.astuple(self.shape)).any(axis=1))
+        if len(too_large):
+            example, (windows, tokens, labels) = examples[too_large[0]], sizes[too_large[0]].tolist()
+            first = self.indices[example.source][example.clips[0]]
+            raise packing.PackingError(
+                f"{first.id} ({len(example.clips)} clips) takes {windows} windows, {tokens} tokens and "
+                f"{labels} labels; a row has {self.shape.windows}, {self.shape.tokens} and {self.shape.labels}: "
+                "raise config.data.row"
+            )
+        rows = packing.pack(sizes, self.shape)
+        order = np.random.default_rng((self.seed, epoch, 8)).permutation(len(rows))
+        return examples, [rows[i] for i in order]
+
+    def plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
+        """An epoch's examples, and its rows as the numbers of theirs. Only the plans last used are kept."""
+        with self._lock:
+            plan = self._epochs.pop(epoch, None) or self._plan(epoch)
+            self._epochs[epoch] = plan  # the newest at the end
+            if epoch == len(self._epoch_lengths):
+                self._epoch_lengths.append(len(plan[1]))
+            while len(self._epochs) > _KEPT_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            return plan
 
     def examples(self, row: int) -> list[longform.Example]:
         """The examples of a global row number."""
         epoch = 0
-        while row >= len(self._epoch(epoch)[1]):
-            row -= len(self._epoch(epoch)[1])
-            epoch += 1
-        examples, rows = self._epoch(epoch)
+        while True:
+            if epoch == len(self._epoch_lengths):
+                self.plan(epoch)
+            if row < self._epoch_lengths[epoch]:
+                break
+            row, epoch = row - self._epoch_lengths[epoch], epoch + 1
+        examples, rows = self.plan(epoch)
         return [examples[i] for i in rows[row]]
 
     # ---- the row
@@ -129,25 +221,30 @@ class Rows:
     def answer(self, example: longform.Example) -> str:
         return " ".join(utterance.answer for utterance in self.utterances(example))
 
+    def segments(self, example: longform.Example) -> list[Segment]:
+        """What is said when in the example's recording, in seconds: its clips' segments, or one for a clip that has none."""
+        segments, at = [], 0
+        for utterance, gap in zip(self.utterances(example), example.gaps, strict=True):
+            start = (at + gap) / audio.SAMPLE_RATE
+            known = utterance.segments or (Segment(0.0, utterance.seconds, utterance.text),)
+            segments += [Segment(start + s.start, start + s.end, s.text) for s in known]
+            at += gap + utterance.num_samples
+        return segments
+
     def samples(self, example: longform.Example) -> np.ndarray:
         """The example's recording, int16."""
         pieces = []
         for utterance, gap in zip(self.utterances(example), example.gaps, strict=True):
-            clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
-            if abs(len(clip) - utterance.num_samples) > audio.SAMPLE_RATE // 100:
-                raise audio.AudioError(
-                    f"{utterance.path}: holds {len(clip) / audio.SAMPLE_RATE:.2f} s, its manifest says {utterance.seconds:.2f} s"
-                )
-            clip = clip[: utterance.num_samples]
-            pieces += [np.zeros(gap, np.int16), np.pad(clip, (0, utterance.num_samples - len(clip)))]
+            pieces += [np.zeros(gap, np.int16), read_clip(utterance)]
         return np.concatenate(pieces)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         parts = []
         for example in self.examples(row):
-            utterance, samples = self.utterances(example)[0], self.samples(example)
-            num_speech = self.spec.count(len(samples)) * self.tokens_per_window
-            parts.append((self.encoder.encode(utterance.task, utterance.instruction, self.answer(example), num_speech), samples))
+            utterances, samples = self.utterances(example), self.samples(example)
+            num_speech, answers = self.spec.count(len(samples)) * self.tokens_per_window, [u.answer for u in utterances]
+            encoded = self.encoder.encode(utterances[0].task, utterances[0].instruction, answers, num_speech)
+            parts.append((encoded, samples))
         return packing.assemble(parts, self.shape, self.spec, self.tokens_per_window)
 
 

@@ -1,7 +1,9 @@
 """Prompts and labels: (task, instruction, answer, number of speech tokens) → ids, through the tokenizer's own template."""
 
 import dataclasses
+import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -94,16 +96,36 @@ class PromptEncoder:
             self._prompt_ids[key] = self._encode_prompt(task, instruction)
         return self._prompt_ids[key]
 
-    def answer_ids(self, answer: str) -> list[int]:
-        return self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.end_id]
+    def answer_ids(self, answer: str | Sequence[str]) -> list[int]:
+        """Ids of an answer and its end. The parts of a joined answer are encoded one by one, each after a space, so that their
+        counts add up whatever the tokenizer does at the seams (Qwen's and other byte-level ones give the ids of the whole text).
+        """
+        parts = [answer] if isinstance(answer, str) else [answer[0], *(f" {part}" for part in answer[1:])]
+        return [id for ids in self.tokenizer(parts, add_special_tokens=False)["input_ids"] for id in ids] + [self.end_id]
+
+    def answer_length(self, answer: str) -> int:
+        """Tokens of an answer without its end."""
+        return len(self.answer_ids(answer)) - 1
+
+    def answer_lengths(self, answers: Sequence[str]) -> np.ndarray:
+        """Tokens of many answers, without their ends: int64 [answers]."""
+        lengths = []
+        for start in range(0, len(answers), 10_000):
+            batch = self.tokenizer(list(answers[start : start + 10_000]), add_special_tokens=False)
+            lengths += [len(ids) for ids in batch["input_ids"]]
+        return np.array(lengths, np.int64)
 
     def length(self, task: str | None, instruction: str | None, answer: str, num_speech: int) -> int:
         """Tokens that `encode` will give."""
         prompt = len(self.prompt_ids(task, instruction)) + (num_speech - 1 if task is not None else 0)
         return prompt + len(self.answer_ids(answer))
 
-    def encode(self, task: str | None, instruction: str | None, answer: str | None, num_speech: int) -> Encoded:
-        """The prompt, and its answer unless it is None."""
+    def fingerprint(self) -> str:
+        """Changes when the tokenizer counts otherwise."""
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, task: str | None, instruction: str | None, answer: str | Sequence[str] | None, num_speech: int) -> Encoded:
+        """The prompt, and its answer (or the parts of a joined one) unless it is None."""
         prompt = np.asarray(self.prompt_ids(task, instruction), np.int32)
         speech_start = -1
         if task is not None:

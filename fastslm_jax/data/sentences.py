@@ -403,18 +403,19 @@ def _will_be(rng: random.Random) -> Fact:
 
 
 FACTS: tuple[Callable[[random.Random], Fact], ...] = (_bought, _bought, _meets, _visited, _sent, _leaves, _will_be)
-P_DISTRACTOR = 0.4  # of a second fact of the same kind; many of those are too long to keep
+P_DISTRACTOR = 0.4  # of a second fact of another kind; many of those are too long to keep
 
 
 def _question(rng: random.Random) -> tuple[str, str]:
-    """One fact, or two of a kind, and a question about one of them."""
+    """One fact, or two of different kinds, and a question about one of them."""
     draw = rng.choice(FACTS)
     names, statement, asked = draw(rng)
     question, answer = rng.choice(asked)
     if rng.random() < P_DISTRACTOR:
-        others, distractor = names, ""
-        while others & names:
-            others, distractor, _ = draw(rng)
+        other, others, distractor = draw, names, ""
+        while other is draw or others & names:
+            other = rng.choice(FACTS)
+            others, distractor, _ = other(rng)
         statement = " and ".join(rng.sample((statement, distractor), 2))
     return f"{statement} {question}", answer
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.kv_cache import KVCache
 from fastslm_jax.models.layers import remat
 from fastslm_jax.models.lora import LoRA, Projection
 
@@ -68,13 +69,6 @@ class RMSNorm(nn.Module):
         return (x * scale.astype(jnp.float32)).astype(self.dtype)
 
 
-def _write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes new [b, t, k, h] into cache [b, s, k, h] from slot start [b] on."""
-    return jax.vmap(lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value.astype(row.dtype), at, axis=0))(
-        cache, new, start
-    )
-
-
 class DecoderBlock(nn.Module):
     """Pre-norm block: grouped-query attention with normalised queries and keys, then SwiGLU."""
 
@@ -90,9 +84,9 @@ class DecoderBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, cache, position_ids, mask, lora_gate):
-        """x [b, t, d]; cache None or (keys, values), each [b, s, k, h]; mask [b, 1, t, t or s], or as `Attend.mask` gives it
-        → (x, cache)."""
+    def __call__(self, carry, position_ids, mask, lora_gate):
+        """carry: x [b, t, d], and the cache or None; mask as `Attend.mask` gives it, None with a cache → (x, cache), None."""
+        x, cache = carry
         width = x.shape[-1]
 
         def project(features, name):
@@ -108,16 +102,15 @@ class DecoderBlock(nn.Module):
         value = heads(project(self.num_kv_heads * self.head_dim, "value")(hidden), self.num_kv_heads)
         query = self.rope(RMSNorm(self.epsilon, self.dtype, name="query_norm")(query), position_ids)
         key = self.rope(RMSNorm(self.epsilon, self.dtype, name="key_norm")(key), position_ids)
-        if cache is not None:
-            start = position_ids[:, 0]
-            cache = (_write_cache(cache[0], key, start), _write_cache(cache[1], value, start))
-            key, value = (part.astype(self.dtype) for part in cache)
-        out = self.attend(query, key, value, mask)
+        if cache is None:
+            out = self.attend(query, key, value, mask)
+        else:
+            out, cache = cache.attend(query, key, value, position_ids)
         x = x + project(width, "out")(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim))
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
         hidden = jax.nn.silu(project(self.mlp_dim, "gate")(hidden)) * project(self.mlp_dim, "up")(hidden)
-        return x + project(width, "down")(hidden), cache
+        return (x + project(width, "down")(hidden), cache), None
 
 
 class Qwen3(nn.Module):
@@ -147,8 +140,7 @@ class Qwen3(nn.Module):
             remat(DecoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            out_axes=0,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.num_layers,
         )
         self.layers = stack(
@@ -172,27 +164,27 @@ class Qwen3(nn.Module):
         position_ids: jax.Array,
         segment_ids: jax.Array | None = None,
         lora_gate: jax.Array | None = None,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         """Embeddings [b, t, d] → hidden states [b, t, d] after the last norm, and the cache.
 
         Args:
             position_ids: [b, t]. With a cache, new token i of a row is written to slot position_ids[row, 0] + i.
             segment_ids: [b, t]. Tokens attend within their segment only; each segment is contiguous. Without a cache.
             lora_gate: [b, t] or [b, 1]; 0 switches LoRA off for a token. None: on everywhere.
-            cache: keys and values, each [layers, b, slots, kv heads, head_dim] (see `init_cache`).
+            cache: see `init_cache`; its slots behind a token are not seen, whatever they hold.
         """
         batch, length = embeddings.shape[:2]
+        mask = None
         if cache is None:
             mask = self.attend.mask(segment_ids, length)
         else:
-            mask = (jnp.arange(cache[0].shape[2])[None, None, :] <= position_ids[:, :, None])[:, None]
+            cache = cache.replace(layer=jnp.int32(0))
         if lora_gate is not None:
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
-        hidden, cache = self.layers(embeddings.astype(self.dtype), cache, position_ids, mask, lora_gate)
+        (hidden, cache), _ = self.layers((embeddings.astype(self.dtype), cache), position_ids, mask, lora_gate)
         return self.final_norm(hidden), cache
 
-    def init_cache(self, batch: int, slots: int, dtype=None) -> tuple[jax.Array, jax.Array]:
-        """An empty cache for `slots` positions: keys and values, each [layers, batch, slots, kv heads, head_dim]."""
-        shape = (self.num_layers, batch, slots, self.num_kv_heads, self.head_dim)
-        return jnp.zeros(shape, dtype or self.dtype), jnp.zeros(shape, dtype or self.dtype)
+    def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
+        """An empty cache for `slots` positions of `batch` rows; dtype int8 takes half the memory of bfloat16."""
+        return KVCache.empty(self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype)

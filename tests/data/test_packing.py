@@ -50,6 +50,12 @@ def test_an_example_stays_near_its_place():
     assert pack(sizes, shape, open_rows=2) == [[0], [1], [2, 3]]
 
 
+def test_sizes_may_be_an_array():
+    sizes = windows(3, 2, 1, 2, 4)
+    array = np.array([(size.windows, size.tokens, size.labels) for size in sizes])
+    assert pack(array, RowShape(4, 100, 100)) == pack(sizes, RowShape(4, 100, 100))
+
+
 def test_an_example_larger_than_a_row_is_an_error():
     message = "example 1 takes 5 windows, 60 tokens and 7 labels; a row has 4, 100 and 50"
     with pytest.raises(PackingError, match=message):

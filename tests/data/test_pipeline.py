@@ -11,7 +11,7 @@ import soundfile
 from absl import flags
 
 from fastslm_jax.audio import AudioError
-from fastslm_jax.data import longform, pipeline
+from fastslm_jax.data import ingest, longform, pipeline
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.data.packing import PackingError, RowShape
 from fastslm_jax.data.pipeline import Source
@@ -126,6 +126,58 @@ def test_clips_of_different_tasks_are_not_joined(make_rows, corpus):
         make_rows(Source(str(corpus / "train.jsonl"), ("asr", "ssum"), join=longform.LongForm(6.0, 11.0)))
 
 
+def test_plans_of_far_epochs_are_not_kept(make_rows):
+    """Memory does not grow with the epochs, and a row that lies back is the same as before."""
+    rows = make_rows()
+    expected = rows.examples(0)
+    per_epoch = len(rows.plan(0)[1])
+    assert len(rows.examples(20 * per_epoch)) > 0
+    assert len(rows._epochs) == 2
+    assert rows.examples(0) == expected
+
+
+def test_a_recording_longer_than_a_row_is_split_at_its_segments(tmp_path, make_rows):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 5 * 16_000), 16_000, subtype="PCM_16")
+    segments = [{"start": float(i), "end": i + 1.0, "text": word} for i, word in enumerate("one two three four five".split())]
+    line = {"audio_filepath": "a.wav", "duration": 5.0, "text": "one two three four five", "id": "tape"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line | {"segments": segments}) + "\n")
+    rows = make_rows(Source(str(tmp_path / "train.jsonl")), shape=RowShape(2, 200, 100))
+    examples, _ = examples_of(rows, 3)
+    whole, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert sorted(rows.answer(example) for example in examples) == ["five", "one two", "three four"]
+    for example in examples:
+        start = {"one two": 0, "three four": 32_000, "five": 64_000}[rows.answer(example)]
+        np.testing.assert_array_equal(rows.samples(example), whole[start : start + 32_000])
+    (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(PackingError, match=r"tape \(1 clips\) takes 5 windows, .*: raise config.data.row"):
+        make_rows(Source(str(tmp_path / "train.jsonl")), shape=RowShape(2, 200, 100)).examples(0)
+
+
+def test_segments_say_what_is_said_when(make_rows, corpus):
+    join = longform.LongForm(6.0, 11.0, gap_seconds=(0.25, 0.25))
+    rows = make_rows(Source(str(corpus / "train.jsonl"), ("asr",), join=join))
+    example = max((e for row in range(4) for e in rows.examples(row)), key=lambda e: len(e.clips))
+    at = 0.0
+    for utterance, segment in zip(rows.utterances(example), rows.segments(example), strict=True):
+        assert segment.text == utterance.text
+        assert (segment.start, segment.end) == pytest.approx((at, at + utterance.seconds), abs=1e-4)
+        at = segment.end + 0.25
+
+
+def test_an_imported_folder_gives_the_rows_of_its_manifest(make_rows, corpus, tokenizer_folder, tmp_path):
+    settings = ingest.Settings(shard_clips=4, tokenizer=str(tokenizer_folder))
+    ingest.import_corpus(f"jsonl:{corpus}/train.jsonl", tmp_path / "imported", settings)
+    join = longform.LongForm(3.0, 8.0, "semantic")
+
+    def rows_of(path):
+        return make_rows(Source(str(path)), Source(str(path), ("asr",), join=join))
+
+    from_files, imported = rows_of(corpus / "train.jsonl"), rows_of(tmp_path / "imported")
+    assert all(utterance.text_tokens is not None for utterance in imported.indices[0])
+    for number in range(4):
+        assert_same(imported[number], from_files[number])
+
+
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -186,8 +238,8 @@ def test_worker_processes_give_the_same_batches(make_rows):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
     from_threads = take(3, pipeline.batches(make_rows(), 2, workers=0))
-    from_a_worker = take(3, pipeline.batches(make_rows(), 2, workers=1))
-    for batch, expected in zip(from_a_worker, from_threads, strict=True):
+    from_workers = take(3, pipeline.batches(make_rows(), 2, workers=4, prefetch=1))
+    for batch, expected in zip(from_workers, from_threads, strict=True):
         assert_same(batch, expected)
 
 

@@ -86,3 +86,17 @@ def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
     (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(prompts.PromptError, match="the tokenizer has no chat template"):
         prompts.load_tokenizer(tmp_path / "plain")
+
+
+def test_a_joined_answer_has_the_ids_of_its_text(encoder):
+    parts = ["anna bought two red lamps.", "in vienna, on friday", "7 o'clock", "안녕하세요"]
+    assert encoder.answer_ids(parts) == encoder.answer_ids(" ".join(parts))
+    lengths = [*encoder.answer_lengths(parts[:1]), *encoder.answer_lengths([f" {part}" for part in parts[1:]])]
+    assert sum(lengths) + 1 == len(encoder.answer_ids(parts))
+
+
+def test_tokenizers_have_fingerprints(encoder, tokenizer_folder):
+    same = prompts.PromptEncoder(prompts.load_tokenizer(tokenizer_folder))
+    assert same.fingerprint() == encoder.fingerprint()
+    same.tokenizer.add_tokens(["<|more|>"])
+    assert same.fingerprint() != encoder.fingerprint()

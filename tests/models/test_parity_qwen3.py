@@ -98,7 +98,7 @@ def test_layer(reference):
     apply = jax.jit(block.apply)
     for number, layer in enumerate(model.model.layers):
         variables = {"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}
-        actual, _ = apply(variables, x, None, position_ids, causal, None)
+        (actual, _), _ = apply(variables, (x, None), position_ids, causal, None)
         with torch.no_grad():
             hidden = torch.from_numpy(x)
             rotations = model.model.rotary_emb(hidden, torch.from_numpy(position_ids.copy()))

@@ -33,7 +33,7 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
         mask = jnp.tril(jnp.ones((1, 1, 9, 9), bool))
         for layer in range(llm.num_layers):
             of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights["layers"])
-            x, _ = block.apply({"params": of_layer}, x, None, POSITIONS, mask, None)
+            (x, _), _ = block.apply({"params": of_layer}, (x, None), POSITIONS, mask, None)
         return RMSNorm(llm.epsilon).apply({"params": weights["final_norm"]}, x)
 
     hidden, cache = forward(embeddings, POSITIONS)
@@ -91,7 +91,7 @@ def test_cached_chunks_are_the_whole(model, forward, embeddings, chunks):
         parts.append(hidden)
         at += length
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    assert not np.asarray(cache[0])[:, :, 9:].any()  # slots that no token has reached
+    assert not np.asarray(cache.keys)[:, :, :, 9:].any()  # slots that no token has reached
 
 
 def test_rows_of_a_cache_stand_at_their_own_positions(model, forward, embeddings):

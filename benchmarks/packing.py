@@ -1,0 +1,126 @@
+"""How full rows are, and how long a plan takes, for several length distributions.
+
+    python benchmarks/packing.py [--examples=20000] [--million=1000000]
+
+utterances  like LibriSpeech's: 1.5 to 24.5 s, mean 12.3 s; a row has 32 windows
+longform    those joined to 1 … 15 minutes, as stage 2 does; a row has 60 windows, 30 minutes
+mix         half utterances of four tasks (asr, ast, ssum, sqqa) in equal parts, half such recordings; a row has 30 windows
+longform_30 as longform, where a row has 30 windows: a recording of 14 minutes then leaves room for one of one minute only
+
+`window_fill` and `token_fill` are filled slots of packed rows. `padded_…` is the same of batches of 16 examples, drawn at random
+and padded to the longest of each batch. Row token slots are what `packing.suggest` says for the distribution. The time is that of
+the whole plan from an index in memory: order, sizes, packing; the longest of all, on one core.
+Last line: one JSON object.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from fastslm_jax.audio import SAMPLE_RATE, WindowSpec
+from fastslm_jax.data import longform, packing
+from fastslm_jax.data.manifest import Utterance
+
+PROMPT, SPEECH = 22, 50  # tokens of a prompt, and of a window
+WINDOW, BATCH = WindowSpec(), 16
+ROW_WINDOWS = {"utterances": 32, "longform": 60, "mix": 30, "longform_30": 30}
+
+
+def utterances(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and text tokens of clips: most of 12 to 17 s, the rest shorter; 2.7 words a second, 1.35 tokens a word."""
+    seconds = np.where(rng.random(count) < 0.7, rng.normal(14.4, 1.6, count), rng.uniform(1.5, 13.0, count)).clip(1.5, 24.5)
+    tokens = seconds * rng.normal(2.7, 0.4, count).clip(1.2, 4.5) * 1.35
+    return np.round(seconds * SAMPLE_RATE).astype(np.int64), np.round(tokens).astype(np.int64) + 1
+
+
+def answers(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Tokens of answers of four tasks in equal parts: as many, a translation's, a summary's, a short answer's."""
+    task, count = rng.integers(4, size=len(tokens)), len(tokens)
+    translated, summary = np.round(1.3 * tokens).astype(np.int64), rng.integers(25, 90, count)
+    return np.choose(task, [tokens, translated, np.minimum(summary, tokens), np.minimum(rng.integers(2, 20, count), tokens)])
+
+
+def sizes_of(samples: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """What examples take: [examples, 3]."""
+    windows = WINDOW.count(samples)
+    return np.stack([windows, PROMPT - 1 + windows * SPEECH + text + 1, text + 1], axis=1)
+
+
+def joined(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and text tokens of `count` recordings of 1 … 15 minutes, by the long-form plan."""
+    samples, text = utterances(50 * count, rng)
+    index = [
+        Utterance("", 0.0, clip / SAMPLE_RATE, "asr", None, "", "", "en", "", "", "") for clip in samples.tolist()
+    ]  # what is said does not matter here: a plan looks at lengths
+    examples = longform.joined_examples(0, index, longform.LongForm(60.0, 900.0), rng)[:count]
+    clips = [list(example.clips) for example in examples]
+    return (
+        np.array([samples[clip].sum() + sum(example.gaps) for clip, example in zip(clips, examples, strict=True)]),
+        np.array([text[clip].sum() for clip in clips]),
+    )
+
+
+def draw(name: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    if name == "utterances":
+        return sizes_of(*utterances(count, rng))
+    if name.startswith("longform"):
+        return sizes_of(*joined(count, rng))
+    samples, text = utterances(count - count // 2, rng)
+    sizes = np.concatenate([sizes_of(samples, answers(text, rng)), sizes_of(*joined(count // 2, rng))])
+    return sizes[rng.permutation(len(sizes))]
+
+
+def fills(sizes: np.ndarray, shape: packing.RowShape) -> dict[str, float]:
+    """The fill of packed rows (but the last few, which stay open), and of padded batches."""
+    rows = packing.pack(sizes, shape)
+    windows, tokens = sizes[:, 0].sum(), sizes[:, 1].sum()
+    batches = [sizes[start : start + BATCH] for start in range(0, len(sizes), BATCH)]
+    return {
+        "window_fill": windows / (len(rows) * shape.windows),
+        "token_fill": tokens / (len(rows) * shape.tokens),
+        "padded_window_fill": windows / sum(len(batch) * batch[:, 0].max() for batch in batches),
+        "padded_token_fill": tokens / sum(len(batch) * batch[:, 1].max() for batch in batches),
+        "row_tokens": shape.tokens,
+        "examples_per_row": len(sizes) / len(rows),
+    }
+
+
+def plan_seconds(drawn: np.ndarray, shape: packing.RowShape, count: int, rng: np.random.Generator) -> float:
+    """CPU seconds of planning `count` examples with the lengths of `drawn`: epoch's order, examples, sizes, rows, rows' order."""
+    lengths = drawn[rng.integers(len(drawn), size=count)]
+    started = time.process_time()
+    examples = longform.single_examples(0, count, rng)
+    examples = [examples[i] for i in rng.permutation(count).tolist()]
+    clips = np.array([example.clips[0] for example in examples])
+    rows = packing.pack(lengths[clips], shape)
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    return time.process_time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=20_000, help="of each distribution, for the fill")
+    parser.add_argument("--million", type=int, default=1_000_000, help="examples to plan, for the time")
+    options = parser.parse_args()
+    result, seconds = {}, []
+    columns = ("window_fill", "token_fill", "padded_window_fill", "padded_token_fill", "row_tokens")
+    print(f"{'':12}" + "".join(f"{name:>20}" for name in columns) + f"{'plan s / million':>20}")
+    for name, row_windows in ROW_WINDOWS.items():
+        rng = np.random.default_rng(0)
+        sizes = draw(name, options.examples, rng)
+        shape = packing.suggest(sizes, row_windows)
+        result[name] = fills(sizes, shape)
+        seconds.append(plan_seconds(sizes, shape, options.million, rng) * 1e6 / options.million)
+        print(f"{name:12}" + "".join(f"{result[name][column]:20.4g}" for column in columns) + f"{seconds[-1]:20.2f}", flush=True)
+    result = {name: {key: round(float(value), 4) for key, value in values.items()} for name, values in result.items()}
+    print(json.dumps(result | {"plan_seconds_per_million": round(max(seconds), 2)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The transcribe command: files in, answers out, on a tiny model; what cannot be read is refused before a model is loaded."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from absl import flags
+
+from fastslm_jax import audio, spans, transcribe
+from fastslm_jax.decode import Generator
+from fastslm_jax.errors import UserError
+
+RATE = 16_000
+
+
+def options(*given):
+    values = flags.FlagValues()
+    transcribe.define_flags(values)
+    rest = values(["transcribe", "--checkpoint=none", "--max_new_tokens=6", *map(str, given)])
+    return rest, values
+
+
+def tone(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
+    t = np.arange(round(seconds * rate)) / rate
+    return np.stack([0.3 * np.sin(2 * np.pi * (300 + 200 * c) * t) for c in range(channels)], axis=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    soundfile.write(folder / "stereo.wav", tone(2.2, 44_100, 2), 44_100)
+    soundfile.write(folder / "narrow.mp3", tone(3.4, 8_000), 8_000)
+    soundfile.write(folder / "short.flac", tone(0.1), RATE)
+    for name, samples in (("under", 30 * RATE - 1), ("exact", 30 * RATE), ("over", 30 * RATE + 1)):
+        soundfile.write(folder / f"{name}.wav", tone(samples / RATE), RATE)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+@pytest.fixture
+def answered(model, params, encoder, monkeypatch, capsys):
+    """answered(*arguments) → what the command writes, with the tiny model (windows of 1 s) trained on up to 10 s."""
+
+    def run(*arguments):
+        monkeypatch.setattr(transcribe, "load", lambda _: (Generator(model, params, encoder), 10.0))
+        transcribe.main(*options(*arguments))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_json_of_a_folder(answered, folder):
+    records = [json.loads(line) for line in answered(folder, "--format=json", "--batch_size=4").splitlines()]
+    by_name = {record["file"].rsplit("/", 1)[1]: record for record in records}
+    assert sorted(by_name) == ["exact.wav", "narrow.mp3", "over.wav", "short.flac", "stereo.wav", "under.wav"]
+    for record in records:
+        assert record["seconds"] - record["covered_seconds"] < 0.01
+        assert record["speech_tokens"] == 3 * record["windows"]
+        assert record["stop_reason"] in ("eos", "budget")
+        assert record["rtfx"] > 0
+        assert record["segments"][0]["start"] == 0
+        assert record["segments"][-1]["end"] == record["seconds"]
+        assert record["text"] == " ".join(s["text"] for s in record["segments"] if s["text"])
+        assert record["first_token_seconds"] > 0
+    assert (by_name["short.flac"]["seconds"], by_name["short.flac"]["windows"]) == (0.1, 1)
+    assert (by_name["stereo.wav"]["seconds"], by_name["stereo.wav"]["windows"]) == (2.2, 3)
+    assert by_name["narrow.mp3"]["seconds"] == pytest.approx(3.4, abs=0.2)  # mp3 comes in frames
+    for name in ("under", "exact", "over"):
+        segments = by_name[f"{name}.wav"]["segments"]
+        assert len(segments) >= 3  # longer than the training's recordings: in spans
+        assert all(s["end"] - s["start"] <= 10 for s in segments)
+
+
+def test_text_has_names_when_there_are_several(answered, folder):
+    one = answered(folder / "short.flac")
+    lines = answered(folder / "short.flac", folder / "stereo.wav").splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(folder / "short.flac"), str(folder / "stereo.wav")]
+    assert lines[0].split("\t")[1] == one.rstrip("\n")
+
+
+def test_streamed_text_is_the_text(answered, folder):
+    file = folder / "stereo.wav"
+    assert answered(file, "--stream", "--max_new_tokens=20") == answered(file, "--nostream", "--max_new_tokens=20")
+
+
+def test_standard_input(answered, folder, monkeypatch):
+    class Stdin:
+        buffer = open(folder / "stereo.wav", "rb")  # noqa: SIM115
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    record = json.loads(answered("-", "--format=jsonl"))
+    assert (record["file"], record["seconds"]) == ("-", 2.2)
+
+
+def test_files_of_answers(answered, folder, tmp_path):
+    assert answered(folder / "stereo.wav", folder / "exact.wav", "--format=srt", f"--out={tmp_path}/new", "--span=5") == ""
+    lines = (tmp_path / "new/exact.srt").read_text().splitlines()
+    assert lines[0] == "1"
+    assert lines[1].startswith("00:00:00,000 --> 00:00:0")
+    assert (tmp_path / "new/stereo.srt").exists()
+
+
+SEGMENTS = [spans.Segment(0, 61.5, "anna left", "eos"), spans.Segment(61.5, 62, "", "eos"), spans.Segment(62, 3700, "bye", "eos")]
+
+
+def test_subtitles():
+    assert transcribe.subtitles(SEGMENTS, "srt") == (
+        "1\n00:00:00,000 --> 00:01:01,500\nanna left\n\n2\n00:01:02,000 --> 01:01:40,000\nbye"
+    )
+    assert transcribe.subtitles(SEGMENTS, "vtt") == (
+        "WEBVTT\n\n00:00:00.000 --> 00:01:01.500\nanna left\n\n00:01:02.000 --> 01:01:40.000\nbye"
+    )
+
+
+def test_a_stream_waits_for_whole_characters_and_mends_loops(capsys):
+    stream = transcribe.Stream()
+    for text in ("안", "안\ufffd", "안녕"):
+        stream(0, text)
+    stream.end("안녕!")
+    assert capsys.readouterr().out == "안녕!\n"
+    stream = transcribe.Stream()
+    stream(0, "no no no")
+    stream.end("no")
+    assert capsys.readouterr().out == "no no no\nno\n"
+
+
+def test_files_go_in_groups_of_an_hour():
+    assert list(transcribe.groups([1800, 1800, 1, 9000, 1])) == [[0, 1], [2], [3], [4]]
+
+
+def never(*_):
+    raise AssertionError("the model was loaded")
+
+
+BAD = {
+    "corrupt": (lambda f: f.write_bytes(b"RIFF0000WAVEjunk"), "not readable as audio"),
+    "text": (lambda f: f.write_text("these are words, no sound"), "not readable as audio"),
+    "empty": (lambda f: soundfile.write(f, np.zeros(0), RATE), "holds no samples"),
+    "missing": (lambda f: None, "no such audio file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_refused_first(name, tmp_path, folder, monkeypatch):
+    make, message = BAD[name]
+    make(tmp_path / "bad.wav")
+    monkeypatch.setattr(transcribe, "load", never)
+    with pytest.raises(audio.AudioError, match=f"bad.wav: {message}"):
+        transcribe.main(*options(folder / "short.flac", tmp_path / "bad.wav"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no audio file named"),
+        (("{empty}",), "no audio file in this folder"),
+        (("{folder}", "--format=srt"), "6 files need --out=FOLDER"),
+        (("{folder}/short.flac", "{folder}/short.flac", "--out=x"), "two of the audio files have the same name"),
+    ],
+)
+def test_requests_that_cannot_be_met(arguments, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "load", never)
+    with pytest.raises(UserError, match=message):
+        transcribe.main(*options(*(argument.format(folder=folder, empty=tmp_path) for argument in arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--span=x",), "--span=x: give auto, none, or seconds"), (("--stream", "--format=json"), "--stream: is for one file")],
+)
+def test_flags_that_do_not_go_together(arguments, message, answered, folder):
+    with pytest.raises(UserError, match=message):
+        answered(folder / "short.flac", *arguments)
