@@ -17,20 +17,21 @@ def get_config(arg: str = "1"):
     corpus = f"{folder}/corpus"
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
-    optimizer.update({"name": "muon", "learning_rate": 5e-3, "adam_learning_rate_ratio": 0.4, "b2": 0.99})
-    optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
+    optimizer.update({"name": "muon", "learning_rate": 7e-3, "adam_learning_rate_ratio": 0.4, "b2": 0.99})
+    optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30, "llm_learning_rate_ratio": 0.2})
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 50
     if stage == "1":
         config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",))
         config.data.row.update({"windows": 4, "tokens": 192, "labels": 80})
-        config.batch_rows, config.steps = 4, 700
+        # Small batches: dev WER after 1600 utterances was 53 % with 4 a step, 64 % with 16 (one run each, LoRA held still).
+        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 1, 2000, 500, 250
+        optimizer.update({"learning_rate": 1e-2, "llm_learning_rate_ratio": 0.1})
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=join)
         config.data.row.update({"windows": 30, "tokens": 1216, "labels": 768})
-        config.batch_rows, config.steps = 1, 150
-        optimizer.learning_rate = 3e-3
+        config.batch_rows, config.steps = 1, 200
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
         for task, weight in (("asr", 0.15), ("ast", 0.25), ("ssum", 0.22), ("sqqa", 0.35)):
@@ -40,7 +41,6 @@ def get_config(arg: str = "1"):
         config.data.row.update({"windows": 30, "tokens": 1536, "labels": 768})
         config.batch_rows, config.steps = 1, 300
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
-        optimizer.learning_rate = 3e-3
     else:
         raise ValueError(f"configs/demo.py has stages 1, 2 and 3, not {stage!r}")
     for name in ("test", "test_unseen_voices", "test_long"):
