@@ -22,7 +22,7 @@ def get_config(arg: str = "1"):
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 50
     if stage == "1":
         config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",))
-        config.data.row.update({"windows": 4, "tokens": 192, "labels": 80})
+        config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
         # Small batches: dev WER after 1600 utterances was 53 % with 4 a step, 64 % with 16 (one run each, LoRA held still).
         config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 1, 2000, 500, 250
         optimizer.update({"learning_rate": 1e-2, "llm_learning_rate_ratio": 0.1})
