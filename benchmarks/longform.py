@@ -153,6 +153,7 @@ class Chip:
         if name not in TOPOLOGIES:
             raise UserError(f"--compile={name}: is not one of {', '.join(TOPOLOGIES)}")
         topology, os.environ["TPU_ACCELERATOR_TYPE"] = TOPOLOGIES[name]
+        jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
         device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
         self.facts = next(chip for chip in chips.CHIPS if chip.name == name)
         self.name, self.place, self.cache_dtype = name, SingleDeviceSharding(device), jnp.dtype(cache_dtype)
