@@ -15,7 +15,9 @@ Both are written as Hugging Face folders.
 """
 
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from fastslm_jax import audio, bases, cli, optim
 from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.convert import engine, layouts
-from fastslm_jax.data import prompts, sentences
+from fastslm_jax.data import prompts, sentences, synthetic
 
 WHISPER_CONFIG = {
     "architectures": ["WhisperForConditionalGeneration"],
@@ -80,6 +82,7 @@ TEXT_INSTRUCTIONS = {
     "sqqa": "Answer the question in the text.",
 }
 TEXT_MARK = "<TEXT>"
+FEATURE_SAMPLES = 320  # of a feature
 WORD_FRAMES = 10  # features that a word label is read from: a mean over 0.2 s
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 
@@ -372,8 +375,10 @@ def text_task_accuracy(model, tokenizer, count: int) -> Callable[[dict], dict[st
 # -------------------------------------------------------------------------------------------------------- the encoder
 
 
-class CTCHeads(nn.Module):
-    """Throw-away linear heads on joined features [b, t, d]: logits [rows, t, 28] of characters, [rows, t, words + 1] of words."""
+class Heads(nn.Module):
+    """Throw-away linear heads on joined features [b, t, d]: logits [rows, t, 28] of characters by CTC, [rows, t / WORD_FRAMES,
+    words + 1] of words by CTC, and [rows, t, words + 1] of the word that is being spoken (0: none).
+    """
 
     num_words: int
 
@@ -381,7 +386,11 @@ class CTCHeads(nn.Module):
     def __call__(self, features, rows: int):
         features = features.reshape(rows, -1, features.shape[-1])
         means = jnp.mean(features.reshape(rows, -1, WORD_FRAMES, features.shape[-1]), axis=2)
-        return nn.Dense(len(CHARACTERS) + 1, name="characters")(features), nn.Dense(self.num_words + 1, name="words")(means)
+        return (
+            nn.Dense(len(CHARACTERS) + 1, name="characters")(features),
+            nn.Dense(self.num_words + 1, name="words")(means),
+            nn.Dense(self.num_words + 1, name="frames")(features),
+        )
 
 
 @dataclasses.dataclass
@@ -390,15 +399,18 @@ class StreamBatches:
 
     clips: list[np.ndarray]
     texts: list[str]
+    frames: list[np.ndarray]
     words: dict[str, int]
     spec: audio.WindowSpec
     windows: int = 2
     batch: int = 4
 
     def draw(self, rng: np.random.Generator):
-        """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding)."""
+        """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding), and
+        the word of every feature [b, w · 300].
+        """
         drawn = [self._row(rng) for _ in range(self.batch)]
-        windows, frames, recordings, texts = zip(*drawn, strict=True)
+        windows, frames, recordings, texts, spoken = zip(*drawn, strict=True)
         characters = [[CHARACTERS.index(c) + 1 for c in text] for text in texts]
         words = [[self.words[w] for w in text.split()] for text in texts]
         return (
@@ -407,6 +419,7 @@ class StreamBatches:
             np.stack(recordings),
             _pad(characters, 144 * self.windows),
             _pad(words, 32 * self.windows),
+            _pad(spoken, self.windows * self.spec.samples // FEATURE_SAMPLES),
         )
 
     def _row(self, rng):
@@ -414,10 +427,12 @@ class StreamBatches:
             picked = [int(rng.integers(len(self.clips))) for _ in range(self.windows)]
             cut = [self.spec.cut(self.clips[i]) for i in picked]
             windows, frames = (np.concatenate([part[j] for part in cut]) for j in range(2))
-            return windows, frames, np.arange(self.windows, dtype=np.int32), " ".join(self.texts[i] for i in picked)
+            spoken = np.concatenate(_pad([self.frames[i] for i in picked], self.spec.samples // FEATURE_SAMPLES))
+            return windows, frames, np.arange(self.windows, dtype=np.int32), " ".join(self.texts[i] for i in picked), spoken
         limit, pieces, texts = self.windows * self.spec.samples, [], []
         used = int(rng.integers(0, 2 * audio.SAMPLE_RATE)) if rng.random() < 0.7 else 0
         pieces.append(np.zeros(used, np.int16))
+        spoken = np.zeros(limit // FEATURE_SAMPLES, np.int32)
         while True:
             i = int(rng.integers(len(self.clips)))
             if used + len(self.clips[i]) > limit:
@@ -425,27 +440,53 @@ class StreamBatches:
             gap = int(rng.uniform(0.1, 0.7) * audio.SAMPLE_RATE)
             pieces += [self.clips[i], np.zeros(gap, np.int16)]
             texts.append(self.texts[i])
+            first = used // FEATURE_SAMPLES
+            spoken[first : first + len(self.frames[i])] = self.frames[i][: len(spoken) - first]
             used += len(self.clips[i]) + gap
         stream = np.concatenate(pieces)[:limit]
         if len(stream) <= (self.windows - 1) * self.spec.samples:
             stream = np.pad(stream, (0, (self.windows - 1) * self.spec.samples + audio.SAMPLE_RATE - len(stream)))
         windows, frames = self.spec.cut(stream)
-        return windows, frames, np.zeros(self.windows, np.int32), " ".join(texts)
+        return windows, frames, np.zeros(self.windows, np.int32), " ".join(texts), spoken
 
 
-def _pad(labels: list[list[int]], length: int) -> np.ndarray:
+def _pad(labels: Sequence[Sequence[int]], length: int) -> np.ndarray:
     out = np.zeros((len(labels), length), np.int32)
     for row, label in enumerate(labels):
         out[row, : len(label)] = label
     return out
 
 
-def read_clips(corpus: pathlib.Path, split: str, limit: int | None = None) -> tuple[list[np.ndarray], list[str]]:
-    """Samples and texts of a split's ASR utterances."""
+@dataclasses.dataclass
+class Clips:
+    """Utterances of a corpus: samples, texts, and the word of every feature (50 Hz, 0: none)."""
+
+    samples: list[np.ndarray]
+    texts: list[str]
+    frames: list[np.ndarray]
+
+
+def _frames(item: synthetic.Item, words: dict[str, int]) -> np.ndarray:
+    times = synthetic.word_times(item)
+    spoken = np.zeros(int(np.ceil(times[-1][2] * audio.SAMPLE_RATE / FEATURE_SAMPLES)), np.int32)
+    for word, start, end in times:
+        first, last = (int(second * audio.SAMPLE_RATE / FEATURE_SAMPLES) for second in (start, end))
+        spoken[first:last] = words.get(word, 0)
+    return spoken
+
+
+def read_clips(corpus: pathlib.Path, split: str, words: dict[str, int], limit: int | None = None) -> Clips:
+    """A split's ASR utterances; when each word is spoken is asked of the synthesiser again."""
     lines = [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["task"] == "asr"][:limit]
-    clips = [audio.read_audio(corpus / line["audio_filepath"]) for line in tqdm(lines, desc=f"read {split}", mininterval=5)]
-    return clips, [line["text"] for line in lines]
+    samples = [audio.read_audio(corpus / line["audio_filepath"]) for line in tqdm(lines, desc=f"read {split}", mininterval=5)]
+    settings = json.loads((corpus / "settings.json").read_text())
+    augmentation = synthetic.Augmentation(**settings["train" if split == "train" else "evaluation"])
+    items = [synthetic.Item(settings["seed"], split, "asr", i, augmentation) for i in range(len(lines))]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        spoken = pool.imap(functools.partial(_frames, words=words), items, chunksize=64)
+        frames = list(tqdm(spoken, desc=f"word times of {split}", total=len(items), mininterval=5))
+    return Clips(samples, [line["text"] for line in lines], frames)
 
 
 def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
@@ -453,9 +494,10 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
     config, history = WHISPER_CONFIG, {}
     encoder = bases.whisper_from_config(config)
     vocabulary = {word: i + 1 for i, word in enumerate(sentences.lexicon())}
-    heads = CTCHeads(len(vocabulary))
+    heads = Heads(len(vocabulary))
     spec = audio.WindowSpec(2 * encoder.max_positions)
-    batches = StreamBatches(*read_clips(corpus, "train"), vocabulary, spec)
+    clips = read_clips(corpus, "train", vocabulary)
+    batches = StreamBatches(clips.samples, clips.texts, clips.frames, vocabulary, spec)
     features = jnp.zeros((2, encoder.max_positions, encoder.width))
     params = {
         "encoder": encoder.init(jax.random.key(seed), jnp.zeros((1, spec.frames, encoder.num_mels)))["params"],
@@ -473,47 +515,54 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
         features = encoder.apply({"params": {**params["encoder"], "positions": positions}}, mel)
         return heads.apply({"params": params["heads"]}, features, len(windows))
 
-    def loss_fn(params, windows, frames, recordings, characters, words):
-        total = 0.0
-        for logits, labels in zip(forward(params, windows, frames, recordings), (characters, words), strict=True):
+    def loss_fn(params, windows, frames, recordings, characters, words, spoken):
+        *ctc, by_frame = forward(params, windows, frames, recordings)
+        total = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(by_frame, spoken))
+        for logits, labels in zip(ctc, (characters, words), strict=True):
             losses = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), labels, (labels == 0).astype(jnp.float32))
             total += jnp.mean(losses / jnp.maximum(1, jnp.sum(labels > 0, axis=1)))
         return total
 
-    dev_clips, dev_texts = read_clips(corpus, "dev", 64)
+    dev = read_clips(corpus, "dev", vocabulary)
     forward = jax.jit(forward)
     learning_rate = optim.schedule("linear", 1e-2 if init else 2e-2, steps, 200)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.4, weight_decay=0.01)
     leaves, minutes = train(
         "encoder", out / "training", steps, flatten_dict(params, sep="/"), loss_fn, optimizer,
         lambda step: batches.draw(np.random.default_rng((seed, step))),
-        lambda params: ctc_error_rates(forward, params, spec, dev_clips, dev_texts, vocabulary),
+        lambda params: error_rates(forward, params, spec, dev, vocabulary, 64),
     )  # fmt: skip
     params = unflatten_dict(leaves, sep="/")
     figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(flatten_dict(params["encoder"])), **history}
-    figures |= ctc_error_rates(forward, params, spec, *read_clips(corpus, "dev"), vocabulary)
+    figures |= error_rates(forward, params, spec, dev, vocabulary)
     tensors = dict(engine.store({**params["encoder"], "positions": positions}, layouts.hf_whisper()))
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
     write_folder(out, config, tensors, figures)
     return figures
 
 
-def ctc_error_rates(forward, params, spec, clips, texts, vocabulary) -> dict[str, float]:
-    """Greedy CTC on single utterances: character error rate of one head, word error rate of the other, in percent."""
+def error_rates(forward, params, spec, clips: Clips, vocabulary, limit: int | None = None) -> dict[str, float]:
+    """On single utterances, in percent: character error rate of one CTC head, word error rate of the other (both greedy), and
+    features whose word is told wrong.
+    """
     inverse = {i: word for word, i in vocabulary.items()}
-    spoken = {"characters": [], "words": []}
-    for start in range(0, len(clips) - len(clips) % 16, 16):
-        cut = [spec.cut(clip) for clip in clips[start : start + 16]]
+    spoken, right, count = {"characters": [], "words": []}, 0, 0
+    for start in range(0, len(clips.texts[:limit]) - 15, 16):
+        cut = [spec.cut(clip) for clip in clips.samples[start : start + 16]]
         windows, frames = np.stack([c[0] for c in cut]), np.stack([c[1] for c in cut])
-        for name, logits in zip(spoken, forward(params, windows, frames, np.zeros(frames.shape, np.int32)), strict=True):
+        *ctc, by_frame = forward(params, windows, frames, np.zeros(frames.shape, np.int32))
+        labels = _pad(clips.frames[start : start + 16], by_frame.shape[1])
+        right, count = right + np.sum((np.argmax(by_frame, -1) == labels) & (labels > 0)), count + np.sum(labels > 0)
+        for name, logits in zip(spoken, ctc, strict=True):
             for path in np.argmax(logits, -1):
                 ids = [int(i) for i, before in zip(path, [0, *path[:-1]], strict=True) if i and i != before]
                 text = "".join(CHARACTERS[i - 1] for i in ids) if name == "characters" else " ".join(inverse[i] for i in ids)
                 spoken[name].append(text)
-    texts = texts[: len(spoken["words"])]
+    texts = clips.texts[: len(spoken["words"])]
     return {
         "dev_cer": round(100 * jiwer.cer(texts, spoken["characters"]), 2),
         "dev_wer": round(100 * jiwer.wer(texts, spoken["words"]), 2),
+        "dev_frame_error": round(100 * float(1 - right / count), 2),
     }
 
 
@@ -532,8 +581,6 @@ def write_folder(out: pathlib.Path, config: dict, tensors: dict[str, np.ndarray]
 
 
 def main(_):
-    from fastslm_jax.data import synthetic
-
     out = pathlib.Path(FLAGS.out)
     for part, name in (("llm", "demo_llm"), ("encoder", "demo_whisper")):
         if FLAGS.part not in ("all", part):

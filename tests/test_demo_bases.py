@@ -87,10 +87,17 @@ def test_streams_hold_recordings_that_run_over_window_borders():
     clips = [rng.integers(-99, 99, 16_000 * seconds).astype(np.int16) for seconds in (2, 3, 4)]
     spec = audio.WindowSpec(600)
     vocabulary = {"one": 1, "two": 2, "three": 3}
-    batches = demo_bases.StreamBatches(clips, ["one", "one two", "one two three"], vocabulary, spec)
-    windows, frames, recordings, characters, words = batches.draw(np.random.default_rng(1))
+    texts = ["one", "one two", "one two three"]
+    spoken = [np.repeat([vocabulary[word] for word in text.split()], 50).astype(np.int32) for text in texts]  # a second each
+    batches = demo_bases.StreamBatches(clips, texts, spoken, vocabulary, spec)
+    windows, frames, recordings, characters, words, by_frame = batches.draw(np.random.default_rng(1))
     assert windows.shape[:2] == frames.shape == recordings.shape == (4, 2)
     assert {tuple(row) for row in recordings.tolist()} == {(0, 0), (0, 1)}  # one stream over both windows, or a clip in each
+    assert by_frame.shape == (4, 600)
     for row in range(4):
         text = "".join(demo_bases.CHARACTERS[c - 1] for c in characters[row] if c)
-        assert [vocabulary[word] for word in text.split()] == [w for w in words[row] if w]
+        said = [w for w in words[row] if w]
+        assert [vocabulary[word] for word in text.split()] == said
+        runs = [int(w) for w, before in zip(by_frame[row], [0, *by_frame[row][:-1]], strict=True) if w and w != before]
+        assert runs == said
+        assert (np.bincount(by_frame[row])[1:] % 50 == 0).all()

@@ -8,6 +8,7 @@ library afresh, which takes a fraction of a millisecond: its samples are a pure 
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,13 +23,33 @@ class EspeakError(RuntimeError):
     """espeak-ng is missing or refused a call."""
 
 
+class _Event(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),  # in characters, from 1
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
+
+
+_LAST_EVENT, _WORD_EVENT = 0, 1
 _chunks: list[bytes] = []
+_words: list[tuple[int, int]] = []
 
 
 @_CALLBACK
-def _collect(samples, count, _events):
+def _collect(samples, count, events):
     if samples and count > 0:
         _chunks.append(ctypes.string_at(samples, 2 * count))
+    events, i = ctypes.cast(events, ctypes.POINTER(_Event)), 0
+    while events[i].type != _LAST_EVENT:
+        if events[i].type == _WORD_EVENT:
+            _words.append((events[i].text_position - 1, events[i].sample))
+        i += 1
     return 0
 
 
@@ -75,7 +96,16 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
 
 
 def synthesize(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, volume: int = 100) -> tuple[np.ndarray, int]:
-    """Speaks `text`: (int16 samples [n], sample rate).
+    """Speaks `text`: (int16 samples [n], sample rate). See `synthesize_words`."""
+    return synthesize_words(text, voice, rate, pitch, volume)[:2]
+
+
+def synthesize_words(
+    text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, volume: int = 100
+) -> tuple[np.ndarray, int, list[tuple[int, int]]]:
+    """Speaks `text`: (int16 samples [n], sample rate, [(character, sample) where a word starts]).
+
+    Words that espeak-ng speaks as one ("in the") have one start.
 
     Args:
       text: words to speak, in the voice's language.
@@ -91,6 +121,7 @@ def synthesize(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50
             if library.espeak_SetParameter(parameter, value, 0) != 0:
                 raise EspeakError(f"espeak-ng refused parameter {parameter} = {value}")
         _chunks.clear()
+        _words.clear()
         data = text.encode()
         if library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None) != 0:
             raise EspeakError(f"espeak-ng could not speak {text!r}")
@@ -99,4 +130,4 @@ def synthesize(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50
             raise EspeakError(f"espeak-ng gave no sound for {text!r}")
         samples = np.frombuffer(b"".join(_chunks), np.int16)
         _chunks.clear()
-        return samples, sample_rate
+        return samples, sample_rate, _words.copy()

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -148,9 +149,31 @@ def test_text_splits_are_disjoint_for_different_seeds():
     assert {split: {sentences.split_of(t) for t in found} for split, found in texts.items()} == {s: {s} for s in sentences.SPLITS}
 
 
+def test_word_times_tell_when_each_word_is_spoken():
+    item = synthetic.Item(0, "train", "asr", 3)
+    times, seconds = synthetic.word_times(item), len(synthetic.render(item)) / synthetic.SAMPLE_RATE
+    text = sentences.example("asr", item.rng(), "train").text
+    assert [word for word, _, _ in times] == text.split()
+    assert all(start < end for _, start, end in times)
+    assert all(end == pytest.approx(start) for (_, _, end), (_, start, _) in itertools.pairwise(times))
+    assert (times[0][1] < 0.2, times[-1][2]) == (True, pytest.approx(seconds))
+
+
+def test_word_times_follow_the_words_and_not_their_number():
+    """A long word lasts longer than a short one, and a hesitation has its own time."""
+    item = synthetic.Item(0, "train", "asr", 5, synthetic.Augmentation(hesitation=1.0, pause=0.0))
+    times = synthetic.word_times(item)
+    spoken = sentences.example("asr", item.rng(), "train").text.split()
+    assert len(times) == len(spoken) + 1
+    assert [word for word, _, _ in times if word not in ("um", "uh")] == spoken
+    lengths = np.array([len(word) for word, _, _ in times])
+    seconds = np.array([end - start for _, start, end in times])
+    assert np.corrcoef(lengths, seconds)[0, 1] > 0.3
+
+
 def test_held_out_voices_were_never_trained():
     train, held_out = synthetic.voices()
-    assert (len(train), len(held_out)) == (168, 12)
+    assert (len(train), len(held_out)) == (96, 12)
     assert len({voice.speaker for voice in train + held_out}) == len(train) + len(held_out)
     assert not {voice.name for voice in train} & {voice.name for voice in held_out}
     assert all(150 <= voice.rate <= 195 for voice in train + held_out)
