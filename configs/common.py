@@ -32,6 +32,7 @@ def full_size() -> ConfigDict:
             "stage_tokens": (80, 80, 80),
             "compression_size": 50,
             "detail_recovery_layers": 2,
+            "start": "normal",  # of the HFQ-Former: the authors'; "time" begins with queries that look along the time axis
             "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},
             "audio_padding": "released",
             "window_batch": 0,  # windows of a row in the encoder at a time; 0: all
@@ -62,7 +63,7 @@ def full_size() -> ConfigDict:
             "name": "adamw",
             "learning_rate": 1e-4,
             "adam_learning_rate_ratio": 1.0,
-            "llm_learning_rate_ratio": 1.0,  # of what trains in the language model
+            "learning_rate_ratios": (),  # (pattern, ratio) of parameters that take smaller or larger steps
             "schedule": "cosine",
             "final_fraction": 0.1,
             "warmup_steps": 500,
@@ -87,7 +88,7 @@ def small_size() -> ConfigDict:
     """The demo's model: the same modules on the small bases under assets/, windows of 6 s with 10 tokens, float32 for CPU."""
     config = full_size()
     config.base.whisper, config.base.llm = "assets/demo_whisper", "assets/demo_llm"
-    config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "remat": "none"})
+    config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "start": "time", "remat": "none"})
     config.model.update({"dtype": "float32", "base_dtype": "float32"})
     config.data.update({"workers": 0, "prefetch": 4})
     return config

@@ -63,6 +63,9 @@ def build(config: ConfigDict, *, weights: bool = True, mesh: Mesh | None = None,
         llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, attend=attend,
         dtype=dtype,
     )  # fmt: skip
+    start = options.get("start", "normal")  # configs of older checkpoints have none
+    if start not in ("normal", "time"):
+        raise UserError(f"config.model.start={start!r} is neither normal nor time")
     audio.WindowSpec(padding=options.audio_padding)
     windows, group = config.data.row.windows, options.window_batch
     if group and windows % group:
@@ -70,7 +73,7 @@ def build(config: ConfigDict, *, weights: bool = True, mesh: Mesh | None = None,
         raise UserError(
             f"config.model.window_batch={group} does not divide the {windows} windows of config.data.row; these do: {near}"
         )
-    model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding)
+    model = FastSLM(encoder, hfq_former, llm, window_batch=options.window_batch, audio_padding=options.audio_padding, start=start)
     return Experiment(model, whisper_folder, llm_folder)
 
 

@@ -74,14 +74,20 @@ def _muon_axes(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def make_optimizer(
-    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0, llm_learning_rate_ratio: float = 1.0,
-    weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999, clip_norm: float = 1.0,
+    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0,
+    learning_rate_ratios: Sequence[tuple[str, float]] = (), weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
+    clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:  # fmt: skip
     """AdamW, or Muon on the weight matrices with Adam (at ratio · learning rate) for the rest, after global-norm clipping.
 
-    What trains in the language model has a ratio of its own: the product of LoRA's factors, times alpha / rank, is a large step.
-
     Works on flat dicts of path → leaf. Weight decay acts on leaves of two or more axes.
+
+    Args:
+        learning_rate_ratios: (pattern, ratio) of paths that take larger or smaller steps; the first pattern that matches decides.
+            LoRA wants one under Muon: the product of its factors, times alpha / rank, is a large step.
+
+    Raises:
+        TrainableError: at the first step, a pattern that decides nothing.
     """
 
     def decayed(leaves):
@@ -103,13 +109,19 @@ def make_optimizer(
         raise UserError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     chain.append(rule)
-    if llm_learning_rate_ratio != 1:
-        chain.append(optax.stateless(lambda updates, _: _scale_llm(updates, llm_learning_rate_ratio)))
+    if learning_rate_ratios:
+        chain.append(optax.stateless(lambda updates, _: _scale_by_path(updates, learning_rate_ratios)))
     return optax.chain(*chain)
 
 
-def _scale_llm(updates: Mapping[str, jax.Array], ratio: float) -> dict[str, jax.Array]:
-    return {path: ratio * leaf if path.startswith("llm/") else leaf for path, leaf in updates.items()}
+def _scale_by_path(updates: Mapping[str, jax.Array], table: Sequence[tuple[str, float]]) -> dict[str, jax.Array]:
+    deciding = {path: next((row for row in table if re.fullmatch(row[0], path)), None) for path in updates}
+    unused = [row[0] for row in table if row not in deciding.values()]
+    if unused:
+        raise TrainableError(
+            f"pattern {unused[0]!r} of config.optimizer.learning_rate_ratios decides nothing that trains; remove it or mend it"
+        )
+    return {path: leaf if deciding[path] is None else deciding[path][1] * leaf for path, leaf in updates.items()}
 
 
 def count(leaves: Mapping[str, jax.Array]) -> int:

@@ -76,7 +76,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.Schedule, optax.GradientTr
     optimizer = optim.make_optimizer(
         options.name, schedule, weight_decay=options.weight_decay, b1=options.b1, b2=options.b2, clip_norm=options.clip_norm,
         adam_learning_rate_ratio=options.adam_learning_rate_ratio,
-        llm_learning_rate_ratio=options.llm_learning_rate_ratio,
+        learning_rate_ratios=[tuple(row) for row in options.learning_rate_ratios],
     )  # fmt: skip
     return schedule, optimizer
 

@@ -142,7 +142,11 @@ def test_the_language_model_has_a_learning_rate_ratio_of_its_own():
     leaves = {"llm/layers/query/lora_a": jnp.zeros((1, 8, 4)), "hfq_former/out/kernel": jnp.zeros((8, 4))}
     gradients = {path: jax.random.normal(jax.random.key(1), leaf.shape) for path, leaf in leaves.items()}
     alike, scaled = (
-        one_step(optim.make_optimizer("muon", optax.constant_schedule(0.1), llm_learning_rate_ratio=ratio), leaves, gradients)
+        one_step(
+            optim.make_optimizer("muon", optax.constant_schedule(0.1), learning_rate_ratios=[("llm/.*", ratio)]),
+            leaves,
+            gradients,
+        )
         for ratio in (1.0, 0.25)
     )
     np.testing.assert_allclose(scaled["llm/layers/query/lora_a"], 0.25 * np.asarray(alike["llm/layers/query/lora_a"]), rtol=1e-6)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fastslm_jax import audio
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.qwen3 import Qwen3
+from fastslm_jax.models.time_start import time_start
 from fastslm_jax.models.whisper import WhisperEncoder
 
 
@@ -20,6 +21,7 @@ class FastSLM:
 
     window_batch: windows of a row that go through the encoder at a time, at most (0: all), which bounds its memory. Groups are
         equal: of 30 windows, a window_batch of 8 takes 6 at a time.
+    start: of the HFQ-Former: "normal" (the authors' small random queries) or "time" (see `time_start`).
     """
 
     encoder: WhisperEncoder
@@ -27,6 +29,7 @@ class FastSLM:
     llm: Qwen3
     window_batch: int = 0
     audio_padding: str = "released"
+    start: str = "normal"
 
     @property
     def window(self) -> audio.WindowSpec:
@@ -43,9 +46,10 @@ class FastSLM:
         features = jnp.zeros((1, self.encoder.max_positions, self.encoder.width))
         embeddings = jnp.zeros((1, 2, self.llm.width))
         llm = self.llm.init(llm_rng, embeddings, jnp.zeros((1, 2), jnp.int32))
+        hfq_former = self.hfq_former.init(hfq_rng, features)["params"]
         return {
             "encoder": self.encoder.init(encoder_rng, mel)["params"],
-            "hfq_former": self.hfq_former.init(hfq_rng, features)["params"],
+            "hfq_former": time_start(hfq_former, hfq_rng) if self.start == "time" else hfq_former,
             "llm": llm["params"],
         }
 
