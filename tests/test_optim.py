@@ -138,7 +138,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(moments[0], [0.06, 0.08], rtol=1e-5)  # (1 − b1) · gradient / 50
 
 
-def test_the_language_model_has_a_learning_rate_ratio_of_its_own():
+def test_parameters_have_learning_rate_ratios_by_pattern():
     leaves = {"llm/layers/query/lora_a": jnp.zeros((1, 8, 4)), "hfq_former/out/kernel": jnp.zeros((8, 4))}
     gradients = {path: jax.random.normal(jax.random.key(1), leaf.shape) for path, leaf in leaves.items()}
     alike, scaled = (
@@ -151,3 +151,12 @@ def test_the_language_model_has_a_learning_rate_ratio_of_its_own():
     )
     np.testing.assert_allclose(scaled["llm/layers/query/lora_a"], 0.25 * np.asarray(alike["llm/layers/query/lora_a"]), rtol=1e-6)
     np.testing.assert_array_equal(scaled["hfq_former/out/kernel"], alike["hfq_former/out/kernel"])
+
+
+def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
+    leaves = {"hfq_former/out/kernel": jnp.zeros((8, 4))}
+    table = [("hfq_former/.*", 0.5), ("hfq_former/out/.*", 0.1)]  # the first decides both
+    with pytest.raises(
+        optim.TrainableError, match=r"'hfq_former/out/\.\*' of config.optimizer.learning_rate_ratios decides nothing"
+    ):
+        one_step(optim.make_optimizer("adamw", optax.constant_schedule(0.1), learning_rate_ratios=table), leaves, leaves)
