@@ -18,21 +18,23 @@ def get_config(arg: str = "1"):
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
     optimizer.update({"name": "muon", "learning_rate": 7e-3, "adam_learning_rate_ratio": 0.4, "b2": 0.99})
-    # LoRA's product and the small branches of the start would take too large steps.
-    optimizer.learning_rate_ratios = ((r"llm/.*", 0.1), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
+    # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank.
+    lora = {"1": 0.01, "2": 0.1, "3": 0.3}.get(stage)
+    optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 50
     if stage == "1":
         config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",))
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1400, 350, 175
+        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1100, 275, 100
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=join)
         config.data.row.update({"windows": 30, "tokens": 1216, "labels": 768})
-        config.batch_rows, config.steps = 1, 200
+        config.batch_rows, config.steps, config.eval_every = 1, 60, 30
+        optimizer.learning_rate = 4e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
         for task, weight in (("asr", 0.15), ("ast", 0.25), ("ssum", 0.22), ("sqqa", 0.35)):
@@ -40,7 +42,8 @@ def get_config(arg: str = "1"):
         join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.03, join)
         config.data.row.update({"windows": 30, "tokens": 1536, "labels": 768})
-        config.batch_rows, config.steps = 1, 300
+        config.batch_rows, config.steps = 1, 230
+        optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:
         raise ValueError(f"configs/demo.py has stages 1, 2 and 3, not {stage!r}")

@@ -258,11 +258,19 @@ def joined(*parts: Text) -> Text:
     return Text(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Text)))
 
 
-def text_rows(tokenizer, seed: int, step: int, length: int, batch: int):
-    """Packed text of a step: segment ids, positions [batch, length], and the fields of `Text`, each [batch, length, …]."""
+def text_rows(tokenizer, seed: int, step: int, length: int, batch: int, sentences_a_text: int = 0):
+    """Packed text of a step: segment ids, positions [batch, length], and the fields of `Text`, each [batch, length, …].
+
+    sentences_a_text: rows are of transcripts to repeat, of up to so many sentences; 0: of all tasks.
+    """
     rng = random.Random(f"rows/{seed}/{step}")
 
     def item() -> Text:
+        if sentences_a_text:
+            count = rng.randint(sentences_a_text // 8, sentences_a_text)
+            text = " ".join(sentences.example("asr", rng, "train").text for _ in range(count))
+            instruction = rng.choice((TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS))["asr"]
+            return chat(tokenizer, text, instruction, text, rng if rng.random() < 0.8 else None)
         if rng.random() < 0.1:
             drawn = sentences.example("ast", rng, "train")
             return plain(tokenizer(rng.choice((drawn.text, drawn.answer)))["input_ids"] + [tokenizer.eos_token_id], 1.0)
@@ -314,8 +322,8 @@ def train_llm(out: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
         loss = jnp.where(positions[:, 1:] > 0, loss[:, 1:], 0)  # the first token of a text cannot be foretold
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]) * loss) / jnp.sum(loss)
 
-    def batch_of(step):  # one step in ten has long rows, for transcripts of minutes
-        return text_rows(tokenizer, seed, step, *((1024, 2) if step % 10 == 0 else (160, 12)))
+    def batch_of(step):  # one step in three has long rows, for transcripts of three minutes
+        return text_rows(tokenizer, seed, step, *((1344, 2, 46) if step % 3 == 0 else (160, 12)))
 
     learning_rate = optim.schedule("linear", 5e-3 if init else 1e-2, steps, 100)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
