@@ -24,9 +24,13 @@ def get_config(arg: str = "1"):
     optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 50
     if stage == "1":
-        config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",))
+        # Up to 24 s: a clip alone ends before its window does, so that the last tokens of a window would never hear a word.
+        join = {"min_seconds": 8.0, "max_seconds": 23.0, "grouping": "random"}
+        config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",), 0.45)
+        config.data.train.spoken = common.source(f"{corpus}/train_transcripts.jsonl", ("asr",), 0.2)
+        config.data.train.joined = common.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1100, 275, 100
+        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1800, 450, 150
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
@@ -34,7 +38,7 @@ def get_config(arg: str = "1"):
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=join)
         config.data.row.update({"windows": 30, "tokens": 1216, "labels": 768})
         config.batch_rows, config.steps, config.eval_every = 1, 60, 30
-        optimizer.learning_rate = 4e-3
+        optimizer.learning_rate = 3e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
         for task, weight in (("asr", 0.15), ("ast", 0.25), ("ssum", 0.22), ("sqqa", 0.35)):
@@ -42,7 +46,7 @@ def get_config(arg: str = "1"):
         join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.03, join)
         config.data.row.update({"windows": 30, "tokens": 1536, "labels": 768})
-        config.batch_rows, config.steps = 1, 230
+        config.batch_rows, config.steps = 1, 200
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

@@ -413,6 +413,9 @@ class StreamBatches:
     windows: int = 2
     batch: int = 4
 
+    def __post_init__(self):
+        self._short = [i for i, clip in enumerate(self.clips) if len(clip) <= self.spec.samples]
+
     def draw(self, rng: np.random.Generator):
         """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding), and
         the word of every feature [b, w · 300].
@@ -432,25 +435,24 @@ class StreamBatches:
 
     def _row(self, rng):
         if rng.random() < 0.5:
-            picked = [int(rng.integers(len(self.clips))) for _ in range(self.windows)]
+            picked = rng.choice(self._short, self.windows)
             cut = [self.spec.cut(self.clips[i]) for i in picked]
             windows, frames = (np.concatenate([part[j] for part in cut]) for j in range(2))
             spoken = np.concatenate(_pad([self.frames[i] for i in picked], self.spec.samples // FEATURE_SAMPLES))
             return windows, frames, np.arange(self.windows, dtype=np.int32), " ".join(self.texts[i] for i in picked), spoken
         limit, pieces, texts = self.windows * self.spec.samples, [], []
-        used = int(rng.integers(0, 2 * audio.SAMPLE_RATE)) if rng.random() < 0.7 else 0
+        i = int(rng.integers(len(self.clips)))
+        used = min(int(rng.integers(0, 2 * audio.SAMPLE_RATE)) if rng.random() < 0.7 else 0, limit - len(self.clips[i]))
         pieces.append(np.zeros(used, np.int16))
         spoken = np.zeros(limit // FEATURE_SAMPLES, np.int32)
-        while True:
-            i = int(rng.integers(len(self.clips)))
-            if used + len(self.clips[i]) > limit:
-                break
+        while used + len(self.clips[i]) <= limit:
             gap = int(rng.uniform(0.1, 0.7) * audio.SAMPLE_RATE)
             pieces += [self.clips[i], np.zeros(gap, np.int16)]
             texts.append(self.texts[i])
             first = used // FEATURE_SAMPLES
             spoken[first : first + len(self.frames[i])] = self.frames[i][: len(spoken) - first]
             used += len(self.clips[i]) + gap
+            i = int(rng.integers(len(self.clips)))
         stream = np.concatenate(pieces)[:limit]
         if len(stream) <= (self.windows - 1) * self.spec.samples:
             stream = np.pad(stream, (0, (self.windows - 1) * self.spec.samples + audio.SAMPLE_RATE - len(stream)))
@@ -484,13 +486,15 @@ def _frames(item: synthetic.Item, words: dict[str, int]) -> np.ndarray:
 
 
 def read_clips(corpus: pathlib.Path, split: str, words: dict[str, int], limit: int | None = None) -> Clips:
-    """A split's ASR utterances; when each word is spoken is asked of the synthesiser again."""
-    lines = [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text().splitlines()]
+    """A split's ASR utterances, in train also notes and questions; when each word is spoken is asked of the synthesiser again."""
+    manifests = [corpus / f"{split}.jsonl", *([corpus / synthetic.TRANSCRIPTS] if split == "train" else [])]
+    lines = [json.loads(line) for manifest in manifests for line in manifest.read_text().splitlines()]
     lines = [line for line in lines if line["task"] == "asr"][:limit]
     samples = [audio.read_audio(corpus / line["audio_filepath"]) for line in tqdm(lines, desc=f"read {split}", mininterval=5)]
     settings = json.loads((corpus / "settings.json").read_text())
     augmentation = synthetic.Augmentation(**settings["train" if split == "train" else "evaluation"])
-    items = [synthetic.Item(settings["seed"], split, "asr", i, augmentation) for i in range(len(lines))]
+    names = [line["recording"].split("-") for line in lines]  # set, task, index of the audio
+    items = [synthetic.Item(settings["seed"], name, task, int(index), augmentation) for name, task, index in names]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         spoken = pool.imap(functools.partial(_frames, words=words), items, chunksize=64)
         frames = list(tqdm(spoken, desc=f"word times of {split}", total=len(items), mininterval=5))
@@ -599,7 +603,8 @@ def main(_):
             figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed, FLAGS.llm_init)
         else:
             counts = {key: dict.fromkeys(tasks, 0) for key, tasks in synthetic.DEFAULT_COUNTS.items()}
-            counts["train"]["asr"], counts["dev"]["asr"] = FLAGS.utterances, 200
+            counts["train"] |= {"asr": FLAGS.utterances, "ssum": FLAGS.utterances // 6, "sqqa": FLAGS.utterances // 4}
+            counts["dev"]["asr"] = 200
             synthetic.build_corpus(FLAGS.corpus, FLAGS.seed + 1000, counts, os.cpu_count())
             figures = train_encoder(unfinished, pathlib.Path(FLAGS.corpus), FLAGS.encoder_steps, FLAGS.seed, FLAGS.encoder_init)
         shutil.rmtree(unfinished / "training")

@@ -7,7 +7,7 @@ The default corpus is 13 000 clips, 14 hours, 0.9 GB; it takes about 75 seconds 
 DIR/train.jsonl, dev.jsonl, test.jsonl, test_unseen_voices.jsonl and test_long.jsonl hold one example a line; `audio_filepath`
 is relative to DIR. Sentences are disjoint between the splits; `test_unseen_voices` is spoken by (accent, variant) pairs that
 training never hears; `test_long` joins sentences of one voice into recordings of one to three minutes, with the `segments` that
-tell where each one lies.
+tell where each one lies. DIR/train_transcripts.jsonl asks for the words of train's notes and questions, on the same audio.
 
 Every item is a pure function of (seed, set, task, index), whoever builds it: any number of workers writes the same bytes, and a
 run that was killed goes on where it stopped. Manifests are written last.
@@ -36,6 +36,7 @@ from fastslm_jax.data import espeak, sentences
 Row = dict[str, object]  # a line of a manifest
 
 SAMPLE_RATE = 16_000
+TRANSCRIPTS = "train_transcripts.jsonl"
 SETS = ("train", "dev", "test", "test_unseen_voices", "test_long")
 DEFAULT_COUNTS: Mapping[str, Mapping[str, int]] = {
     "train": {"asr": 8000, "ast": 1500, "ssum": 1500, "sqqa": 2500},
@@ -391,7 +392,8 @@ def _claim(out: pathlib.Path, settings: Mapping[str, object]) -> None:
 
 def _is_complete(out: pathlib.Path, items: Sequence[Item]) -> bool:
     present = {f"{folder}/{name}" for folder in sentences.SPLITS if (out / folder).is_dir() for name in os.listdir(out / folder)}
-    return all((out / f"{name}.jsonl").exists() for name in SETS) and all(item.path in present for item in items)
+    manifests = [out / TRANSCRIPTS, *(out / f"{name}.jsonl" for name in SETS)]
+    return all(manifest.exists() for manifest in manifests) and all(item.path in present for item in items)
 
 
 def _built(items: Sequence[Item], out: pathlib.Path, workers: int) -> Iterable[Row]:
@@ -440,8 +442,20 @@ def build_corpus(
         if "ast" in tasks:
             tasks["ast"] = _shared_translations(seed, name, counts[name], tasks["asr"]) + tasks["ast"]
         lines = [row for task in tasks.values() for row in sorted(task, key=lambda row: str(row["id"]))]
-        _write_text(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
-        print(f"{out}/{name}.jsonl: {len(lines)} examples, {sum(float(row['duration']) for row in lines) / 3600:.2f} h")
+        _write_manifest(out / f"{name}.jsonl", lines)
+    spoken = [row for task in ("ssum", "sqqa") for row in sorted(rows["train"].get(task, ()), key=lambda row: str(row["id"]))]
+    _write_manifest(out / TRANSCRIPTS, [_transcription(row) for row in spoken])
+
+
+def _transcription(row: Row) -> Row:
+    """The line that asks for the words of another task's audio."""
+    prompt = sentences.PROMPTS["asr"]
+    return {**row, "id": f"{row['id']}-asr", "task": "asr", "prompt": prompt, "answer": row["text"], "lang": "en"}
+
+
+def _write_manifest(path: pathlib.Path, lines: Sequence[Row]) -> None:
+    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
+    print(f"{path}: {len(lines)} examples, {sum(float(row['duration']) for row in lines) / 3600:.2f} h")
 
 
 def _define_flags() -> None:

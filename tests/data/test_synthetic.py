@@ -149,6 +149,16 @@ def test_text_splits_are_disjoint_for_different_seeds():
     assert {split: {sentences.split_of(t) for t in found} for split, found in texts.items()} == {s: {s} for s in sentences.SPLITS}
 
 
+def test_notes_and_questions_have_their_words_as_transcripts_too(corpus):
+    spoken = {row["audio_filepath"]: row for row in _rows(corpus, "train") if row["task"] in ("ssum", "sqqa")}
+    rows = [json.loads(line) for line in (corpus / synthetic.TRANSCRIPTS).read_text().splitlines()]
+    assert {row["audio_filepath"] for row in rows} == set(spoken)
+    for row in rows:
+        assert (row["task"], row["lang"], row["prompt"]) == ("asr", "en", sentences.PROMPTS["asr"])
+        assert row["answer"] == row["text"] == spoken[row["audio_filepath"]]["text"]
+        assert row["id"] == f"{spoken[row['audio_filepath']]['id']}-asr"
+
+
 def test_word_times_tell_when_each_word_is_spoken():
     item = synthetic.Item(0, "train", "asr", 3)
     times, seconds = synthetic.word_times(item), len(synthetic.render(item)) / synthetic.SAMPLE_RATE
