@@ -414,7 +414,7 @@ class StreamBatches:
     batch: int = 4
 
     def __post_init__(self):
-        self._short = [i for i, clip in enumerate(self.clips) if len(clip) <= self.spec.samples]
+        self._short = [i for i, clip in enumerate(self.clips) if self.spec.count(len(clip)) == 1]
 
     def draw(self, rng: np.random.Generator):
         """One batch: windows [b, w, samples], valid frames, recordings, character and word labels (0 is blank and padding), and
@@ -454,7 +454,7 @@ class StreamBatches:
             used += len(self.clips[i]) + gap
             i = int(rng.integers(len(self.clips)))
         stream = np.concatenate(pieces)[:limit]
-        if len(stream) <= (self.windows - 1) * self.spec.samples:
+        if self.spec.count(len(stream)) < self.windows:
             stream = np.pad(stream, (0, (self.windows - 1) * self.spec.samples + audio.SAMPLE_RATE - len(stream)))
         windows, frames = self.spec.cut(stream)
         return windows, frames, np.zeros(self.windows, np.int32), " ".join(texts), spoken
