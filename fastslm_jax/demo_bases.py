@@ -438,7 +438,8 @@ class StreamBatches:
             picked = rng.choice(self._short, self.windows)
             cut = [self.spec.cut(self.clips[i]) for i in picked]
             windows, frames = (np.concatenate([part[j] for part in cut]) for j in range(2))
-            spoken = np.concatenate(_pad([self.frames[i] for i in picked], self.spec.samples // FEATURE_SAMPLES))
+            length = self.spec.samples // FEATURE_SAMPLES
+            spoken = np.concatenate(_pad([self.frames[i][:length] for i in picked], length))
             return windows, frames, np.arange(self.windows, dtype=np.int32), " ".join(self.texts[i] for i in picked), spoken
         limit, pieces, texts = self.windows * self.spec.samples, [], []
         i = int(rng.integers(len(self.clips)))

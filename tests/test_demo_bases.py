@@ -101,3 +101,15 @@ def test_streams_hold_recordings_that_run_over_window_borders():
         runs = [int(w) for w, before in zip(by_frame[row], [0, *by_frame[row][:-1]], strict=True) if w and w != before]
         assert runs == said
         assert (np.bincount(by_frame[row])[1:] % 50 == 0).all()
+
+
+def test_clips_of_every_length_make_whole_batches():
+    """Clips a few samples longer than a window, and clips of almost two, are drawn like any other."""
+    spec = audio.WindowSpec(600)
+    clips = [np.ones(samples, np.int16) for samples in (1_600, 95_999, 96_100, 96_159, 184_000, 191_900)]
+    spoken = [np.ones(-(-len(clip) // 320), np.int32) for clip in clips]
+    batches = demo_bases.StreamBatches(clips, ["one"] * len(clips), spoken, {"one": 1}, spec)
+    for seed in range(100):
+        windows, *_, by_frame = batches.draw(np.random.default_rng(seed))
+        assert windows.shape == (4, 2, spec.samples + 2 * audio.CONTEXT)
+        assert by_frame.shape == (4, 600)
