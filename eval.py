@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on the config's test sets.
 
     python eval.py --config=configs/demo.py:3 --workdir=runs/demo/stage3 [--checkpoint=STEP] [--sets=test,test_long]
-        [--tasks=asr] [--span=none|auto|SECONDS] [--swap_audio] [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
+        [--tasks=asr] [--span=auto|none|SECONDS] [--swap_audio] [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
     python eval.py --score_only --workdir=runs/demo/stage3 [--predictions=FILE]
 
 Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json}, WORKDIR/eval/eval.png and a table; docs/eval.md has the
@@ -30,7 +30,7 @@ flags.DEFINE_integer("checkpoint", None, "Step to evaluate (default: the newest)
 flags.DEFINE_list("sets", [], "Names of config.eval.sets (default: all).")
 flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
 flags.DEFINE_integer("limit", 0, "Utterances of each set and task (0: all).")
-flags.DEFINE_string("span", "none", "Seconds of a span of long recordings, auto, or none (one context).")
+flags.DEFINE_string("span", "auto", "Seconds of a span of long recordings, none (one context), or auto (see docs/longform.md).")
 flags.DEFINE_enum("kv_cache", None, ["float32", "bfloat16", "int8"], "Type of the key-value cache (default: the model's).")
 flags.DEFINE_bool("swap_audio", False, "Let every prompt hear another utterance's audio.")
 flags.DEFINE_bool("score_only", False, "Score predictions that are there.")
@@ -61,7 +61,12 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
     unknown = set(FLAGS.sets) - set(config.eval.sets)
     if unknown:
         raise UserError(f"--sets={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
-    sets = {name: read_manifest(config.eval.sets[name], FLAGS.tasks) for name in FLAGS.sets or config.eval.sets}
+    sets = {name: read_manifest(config.eval.sets[name]) for name in FLAGS.sets or config.eval.sets}
+    if FLAGS.tasks:
+        sets = {name: [utterance for utterance in members if utterance.task in FLAGS.tasks] for name, members in sets.items()}
+        sets = {name: members for name, members in sets.items() if members}
+    if not sets:
+        raise UserError(f"--tasks={','.join(FLAGS.tasks)}: no set has an utterance of these")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = loading.find_step(checkpoints, workdir, FLAGS.checkpoint)
     generator = loading.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
@@ -79,7 +84,8 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
             label = task if sum(task == other for other, _ in groups) == 1 else f"{task}-{lang}"
             utterances = utterances[: FLAGS.limit or None]
             started = time.time()
-            kept = scoring.Kept(folder / name / label, run | {"manifest": str(config.eval.sets[name])})
+            settings = run | {"manifest": str(config.eval.sets[name])}
+            kept = scoring.Kept(folder / name / label, settings)
             seconds = sum(utterance.seconds for utterance in utterances)
             with tqdm(total=round(seconds), unit="s", desc=f"{name} {label}", mininterval=2) as bar:
                 predictions = evaluation.predict(
@@ -93,7 +99,7 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
                     keep=kept.add,
                 )
             measured = {"run_seconds": round(time.time() - started, 2), "device": devices.name()}
-            measured |= {"peak_memory_gib": devices.peak_memory_gib(), "checkpoint": step}
+            measured |= {"peak_memory_gib": devices.peak_memory_gib(), "checkpoint": step, "run": settings}
             if FLAGS.rtfx_batches:
                 measured["rtfx_by_batch"] = scoring.rtfx_by_batch(generator, utterances, FLAGS.rtfx_batches, span_of)
             table.append((name, label, kept.finish(predictions, measured, judge)))

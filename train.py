@@ -37,6 +37,7 @@ def main(_):
     distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     is_first_process = jax.process_index() == 0
     held = lock(workdir) if is_first_process else None  # noqa: F841 (held until the process ends)
+    preemption = distributed.Preemption()
 
     # ------------------------------------------------------------------------------------------------ mesh and model
     mesh = sharding.make_mesh(**config.mesh)
@@ -92,24 +93,25 @@ def main(_):
             logging.info("trained parameters:\n%s", parameter_overview.get_parameter_overview(built.trained, include_stats=False))
             logging.info("%d of %d parameters are trained", optim.count(built.trained), optim.count(built.params))
     profile = Profile(config.profile if is_first_process else "", workdir / "profile")
-    timer, compilations, preemption = Timer(), Compilations(), distributed.Preemption()
+    part, parts = distributed.rows_of_process(mesh)
+    timer, compilations = Timer(parts), Compilations()
     flops_per_step = sum(flops.minimum(model, rows.shape, config.batch_rows).values())
-    dev_scores, pending, stopped = {}, collections.deque(), False
+    dev_scores, pending, stopped, not_finite = {}, collections.deque(), False, 0
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    part, parts = distributed.rows_of_process(mesh)
     batches = pipeline.batches(
         rows, config.batch_rows, start_row=first_step * config.batch_rows, process_index=part, process_count=parts,
         workers=config.data.workers, prefetch=config.data.prefetch,
     )  # fmt: skip
+    batches = pipeline.ahead(batches, functools.partial(sharding.shard_batch, mesh=mesh))
     bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", disable=not is_first_process, mininterval=2)
     for step in range(first_step + 1, config.steps + 1):
         with timer.waiting():
-            batch = next(batches)
+            batch, on_devices = next(batches)
         timer.count(batch)
         profile.begin(step)
         with compilations.counting():
-            state, metrics = built.train_step(state, frozen, sharding.shard_batch(batch, mesh))
+            state, metrics = built.train_step(state, frozen, on_devices)
         profile.end(step, metrics)
         bar.update()
 
@@ -117,7 +119,7 @@ def main(_):
         is_logged = step % config.log_every == 0 or step in (first_step + 1, config.steps)
         pending.append((step, metrics))
         while len(pending) > (not is_logged):
-            check_finite(*pending.popleft(), config)
+            not_finite += not check_finite(*pending.popleft(), config)
             timer.finished()
         if step == first_step + 1:
             first_programs = compilations.programs
@@ -127,16 +129,18 @@ def main(_):
             rates = timer.rates()
             rates |= speed(flops_per_step, rates.get("step_seconds"), mesh)
             rates |= {"compile_seconds": compilations.seconds, "recompilations": compilations.programs - first_programs}
+            rates["skipped_total"] = not_finite
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             writer.write_scalars(step, {**metrics, "learning_rate": float(built.schedule(step - 1)), **rates})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", **{name: f"{value:.1f}" for name, value in dev_scores.items()})
 
-        stopped = preemption.reached(step)
+        scored = None
         if dev and (step % config.eval_every == 0 or step == config.steps):
             with timer.paused():
                 generator = Generator(model, optim.merge(state.trained, frozen), encoder)
-                dev_scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
-        # The order is an invariant: a checkpoint is begun before the next batch is drawn, so step and row number agree.
+                scored = dev_scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
+        stopped = preemption.reached(step)
+        # The data position follows from the step, however many batches were drawn ahead.
         if step % config.checkpoint_every == 0 or step == config.steps or stopped:
             with timer.paused():
                 leaves = {**frozen, **state.trained}
@@ -146,7 +150,7 @@ def main(_):
                     "bases": fingerprints,
                     "data": data,
                 }
-                checkpoints.save(step, {path: leaves[path] for path in saved_paths}, train_items(state), meta, dev_scores or None)
+                checkpoints.save(step, {path: leaves[path] for path in saved_paths}, train_items(state), meta, scored)
         if stopped:
             logging.warning("SIGTERM: saved step %d, stopping; run the same command to go on", step)
             break
@@ -162,15 +166,18 @@ def train_items(state: steps.TrainState) -> dict:
     return {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
 
 
-def check_finite(step: int, metrics, config) -> None:
-    """Ends the run when too many steps in a row were skipped."""
+def check_finite(step: int, metrics, config) -> bool:
+    """Was the step taken? Says so if it was skipped, and ends the run when too many in a row were."""
     skipped = int(metrics["skipped"])
+    if skipped:
+        logging.warning("step %d: loss or gradients are not finite, skipped (%d in a row)", step, skipped)
     if skipped >= config.max_skipped:
         first, last = (step - skipped) * config.batch_rows, step * config.batch_rows - 1
         raise UserError(
             f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: rows {first} to {last} of the data; "
             "look at them, or lower config.optimizer.learning_rate"
         )
+    return not skipped
 
 
 def speed(flops_per_step: float, step_seconds: float | None, mesh) -> dict[str, float]:

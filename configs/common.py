@@ -56,6 +56,7 @@ def full_size() -> ConfigDict:
     config.batch_rows = 16  # rows of a step, over all devices
     config.accumulate = 1  # micro-batches that a step's rows are run in
     config.loss_chunk = 512
+    config.token_replacement = 0.0  # share of the answers' tokens that the decoder reads wrongly; see steps.with_replaced_tokens
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.trainable = TRAINABLE
     config.optimizer = ConfigDict(

@@ -17,12 +17,15 @@ def get_config(arg: str = "1"):
     corpus = f"{folder}/corpus"
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
-    optimizer.update({"name": "muon", "learning_rate": 7e-3, "adam_learning_rate_ratio": 0.4, "b2": 0.99})
+    optimizer.update({"name": "muon", "adam_learning_rate_ratio": 0.4, "b2": 0.99})
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
-    # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank.
-    lora = {"1": 0.01, "2": 0.1, "3": 0.3}.get(stage)
+    # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank: the
+    # decoder forgets how to keep its place in a long transcript (48 s: 9.3 % WER after stage 3 at 0.1, and 6.1 % at 0.03).
+    lora = {"1": 0.01, "2": 0.1, "3": 0.03}.get(stage)
     optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
-    config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 50
+    config.log_every, config.checkpoint_every = 10, 50
+    long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}
+    config.token_replacement = 0.0 if stage == "1" else 0.04
     if stage == "1":
         # Up to 24 s: a clip alone ends before its window does, so that the last tokens of a window would never hear a word.
         join = {"min_seconds": 8.0, "max_seconds": 23.0, "grouping": "random"}
@@ -30,23 +33,21 @@ def get_config(arg: str = "1"):
         config.data.train.spoken = common.source(f"{corpus}/train_transcripts.jsonl", ("asr",), 0.2)
         config.data.train.joined = common.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1800, 450, 150
+        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 1000, 500, 150
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
-        join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
-        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=join)
-        config.data.row.update({"windows": 30, "tokens": 1216, "labels": 768})
-        config.batch_rows, config.steps, config.eval_every = 1, 60, 30
-        optimizer.learning_rate = 3e-3
+        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=long)
+        config.data.row.update({"windows": 8, "tokens": 384, "labels": 224})
+        config.batch_rows, config.steps, config.eval_every = 1, 560, 280
+        optimizer.learning_rate = 5e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
-        for task, weight in (("asr", 0.15), ("ast", 0.25), ("ssum", 0.22), ("sqqa", 0.35)):
+        for task, weight in (("asr", 0.06), ("ast", 0.22), ("ssum", 0.12), ("sqqa", 0.48)):
             config.data.train[task] = common.source(f"{corpus}/train.jsonl", (task,), weight)
-        join = {"min_seconds": 12.0, "max_seconds": 178.0, "grouping": "random"}
-        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.03, join)
-        config.data.row.update({"windows": 30, "tokens": 1536, "labels": 768})
-        config.batch_rows, config.steps = 1, 200
+        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.12, long)
+        config.data.row.update({"windows": 8, "tokens": 448, "labels": 256})
+        config.batch_rows, config.steps, config.eval_every = 1, 660, 330
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

@@ -1,6 +1,6 @@
 """Stage 1, full size: ASR on utterances of up to 30 s.
 
-    python train.py --config=configs/stage1_shortform.py --workdir=gs://…/stage1 --config.data.train.asr.path=DIR/train.jsonl
+    python train.py --config=configs/stage1_shortform.py --workdir=/mnt/shared/stage1 --config.data.train.asr.path=DIR/train.jsonl
 
 Recipe: Whisper-large-v3 and Qwen3-4B frozen in bfloat16, HFQ-Former (56 M) and LoRA (33 M) trained. A row
 of 8 windows holds up to 8 utterances; 64 rows a step are up to 4.3 hours of audio.

@@ -1,7 +1,7 @@
 """Stage 2, full size: ASR on recordings of 1 to 15 minutes, joined from clips.
 
-    python train.py --config=configs/stage2_longform.py[:random|speaker|recording] --workdir=gs://…/stage2 \\
-        --config.init_from=gs://…/stage1
+    python train.py --config=configs/stage2_longform.py[:random|speaker|recording|semantic] --workdir=/mnt/shared/stage2 \\
+        --config.init_from=/mnt/shared/stage1
 
 How clips are grouped is the argument (the paper leaves it open). A row of 30 windows holds 15 minutes,
 one long recording or several shorter ones; 64 rows are 16 hours of audio a step. As it stands it is for 64 TPU v5e chips, a

@@ -1,6 +1,6 @@
 """Stage 3, full size: instructions on ASR, speech translation, summaries and spoken questions, with long-form ASR replayed.
 
-python train.py --config=configs/stage3_instruct.py --workdir=gs://…/stage3 --config.init_from=gs://…/stage2
+python train.py --config=configs/stage3_instruct.py --workdir=/mnt/shared/stage3 --config.init_from=/mnt/shared/stage2
 """
 
 from configs import common

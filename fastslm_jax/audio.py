@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,18 @@ LOWEST = -10.0  # log10 of the floor of the mel power
 
 class AudioError(UserError):
     """A file that cannot be used as audio: says which, why and what to do."""
+
+
+def riff_shortfall(path: str | os.PathLike) -> str | None:
+    """What a cut wav file lacks: libsndfile reads what is left of it without a word, but its header knows better."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if len(head) == 8 and head[:4] == b"RIFF":
+        (declared,) = struct.unpack_from("<I", head, 4)
+        if declared + 8 > size and declared < 0xFFFFFF00:  # streams write such sizes when they do not know better
+            return f"its header announces {declared + 8} bytes, the file has {size}"
+    return None
 
 
 def read_audio(path: str | os.PathLike, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
@@ -87,6 +100,8 @@ def probe(path: str | os.PathLike) -> float:
         with soundfile.SoundFile(path) as file:
             if not len(file.read(min(file.frames, file.samplerate), dtype="int16", always_2d=True)):
                 raise AudioError(f"{path}: holds no samples")
+            if missing := riff_shortfall(path):
+                raise AudioError(f"{path}: is cut short ({missing}); copy it again, or convert what is left to flac")
             return file.frames / file.samplerate
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3") from None

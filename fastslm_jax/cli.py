@@ -1,5 +1,6 @@
 """What every command shares: flags, quiet libraries, and errors as one line with exit code 2."""
 
+import errno
 import logging as stdlib_logging
 import os
 import sys
@@ -10,6 +11,8 @@ import jax
 from absl import app, flags, logging
 
 from fastslm_jax.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -61,6 +64,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except UserError as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = error.filename or "the output"
+            fail(f"{where}: {os.strerror(error.errno)}; make room and run the same command again: it goes on from what is saved")
 
     def parser(argv):
         try:

@@ -237,12 +237,17 @@ def plain(ids: Sequence[int], loss: float) -> Text:
     return Text(np.array(ids, np.int32), np.full(len(ids), loss, np.float32), np.zeros(len(ids), np.float32), table, weights)
 
 
-def chat(tokenizer, text: str, instruction: str, answer: str, blur: random.Random | None) -> Text:
-    """A text with an instruction, and its answer. With `blur`, the text is blurred and noisy."""
+def chat(
+    tokenizer, text: str, instruction: str, answer: str, blur: random.Random | None, slips: random.Random | None = None
+) -> Text:
+    """A text with an instruction, and its answer. With `blur`, the text is blurred and noisy; with `slips`, the answer is read
+    with mistakes.
+    """
     messages = [{"role": "user", "content": f"{TEXT_MARK}\n{instruction}"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     target = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
     target = plain(target, max(1.0, 12 / len(target)))  # every answer weighs the same up to 12 tokens: short ones would drown
+    target = with_slips(target, slips) if slips else target
     if blur is None:
         return joined(plain(tokenizer(prompt.replace(TEXT_MARK, text))["input_ids"], 0.02), target)
     before, after, words = (tokenizer(part)["input_ids"] for part in (*prompt.split(TEXT_MARK), text))
@@ -251,6 +256,19 @@ def chat(tokenizer, text: str, instruction: str, answer: str, blur: random.Rando
     unseen = np.zeros(len(ids), np.float32)
     speech = Text(np.full(len(ids), silence, np.int32), unseen, unseen + blur.uniform(0.0, 0.6), ids, weights)
     return joined(plain(before, 0.0), speech, plain(after, 0.0), target)
+
+
+SLIP = 0.08  # of a transcript's words, in half of the long ones
+
+
+def with_slips(text: Text, rng: random.Random) -> Text:
+    """The same tokens to predict, but some inputs are other tokens of the text: a model that generates reads its own mistakes,
+    and must find its place again.
+    """
+    ids = text.ids.copy()
+    slipped = [i for i in range(len(ids)) if rng.random() < SLIP]
+    ids[slipped, 0] = rng.choices(text.ids[:, 0].tolist(), k=len(slipped))
+    return dataclasses.replace(text, ids=ids)
 
 
 def joined(*parts: Text) -> Text:
@@ -270,7 +288,8 @@ def text_rows(tokenizer, seed: int, step: int, length: int, batch: int, sentence
             count = rng.randint(sentences_a_text // 8, sentences_a_text)
             text = " ".join(sentences.example("asr", rng, "train").text for _ in range(count))
             instruction = rng.choice((TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS))["asr"]
-            return chat(tokenizer, text, instruction, text, rng if rng.random() < 0.8 else None)
+            blur, slips = (rng if rng.random() < probability else None for probability in (0.8, 0.5))
+            return chat(tokenizer, text, instruction, text, blur, slips)
         if rng.random() < 0.1:
             drawn = sentences.example("ast", rng, "train")
             return plain(tokenizer(rng.choice((drawn.text, drawn.answer)))["input_ids"] + [tokenizer.eos_token_id], 1.0)
@@ -322,8 +341,8 @@ def train_llm(out: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
         loss = jnp.where(positions[:, 1:] > 0, loss[:, 1:], 0)  # the first token of a text cannot be foretold
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]) * loss) / jnp.sum(loss)
 
-    def batch_of(step):  # one step in three has long rows, for transcripts of three minutes
-        return text_rows(tokenizer, seed, step, *((1344, 2, 46) if step % 3 == 0 else (160, 12)))
+    def batch_of(step):  # every second step has long rows, for transcripts of three minutes
+        return text_rows(tokenizer, seed, step, *((1344, 2, 46) if step % 2 == 0 else (160, 12)))
 
     learning_rate = optim.schedule("linear", 5e-3 if init else 1e-2, steps, 100)
     optimizer = optim.make_optimizer("muon", learning_rate, adam_learning_rate_ratio=0.3, weight_decay=0.01)
@@ -335,7 +354,7 @@ def train_llm(out: pathlib.Path, steps: int, seed: int, init: str = "") -> dict:
     figures = {"steps": steps, "minutes": minutes, "parameters": optim.count(leaves), **history}
     figures["dev_exact_match"] = accuracy(params)
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(params, layouts.hf_qwen3())}
-    write_folder(out, config, tensors, figures)
+    write_folder(out, "llm", config, tensors, figures)
     return figures
 
 
@@ -550,7 +569,7 @@ def train_encoder(out: pathlib.Path, corpus: pathlib.Path, steps: int, seed: int
     figures |= error_rates(forward, params, spec, dev, vocabulary)
     tensors = dict(engine.store({**params["encoder"], "positions": positions}, layouts.hf_whisper()))
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
-    write_folder(out, config, tensors, figures)
+    write_folder(out, "encoder", config, tensors, figures)
     return figures
 
 
@@ -582,12 +601,13 @@ def error_rates(forward, params, spec, clips: Clips, vocabulary, limit: int | No
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_folder(out: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], figures: dict) -> None:
+def write_folder(out: pathlib.Path, part: str, config: dict, tensors: dict[str, np.ndarray], figures: dict) -> None:
     """config.json, model.safetensors, and TRAINING.json: the command, seed, time and figures that made them."""
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}, indent=1) + "\n")
     command = f"python -m fastslm_jax.demo_bases --seed={FLAGS.seed} --utterances={FLAGS.utterances}"
     command += f" --encoder_steps={FLAGS.encoder_steps} --llm_steps={FLAGS.llm_steps}"
+    command += f" --part={part} --corpus={FLAGS.corpus} --out={FLAGS.out}"
     for flag in ("encoder_init", "llm_init"):
         command += f" --{flag}={FLAGS[flag].value}" if FLAGS[flag].value else ""
     (out / "TRAINING.json").write_text(json.dumps({"command": command, "seed": FLAGS.seed} | figures, indent=1) + "\n")

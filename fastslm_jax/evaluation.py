@@ -58,7 +58,7 @@ def predict(
     Returns:
         per utterance, in order: id, task, lang, seconds, reference, hypothesis, windows, speech_tokens, new_tokens,
         stop_reason, covered_seconds, again, first_token_seconds, batch_seconds (run time without compilation, its share of
-        its group's), and for ASR and SQQA both texts as they are scored.
+        its group's), rtfx (audio seconds a second of its group), and for ASR and SQQA both texts as they are scored.
     """
     clip_for, known = clip_for or utterances.__getitem__, known or {}
     predictions: list[dict | None] = [known.get(utterance.id) for utterance in utterances]
@@ -95,6 +95,7 @@ def _prediction(utterance: Utterance, job: spans.Job, result: spans.Result, per_
         "again": result.again,
         "first_token_seconds": result.first_token_seconds,
         "batch_seconds": round(per_second * job.seconds, 4),
+        "rtfx": round(1 / max(per_second, 1e-9), 2),
     }
     if utterance.task in ("asr", "sqqa"):
         for name in ("reference", "hypothesis"):

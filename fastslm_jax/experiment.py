@@ -142,9 +142,9 @@ def row_shape(config: ConfigDict) -> packing.RowShape:
 
 
 def data_fingerprints(config: ConfigDict) -> dict[str, str]:
-    """{source: content hash of its manifest}: what decides, with the seed, which examples stand in which row."""
+    """{source: content hash of its manifest}, of sources with a weight: what decides, with the seed, what stands in which row."""
     found = {}
-    for name in sorted(config.data.train):
+    for name in sorted(name for name, source in config.data.train.items() if source.get("weight", 1.0) > 0):
         digest = hashlib.sha256()
         path = pathlib.Path(config.data.train[name].path).expanduser()
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

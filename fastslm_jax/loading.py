@@ -3,11 +3,13 @@
 import os
 import pathlib
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from fastslm_jax import bases, experiment, optim, sharding
 from fastslm_jax.checkpoint import CheckpointError, Checkpoints
 from fastslm_jax.decode import Generator
+from fastslm_jax.errors import UserError
 
 
 def find_step(checkpoints: Checkpoints, workdir: str | os.PathLike, step: int | None = None) -> int:
@@ -42,8 +44,12 @@ def saved_config(
 
 
 def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options) -> Generator:
-    """The model of a checkpoint on a mesh over all devices (config.mesh, where its sizes fit). options: see `Generator`."""
-    mesh = sharding.make_mesh(**config.mesh)
+    """The model of a checkpoint on all devices: on config.mesh or, if that is for others, along data. See `Generator`."""
+    try:
+        mesh = sharding.make_mesh(**config.mesh)
+    except UserError:
+        mesh = sharding.make_mesh()
+        logging.info("config.mesh is for other devices: the %d at hand lie along data", mesh.size)
     setup = experiment.build(config, mesh=mesh)
     params = optim.merge(experiment.restore_params(setup, config, checkpoints, step, mesh), {})
     native = bases.read_config(setup.llm_folder).get("max_position_embeddings")

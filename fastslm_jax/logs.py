@@ -93,9 +93,13 @@ def _step_of(line: str) -> float:
 
 
 class Timer:
-    """Rates since the last call of `rates`: evaluation and checkpoints do not count, nor does the first step (it compiles)."""
+    """Rates since the last call of `rates`: evaluation and checkpoints do not count, nor does the first step (it compiles).
 
-    def __init__(self):
+    parts: processes that read other rows than each other, this one included: audio and tokens are those of all.
+    """
+
+    def __init__(self, parts: int = 1):
+        self._parts = parts
         self._reset()
         self._first = True
 
@@ -134,14 +138,14 @@ class Timer:
         self._last = now
 
     def rates(self) -> dict[str, float]:
-        """Of this process's rows: seconds a step (mean, median, 90th percentile, longest), audio seconds and tokens a second,
-        waiting fraction, slots filled."""
+        """Seconds a step (mean, median, 90th percentile, longest); audio seconds and tokens a second, waiting fraction and slots
+        filled, taken from this process's rows."""
         elapsed = max(1e-9, time.perf_counter() - self._started - self._excluded)
         steps = max(1, self._steps)
         rates = {
             "step_seconds": elapsed / steps,
-            "audio_seconds_per_second": self._audio_seconds / elapsed,
-            "tokens_per_second": self._tokens / elapsed,
+            "audio_seconds_per_second": self._parts * self._audio_seconds / elapsed,
+            "tokens_per_second": self._parts * self._tokens / elapsed,
             "data_wait_fraction": min(1.0, self._waited / elapsed),
             "window_fill": self._windows / max(1, self._window_slots),
             "token_fill": self._tokens / max(1, self._token_slots),

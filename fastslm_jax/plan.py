@@ -1,8 +1,8 @@
 """Compiles the train step of a config for chips that need not be there, and says whether it fits and what binds it.
 
     python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:4x4 [--rows_per_chip=1] [--config.a.b=v]
-    python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:16x16x2        two slices of 256 chips
-    python -m fastslm_jax.plan --config=configs/stage2_longform.py                               the devices at hand
+    python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:16x16x2 --rows_per_chip=1        two slices
+    python -m fastslm_jax.plan --config=configs/stage2_longform.py --config.mesh.fsdp=1           the devices at hand
     python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5p:4x4x4 --sweep
 
 The step is the one that train.py runs, by shapes alone: no weights are read and no data. The TPU compiler itself compiles for

@@ -14,7 +14,7 @@ from fastslm_jax.judge import Judge
 SHOWN = ("wer", "cer", "bleu", "chrf_pp", "chrf", "rougeL", "em", "f1", "accuracy", "judge", "rtfx")
 JUDGED = ("ssum", "sqqa")
 REQUIRED = ("task", "lang", "seconds", "reference", "hypothesis", "stop_reason")
-MEASURED = ("run_seconds", "device", "peak_memory_gib", "checkpoint", "rtfx_by_batch")
+MEASURED = ("run_seconds", "device", "peak_memory_gib", "checkpoint", "run", "rtfx_by_batch")
 RTFX_UTTERANCES = 32
 
 Table = list[tuple[str, str, dict]]
@@ -23,21 +23,33 @@ Table = list[tuple[str, str, dict]]
 class Kept:
     """Predictions of a set and task in a folder: added as they come, so that a run that was stopped goes on.
 
-    folder/predictions.part.jsonl has the run's settings in its first line; other settings start anew.
+    folder/predictions.part.jsonl has the run's settings in its first line, and metrics.json those of a run that ended; other
+    settings start anew.
     """
 
     def __init__(self, folder: pathlib.Path, run: dict):
         self.folder, self._part = folder, folder / "predictions.part.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, dict] = {}
+        self._measured: dict = {}  # of the run that all predictions come from, if it ended
         lines = self._part.read_text().splitlines() if self._part.exists() else []
         if lines and _parsed(lines[0]) == {"run": run}:
             found = [_parsed(line) for line in lines[1:]]
             self.known = {prediction["id"]: prediction for prediction in found if prediction}  # the last line may be torn
+        elif not lines and (ended := self._ended(run)):
+            self.known = {prediction["id"]: prediction for prediction in read_predictions(folder / "predictions.jsonl")}
+            self._measured = ended
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ({"run": run}, *self.known.values()))
         _write(self._part, text)
 
+    def _ended(self, run: dict) -> dict:
+        """What was measured by a run with the same settings that ended here."""
+        file = self.folder / "metrics.json"
+        scores = _parsed(file.read_text()) if file.exists() and (self.folder / "predictions.jsonl").exists() else None
+        return {name: scores[name] for name in MEASURED if name in scores} if scores and scores.get("run") == run else {}
+
     def add(self, predictions: Sequence[dict]) -> None:
+        self._measured = {}
         with open(self._part, "a") as file:
             file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
 
@@ -47,7 +59,7 @@ class Kept:
             self.folder / "predictions.jsonl",
             "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions),
         )
-        scores = _scored(self.folder, predictions, measured, judge)
+        scores = _scored(self.folder, predictions, measured | self._measured, judge)
         self._part.unlink()
         return scores
 

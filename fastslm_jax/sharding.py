@@ -1,10 +1,12 @@
-"""The device mesh and one table that says how every parameter lies on it."""
+"""The device mesh, one table that says how every parameter lies on it, and one for what is computed from them."""
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,6 +28,24 @@ PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"hfq_former/.*/kernel", PartitionSpec("fsdp", None)),
     (r".*/(bias|scale|query|positions|query_positions|context_positions)", PartitionSpec()),
 )
+
+# Logical names of axes inside the model → mesh axes; what is not named here is whole on every device. A layer's weights are
+# gathered over fsdp where they are used: left to itself, XLA may gather activations instead, which are far larger.
+ACTIVATION_TABLE: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+    ("rows", ("data", "fsdp")),
+    *((f"{name}_columns", "tensor") for name in ("query", "key", "value", "gate", "up", "mlp_in")),  # what a projection gives
+    *((f"{name}_inputs", "tensor") for name in ("out", "down", "mlp_out")),  # what a projection takes
+)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: Mesh | None):
+    """What is traced inside lies on the mesh by ACTIVATION_TABLE (None: one device, nothing is said)."""
+    if mesh is None or mesh.size == 1:
+        yield
+        return
+    with mesh, nn.logical_axis_rules(ACTIVATION_TABLE):
+        yield
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

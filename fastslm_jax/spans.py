@@ -14,9 +14,9 @@ TOKENS_PER_SECOND = 6.0  # speech has up to three words a second; an answer may 
 SHORT_TASKS_PER_SECOND = 0.1  # summaries and answers grow more slowly
 MIN_NEW_TOKENS = 64
 SPLITTABLE = ("asr", "ast")  # what is said in pieces is what is said; a summary of pieces is not a summary
-SEARCH = 0.2  # of a span, at its end, where silence is looked for
-SILENCE = audio.SAMPLE_RATE // 10  # samples whose loudness is compared
-SMALLEST_PIECE = 2.0  # seconds; a shorter one is not cut again
+SEARCH = 6 * audio.SAMPLE_RATE  # samples at a span's end where silence is looked for, at most half of it
+SILENCE = 3 * audio.SAMPLE_RATE // 10  # samples whose loudness is compared: longer than a stop inside a word
+SMALLEST_PIECE = 2.0  # seconds; what is shorter than two of these is not cut again
 
 
 def budget(seconds: float, task: str | None = "asr") -> int:
@@ -78,19 +78,21 @@ class Result:
 
 def _quietest(samples: np.ndarray, low: int, high: int) -> int:
     """The middle of the quietest SILENCE samples between two places."""
-    count = (high - low) // (SILENCE // 4)
-    if count < 8:
+    step = SILENCE // 12
+    count = (high - low) // step
+    if count < 24:
         return high
-    energy = np.square(samples[low : low + count * (SILENCE // 4)].astype(np.float64)).reshape(count, -1).sum(axis=1)
-    loudness = np.convolve(energy, np.ones(4), mode="valid")
+    energy = np.square(samples[low : low + count * step].astype(np.float64)).reshape(count, -1).sum(axis=1)
+    loudness = np.convolve(energy, np.ones(12), mode="valid")
     last = len(loudness) - 1 - int(np.argmin(loudness[::-1]))  # the latest of equals
-    return low + last * (SILENCE // 4) + SILENCE // 2
+    return low + last * step + SILENCE // 2
 
 
 def cut(samples: np.ndarray, span: int, window: int) -> list[tuple[int, int]]:
-    """Spans (start, stop) that cover all samples, each `span` samples at most, cut at silence before their last window's border.
+    """Spans (start, stop) that cover all samples, each `span` samples at most, cut at the quietest place of their end (SEARCH).
 
-    span, window: samples. Example: 70 s in spans of 30 s and windows of 30 s → cuts between 24 and 30 s, and as far again.
+    span, window: samples; spans longer than a window take whole ones. Example: 70 s in spans of 30 s → cuts between 24 and 30 s,
+    and as far again.
     """
     if span < window and span < audio.SAMPLE_RATE:
         raise UserError(f"a span of {span / audio.SAMPLE_RATE:g} s is too short: give 1 s at least")
@@ -98,7 +100,7 @@ def cut(samples: np.ndarray, span: int, window: int) -> list[tuple[int, int]]:
     spans, start = [], 0
     while len(samples) - start > length:
         border = start + length
-        stop = _quietest(samples, border - int(SEARCH * min(length, 2 * window)), border)
+        stop = _quietest(samples, border - min(SEARCH, length // 2), border)
         spans.append((start, stop))
         start = stop
     return [*spans, (start, len(samples))]
@@ -258,8 +260,9 @@ def span_for(
 ) -> float | None:
     """Seconds of a recording's spans, or None for one context: what --span says.
 
-    auto: one context for recordings as long as those of the training (`trained` seconds), and for tasks that need the whole;
-    spans of the training's length for others, or shorter ones that fit the memory. none: one context. A number: seconds.
+    auto: one context for recordings no longer than the longest of the training (`trained` seconds), and for tasks that need the
+    whole; spans of half that length for others, well inside what the training covered, or shorter ones that fit the memory.
+    none: one context. A number: seconds.
 
     Raises:
         UserError: it is none of these, or the recording does not fit (see `Generator.check`).
@@ -272,7 +275,7 @@ def span_for(
         if not 1 <= span < float("inf"):
             raise UserError(f"--span={choice}: give auto, none, or seconds (1 at least)")
     else:
-        span = None if choice == "none" or seconds <= trained else trained
+        span = None if choice == "none" or seconds <= trained else trained / 2
     if task not in SPLITTABLE:
         span = None
     while True:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fastslm_jax import optim
+from fastslm_jax import optim, sharding
 from fastslm_jax.losses import label_loss
 from fastslm_jax.models.fastslm import FastSLM
 
@@ -30,7 +30,8 @@ def batch_loss(
     mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """Sums of loss, labels and correct predictions over a batch of rows that lie on a mesh (None: on one device)."""
-    hidden = model.hidden(params, batch, dropout_rng)
+    with sharding.activations_on(mesh):
+        hidden = model.hidden(params, batch, dropout_rng)
     head = params if mesh is None or mesh.size == 1 else _with_whole_head(model, params, mesh)
     return label_loss(
         lambda state: model.logits(head, state), hidden, batch["labels"], batch["loss_mask"], label_slots, loss_chunk
@@ -44,6 +45,21 @@ def _with_whole_head(model: FastSLM, params: dict, mesh: Mesh) -> dict:
     return {**params, "llm": {**params["llm"], name: whole}}
 
 
+def with_replaced_tokens(batch: dict, rng: jax.Array, share: float, label_slots: int) -> dict:
+    """The same labels, but a share of the answers' tokens that the decoder reads are others of the row's answers.
+
+    A model that generates reads its own mistakes; one that has only read what is right does not find its place again in a long
+    transcript (exposure bias).
+    """
+    tokens, is_label = batch["tokens"], batch["loss_mask"] > 0
+    chosen, drawn = jax.random.uniform(rng, (2, *tokens.shape))
+    positions = jax.vmap(lambda row: jnp.nonzero(row, size=label_slots, fill_value=0)[0])(is_label)
+    index = (drawn * jnp.sum(is_label, axis=1, keepdims=True)).astype(jnp.int32)
+    others = jnp.take_along_axis(batch["labels"], jnp.take_along_axis(positions, index, axis=1), axis=1)
+    is_answer = jnp.pad(is_label, ((0, 0), (1, 0)))[:, :-1]  # a label is the token that is read next
+    return {**batch, "tokens": jnp.where(is_answer & (chosen < share), others, tokens)}
+
+
 def train_step(
     state: TrainState,
     frozen: dict[str, jax.Array],
@@ -55,21 +71,25 @@ def train_step(
     label_slots: int,
     loss_chunk: int = 512,
     accumulate: int = 1,
+    token_replacement: float = 0.0,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step on the mean loss per label of the whole batch.
 
     Args:
         batch: arrays [rows, ...] (see `data.packing.assemble`).
-        seed: with the step it gives the dropout key.
+        seed: with the step it gives the key of dropout and of replaced tokens.
         accumulate: micro-batches that the rows are run in; the gradient is that of the whole batch.
+        token_replacement: share of the answers' tokens that are read wrongly (see `with_replaced_tokens`).
         mesh: what the arrays lie on (None: one device).
 
     Returns:
         the next state and metrics: loss (per label), accuracy, labels, grad_norm, update_norm, skipped.
     """
     total_labels = jnp.maximum(1.0, jnp.sum(batch["loss_mask"] > 0))
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    rng, replacement_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    if token_replacement:
+        batch = with_replaced_tokens(batch, replacement_rng, token_replacement, label_slots)
 
     def micro_loss(trained, micro_batch, rng):
         params = optim.merge(trained, frozen)

@@ -57,7 +57,8 @@ def build(config: ConfigDict, setup: experiment.Experiment, mesh: Mesh) -> Train
     train_step = jax.jit(
         functools.partial(
             steps.train_step, model=setup.model, optimizer=optimizer, seed=config.seed, label_slots=row.labels,
-            loss_chunk=config.loss_chunk, accumulate=config.accumulate, mesh=mesh,
+            loss_chunk=config.loss_chunk, accumulate=config.accumulate,
+            token_replacement=config.token_replacement, mesh=mesh,
         ),
         in_shardings=(placed, {path: leaf.sharding for path, leaf in params.items() if not mask[path]}, rows),
         out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),

@@ -299,8 +299,9 @@ def test_rows_that_are_done_take_the_next_request(generator):
     assert all(answer.first_token_seconds > 0 for answer in together)
 
 
-def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder):
-    """From half a second to 25, in batches: after the first pass nothing is compiled."""
+def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monkeypatch):
+    """From half a second to 25, in batches, prompts in chunks of both sizes: after the first pass nothing is compiled."""
+    monkeypatch.setattr(decode, "LONG_CHUNK", 80)
     generator = Generator(model, params, encoder, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
     before = compilation.so_far()
@@ -395,3 +396,18 @@ def test_any_length_is_answered(generator, samples):
     assert answer.windows == max(1, -(-(samples // 160) // 100))
     assert answer.speech_tokens == 3 * answer.windows
     assert len(answer.token_ids) == 4 or answer.stop_reason == "eos"
+
+
+def test_an_hour_is_encoded_in_one_shape(model, params, encoder, monkeypatch):
+    """Memory of the encoder does not depend on the length: every call has the same windows."""
+    encode, shapes = decode_steps.encode, set()
+
+    def noted(model, params, windows, *rest, **options):
+        shapes.add(windows.shape)
+        return encode(model, params, windows, *rest, **options)
+
+    monkeypatch.setattr(decode_steps, "encode", noted)
+    generator = Generator(model, params, encoder)
+    (speech,) = generator.speech([np.resize(noise(60, 0), 3600 * 16_000)])
+    assert speech.shape == (3600 * 3, 32)
+    assert len(shapes) == 1

@@ -48,6 +48,18 @@ def test_chat_has_the_answer_alone_to_predict_when_it_is_blurred(tokenizer):
     assert (blurred.noise > 0).sum() == 10  # one window
 
 
+def test_slips_change_what_is_read_and_not_what_is_predicted(tokenizer):
+    text = " ".join(f"david met {name} in rome" for name in ("anna", "laura", "emma", "peter", "simon") * 8)
+    clear, slipped = (demo_bases.chat(tokenizer, text, "Repeat the text.", text, None, rng) for rng in (None, random.Random(0)))
+    np.testing.assert_array_equal(slipped.tokens, clear.tokens)
+    np.testing.assert_array_equal(slipped.loss, clear.loss)
+    changed = slipped.ids[:, 0] != clear.ids[:, 0]
+    assert not changed[clear.loss < 1].any()  # the question is read as it is
+    answer = clear.ids[clear.loss >= 1, 0]
+    assert 0.02 < changed.sum() / len(answer) < 0.15
+    assert set(slipped.ids[changed, 0]) <= set(answer)
+
+
 def test_rows_of_text_are_packed_and_reproducible(tokenizer):
     segments, positions, tokens, loss, noise, ids, weights = demo_bases.text_rows(tokenizer, 0, 3, 160, 4)
     assert tokens.shape == segments.shape == noise.shape == (4, 160)

@@ -63,7 +63,17 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert lines_of(tmp_path / "predictions.jsonl") == PREDICTIONS
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
     assert (scores["em"], scores["device"]) == (66.6667, "cpu")
-    assert scoring.Kept(tmp_path, run).known == {}  # a finished run is not gone on with
+
+
+def test_a_set_that_was_answered_is_not_answered_again(tmp_path):
+    run = {"checkpoint": 3, "span": "none"}
+    first = scoring.Kept(tmp_path, run)
+    first.add(PREDICTIONS)
+    scores = first.finish(PREDICTIONS, {"run_seconds": 2.5, "run": run})
+    again = scoring.Kept(tmp_path, run)
+    assert list(again.known.values()) == PREDICTIONS
+    assert again.finish(PREDICTIONS, {"run_seconds": 0.1, "run": run}) == scores
+    assert scoring.Kept(tmp_path, run | {"span": "30"}).known == {}
 
 
 def test_other_settings_start_anew(tmp_path):

@@ -27,11 +27,11 @@ def optimizer():
 @pytest.fixture(scope="module")
 def make_step(model, optimizer, row_shape):
     @functools.cache
-    def make(accumulate: int = 1):
+    def make(accumulate: int = 1, mesh=None):
         return jax.jit(
             functools.partial(
                 steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=row_shape.labels, loss_chunk=16,
-                accumulate=accumulate,
+                accumulate=accumulate, mesh=mesh,
             )
         )  # fmt: skip
 
@@ -106,7 +106,37 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(make_step, start, spl
 def test_one_device_and_a_mesh_of_eight_take_the_same_step(make_step, start, first, split_params, batch, optimizer):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     trained, frozen = (jax.device_put(leaves, sharding.parameter_shardings(leaves, mesh)) for leaves in split_params)
-    state, metrics = make_step()(steps.TrainState.create(trained, optimizer), frozen, sharding.shard_batch(batch, mesh))
+    step = make_step(mesh=mesh)
+    state, metrics = step(steps.TrainState.create(trained, optimizer), frozen, sharding.shard_batch(batch, mesh))
     for name in ("loss", "accuracy", "labels", "grad_norm"):
         np.testing.assert_allclose(metrics[name], first[1][name], rtol=1e-5, err_msg=name)
     assert len(state.trained["llm/layers/query/lora_a"].sharding.device_set) == 8
+    moments = first_moments(state)  # a tenth of the gradients
+    for path, leaf in first_moments(first[0]).items():
+        np.testing.assert_allclose(moments[path], leaf, rtol=0, atol=1e-5 * np.abs(leaf).max(), err_msg=path)
+
+
+def first_moments(state: steps.TrainState) -> dict[str, jax.Array]:
+    def is_adam(leaf) -> bool:
+        return isinstance(leaf, optax.ScaleByAdamState)
+
+    return next(leaf.mu for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(leaf))
+
+
+def test_replaced_tokens_are_other_answer_tokens_and_labels_stay(batch, row_shape):
+    replaced = steps.with_replaced_tokens(batch, jax.random.key(0), 0.5, row_shape.labels)
+    is_answer = np.pad(batch["loss_mask"] > 0, ((0, 0), (1, 0)))[:, :-1]
+    changed = np.asarray(replaced["tokens"]) != batch["tokens"]
+    assert not changed[~is_answer].any()
+    assert 0.2 < changed[is_answer].mean() < 0.6  # some are replaced by themselves
+    for row, is_changed in enumerate(changed):
+        labels = batch["labels"][row][batch["loss_mask"][row] > 0]
+        assert set(np.asarray(replaced["tokens"])[row][is_changed]) <= set(labels.tolist())
+    assert all(replaced[name] is batch[name] for name in batch if name != "tokens")
+
+
+def test_tokens_are_replaced_in_the_step_alone(model, optimizer, make_step, start, first, split_params, batch, row_shape):
+    step = functools.partial(steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=row_shape.labels)
+    _, metrics = jax.jit(functools.partial(step, loss_chunk=16, token_replacement=0.5))(start, split_params[1], batch)
+    assert metrics["labels"] == first[1]["labels"]
+    assert metrics["loss"] != first[1]["loss"]

@@ -125,7 +125,7 @@ def test_what_is_measured(undisturbed):
 
 
 def test_sigterm_saves_and_the_run_goes_on(run, undisturbed, tmp_path, monkeypatch, said):
-    on_batch(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    on_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))  # drawn before the third step
     assert sorted(run(tmp_path)) == [1, 2, 3]
     assert "SIGTERM: saved step 3, stopping; run the same command to go on" in said
     assert (tmp_path / "checkpoints/3").is_dir()
@@ -199,6 +199,7 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 0, 1, 2]
+    assert [line["skipped_total"] for line in lines] == [0, 1, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------- what cannot begin at all

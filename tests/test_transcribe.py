@@ -134,10 +134,16 @@ def never(*_):
     raise AssertionError("the model was loaded")
 
 
+def write_cut(file) -> None:
+    soundfile.write(file, np.zeros(2 * RATE), RATE)
+    file.write_bytes(file.read_bytes()[:-RATE])
+
+
 BAD = {
     "corrupt": (lambda f: f.write_bytes(b"RIFF0000WAVEjunk"), "not readable as audio"),
     "text": (lambda f: f.write_text("these are words, no sound"), "not readable as audio"),
     "empty": (lambda f: soundfile.write(f, np.zeros(0), RATE), "holds no samples"),
+    "cut": (lambda f: write_cut(f), "is cut short"),
     "missing": (lambda f: None, "no such audio file"),
 }
 

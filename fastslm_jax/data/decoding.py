@@ -3,7 +3,6 @@
 import io
 import os
 import pathlib
-import struct
 
 import numpy as np
 import soundfile
@@ -40,17 +39,6 @@ def _decode_container(source: str | io.BytesIO) -> tuple[np.ndarray, int]:
     except (av.FFmpegError, ValueError) as error:
         raise Rejected("unreadable", f"not readable as audio ({error})") from None
     return np.concatenate([frame.to_ndarray()[0] for frame in frames] or [np.zeros(0, np.float32)]), rate
-
-
-def _check_riff(path: str) -> None:
-    """libsndfile reads what is left of a cut wav file without a word; its header knows better."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if len(head) == 8 and head[:4] == b"RIFF":
-        (declared,) = struct.unpack_from("<I", head, 4)
-        if declared + 8 > size and declared < 0xFFFFFF00:  # streams write such sizes when they do not know better
-            raise Rejected("truncated", f"its header announces {declared + 8} bytes, the file has {size}")
 
 
 def _decode_file(source: str | io.BytesIO, offset: float, seconds: float) -> tuple[np.ndarray, int, float]:
@@ -94,8 +82,8 @@ def decode(source: str | bytes, offset: float, seconds: float, *, whole: bool, t
         length, start = len(samples) / rate, round(offset * rate)
         samples = samples[start : start + round(seconds * rate)] if seconds else samples[start:]
     else:
-        if is_path:
-            _check_riff(source)
+        if is_path and (missing := audio.riff_shortfall(source)):
+            raise Rejected("truncated", missing)
         samples, rate, length = _decode_file(source if is_path else io.BytesIO(source), offset, seconds)
     if length == 0:
         raise Rejected("zero_length", "the file holds no samples")

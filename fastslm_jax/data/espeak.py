@@ -1,7 +1,7 @@
 """A minimal binding of espeak-ng (a formant synthesiser) through `espeakng_loader`, which ships the library inside a wheel.
 
 espeak-ng keeps its state in globals: one synthesiser per process, never two threads. It also carries state (the flutter phase,
-for one) from an utterance to the next, which no call resets, not even `espeak_Terminate`. `synthesize` therefore loads the
+for one) from an utterance to the next, which no call resets, not even `espeak_Terminate`. `synthesize_words` therefore loads the
 library afresh, which takes a fraction of a millisecond: its samples are a pure function of its arguments.
 """
 
@@ -93,11 +93,6 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
         library.espeak_Terminate()
     finally:
         libc.dlclose(library._handle)
-
-
-def synthesize(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, volume: int = 100) -> tuple[np.ndarray, int]:
-    """Speaks `text`: (int16 samples [n], sample rate). See `synthesize_words`."""
-    return synthesize_words(text, voice, rate, pitch, volume)[:2]
 
 
 def synthesize_words(

@@ -138,6 +138,11 @@ def make_shard(job: Job, number: int) -> None:
             except Rejected as rejection:
                 rejected.append(known | {"kind": rejection.kind, "reason": rejection.reason})
                 continue
+            except UserError:
+                raise
+            except (OSError, ValueError, OverflowError, RuntimeError) as error:  # no permission, an offset of 1e308, …
+                rejected.append(known | {"kind": "unreadable", "reason": f"{type(error).__name__}: {error}"})
+                continue
             lines.append({"at": at, **line, "shard": shard.name, "record": len(lines)})
             yield record
 

@@ -96,8 +96,12 @@ def parse_json(line: str, where: str) -> dict:
     """
     try:
         fields = json.loads(line)
+        if "\\u" in line:  # half of a surrogate pair is no text
+            json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ManifestError(where, f"not JSON ({error.msg})", "broken_json") from None
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise ManifestError(where, f"not JSON that can be written again ({type(error).__name__})", "broken_json") from None
     if not isinstance(fields, dict):
         raise ManifestError(where, "not a JSON object", "broken_json")
     return fields

@@ -7,7 +7,7 @@ position in the data is therefore one integer, on any number of processes and wo
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -289,3 +289,15 @@ def batches(
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
     return iter(dataset)
+
+
+def ahead(batches: Iterable[dict], put: Callable[[dict], dict]) -> Iterator[tuple[dict, dict]]:
+    """(batch, what `put` makes of it: arrays on the devices), put one batch early: the copy runs beside the step before."""
+    batches = iter(batches)
+    batch = next(batches)
+    ready = batch, put(batch)
+    for batch in batches:
+        following = batch, put(batch)
+        yield ready
+        ready = following
+    yield ready

@@ -55,6 +55,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, width, self.features))
+        kernel = nn.with_logical_constraint(kernel, (None, None, None))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0)))
         out_length = (length - 1) // self.stride + 1
@@ -63,7 +64,7 @@ class Conv(nn.Module):
         ]
         columns = jnp.concatenate(taps, axis=-1).reshape(batch * out_length, 3 * width)
         y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features) + bias.astype(self.dtype)
-        return y.reshape(batch, out_length, self.features)
+        return nn.with_logical_constraint(y.reshape(batch, out_length, self.features), ("rows", None, None))
 
 
 class Attention(nn.Module):

@@ -38,7 +38,9 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array, lora_gate: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
         """x [..., d_in], lora_gate [...] (1 where LoRA acts, 0 where the base must be untouched) → [..., features]."""
         width = x.shape[-1]
+        inputs, columns = f"{self.name}_inputs", f"{self.name}_columns"  # logical axes, see `sharding.ACTIVATION_TABLE`
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
+        kernel = nn.with_logical_constraint(kernel, (inputs, columns))
         # One flat matrix product: XLA on CPU is twice as slow on operands of three dimensions.
         flat = x.reshape(-1, width).astype(self.dtype)
         y = flat @ kernel.astype(self.dtype)
@@ -47,9 +49,13 @@ class Projection(nn.Module):
         if self.lora.rank:
             lora_a = self.param("lora_a", nn.initializers.he_uniform(), (width, self.lora.rank))
             lora_b = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
+            lora_a = nn.with_logical_constraint(lora_a, (inputs, None))
+            lora_b = nn.with_logical_constraint(lora_b, (None, columns))
             adapted = nn.Dropout(self.lora.dropout)(flat, deterministic=deterministic)
             delta = (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype) * self.lora.scale
             if lora_gate is not None:
                 delta *= lora_gate.reshape(-1, 1).astype(self.dtype)
             y += delta
-        return checkpoint_name(y.reshape(*x.shape[:-1], self.features), self.name)
+        y = y.reshape(*x.shape[:-1], self.features)
+        y = nn.with_logical_constraint(y, ("rows", *(None,) * (y.ndim - 2), columns))
+        return checkpoint_name(y, self.name)

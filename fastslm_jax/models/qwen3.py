@@ -182,7 +182,8 @@ class Qwen3(nn.Module):
             cache = cache.replace(layer=jnp.int32(0))
         if lora_gate is not None:
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
-        (hidden, cache), _ = self.layers((embeddings.astype(self.dtype), cache), position_ids, mask, lora_gate)
+        embeddings = nn.with_logical_constraint(embeddings.astype(self.dtype), ("rows", None, None))
+        (hidden, cache), _ = self.layers((embeddings, cache), position_ids, mask, lora_gate)
         return self.final_norm(hidden), cache
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:

@@ -283,6 +283,8 @@ def bad(tmp_path_factory):
     cases = {
         "good": (line("good.wav"), None, None),
         "broken line": ('{"audio_filepath": "good.wav", "dur', "broken_json", r"not JSON \("),
+        "half a letter": (json.dumps(line("good.wav", "\ud83d", id="g")), "broken_json", "written again"),
+        "no path": (line("a\0b.wav", id="h"), "unreadable", "ValueError"),
         "not an object": ("[1]", "broken_json", "not a JSON object"),
         "missing key": ({"audio_filepath": "good.wav", "text": "a"}, "bad_field", "no 'duration'"),
         "outside": (line("../outside.wav"), "outside_root", "lies outside the manifest's folder"),
@@ -313,9 +315,9 @@ def bad(tmp_path_factory):
 
 
 BAD = (
-    "broken line", "not an object", "missing key", "outside", "missing", "unreadable", "truncated flac", "truncated wav",
-    "empty file", "no samples", "NaN", "zeros", "longer than said", "shorter than said", "no text", "no transcript",
-    "too much text", "duplicate",
+    "broken line", "half a letter", "no path", "not an object", "missing key", "outside", "missing", "unreadable",
+    "truncated flac", "truncated wav", "empty file", "no samples", "NaN", "zeros", "longer than said", "shorter than said",
+    "no text", "no transcript", "too much text", "duplicate",
 )  # fmt: skip
 
 

@@ -248,3 +248,11 @@ def test_positions_that_do_not_divide_are_refused(make_rows):
         pipeline.batches(make_rows(), 4, start_row=6)
     with pytest.raises(ValueError, match="3 rows a batch from row 0 do not divide over 2 processes"):
         pipeline.batches(make_rows(), 3, process_count=2)
+
+
+def test_batches_are_put_on_the_devices_one_early():
+    put = []
+    pairs = pipeline.ahead(iter("abc"), lambda batch: put.append(batch) or batch.upper())
+    assert next(pairs) == ("a", "A")
+    assert put == ["a", "b"]
+    assert list(pairs) == [("b", "B"), ("c", "C")]

@@ -1,0 +1,88 @@
+"""train.py on two real processes: dev evaluation, checkpoints, SIGTERM to one, going on as one; what TensorBoard shows."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_experiment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHANGES = {"mesh.fsdp": 2, "mesh.data": 2, "batch_rows": 4, "steps": 8, "eval_every": 4, "data.dev_utterances": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment")
+    tiny_experiment.write(folder)
+    return folder
+
+
+def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[subprocess.Popen]:
+    """A run on four virtual devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
+    }
+    command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}"]
+    command += [f"--config.data.dev={folder}/train.jsonl", *(f"--config.{field}={value}" for field, value in CHANGES.items())]
+    extra = [[]]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+        extra = [[*shared, f"--process_id={number}"] for number in range(processes)]
+    with open(f"{workdir}.log", "ab") as log:
+        return [subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log) for flags in extra]
+
+
+def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), pathlib.Path(f"{workdir}.log").read_text()[-3000:]
+
+
+def lines(workdir: pathlib.Path, field: str) -> dict[int, float]:
+    """{step: value} of metrics.jsonl."""
+    file = workdir / "metrics.jsonl"
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""  # a line may be being written
+    found = [json.loads(line) for line in whole.splitlines()]
+    return {line["step"]: line[field] for line in found if field in line}
+
+
+def test_two_processes_are_stopped_and_one_goes_on(folder, tmp_path):
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    finish(start(folder, undisturbed, processes=1), undisturbed)
+
+    processes = start(folder, stopped, processes=2)
+    deadline = time.time() + 240
+    while 4 not in lines(stopped, "dev/wer") and time.time() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)  # a scheduler need not tell all of them
+    finish(processes, stopped)
+    done = max(lines(stopped, "loss"))
+    assert 4 <= done < CHANGES["steps"]
+    finish(start(folder, stopped, processes=1), stopped)
+
+    losses, expected = lines(stopped, "loss"), lines(undisturbed, "loss")
+    assert list(losses) == list(expected) == list(range(1, CHANGES["steps"] + 1))
+    assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    scores, expected = lines(stopped, "dev/wer"), lines(undisturbed, "dev/wer")
+    assert scores == expected
+    assert set(scores) == {4, 8}
+
+    events = EventAccumulator(str(undisturbed)).Reload()
+    shown = {"loss", "learning_rate", "audio_seconds_per_second", "dev/wer", "dev/asr"}
+    assert shown <= set(events.Tags()["tensors"])
+    assert [event.step for event in events.Tensors("dev/wer")] == [4, 8]
+    assert b"hypothesis: " in events.Tensors("dev/asr")[0].tensor_proto.string_val[0]
