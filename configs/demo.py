@@ -21,7 +21,7 @@ def get_config(arg: str = "1"):
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
     # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank: the
     # decoder forgets how to keep its place in a long transcript (48 s: 9.3 % WER after stage 3 at 0.1, and 6.1 % at 0.03).
-    lora = {"1": 0.01, "2": 0.1, "3": 0.03}.get(stage)
+    lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
     optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
     config.log_every, config.checkpoint_every = 10, 50
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}
@@ -47,7 +47,7 @@ def get_config(arg: str = "1"):
             config.data.train[task] = common.source(f"{corpus}/train.jsonl", (task,), weight)
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.12, long)
         config.data.row.update({"windows": 8, "tokens": 448, "labels": 256})
-        config.batch_rows, config.steps, config.eval_every = 1, 660, 330
+        config.batch_rows, config.steps, config.eval_every = 1, 960, 480
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

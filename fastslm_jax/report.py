@@ -38,9 +38,10 @@ def write(out: pathlib.Path, phases: dict) -> dict:
     stages = []
     for stage in STAGE_NAMES:
         _, losses = _losses(out, stage)
-        last = float(np.mean(losses[-3:]))
+        tenth = max(1, len(losses) // 10)  # one batch's loss says little: a row has a few examples
+        first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
         minutes = round(phases[stage]["seconds"] / 60, 2)
-        stages.append({"name": stage, "first_loss": round(losses[0], 4), "last_loss": round(last, 4), "minutes": minutes})
+        stages.append({"name": stage, "first_loss": round(first, 4), "last_loss": round(last, 4), "minutes": minutes})
     summary = {
         "wer_short": _scores(out, "test", "asr")["wer"],
         "wer_unseen_voices": _scores(out, "test_unseen_voices", "asr")["wer"],
@@ -90,7 +91,11 @@ def _plot_losses(axes, out: pathlib.Path) -> None:
     done = 0
     for stage, name in STAGE_NAMES.items():
         steps, losses = _losses(out, stage)
-        axes.plot([done + step for step in steps], losses, label=name, linewidth=1.2)
+        places = [done + step for step in steps]
+        (line,) = axes.plot(places, losses, linewidth=0.6, alpha=0.35)
+        width = max(1, len(losses) // 10)  # a batch's loss is noisy: the mean of a tenth of the stage says more
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        axes.plot(places[width - 1 :], means, label=name, linewidth=1.6, color=line.get_color())
         done += steps[-1]
     axes.set(title="training loss", xlabel="step", yscale="log")
     axes.legend(fontsize=8)
@@ -105,14 +110,16 @@ def _plot_dev_wer(axes, out: pathlib.Path, minutes: dict[str, float]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         done += minutes[stage]
-    axes.set(title="WER on dev during training", xlabel="minutes", ylabel="%", ylim=(0, 105))
+    axes.set(title="WER on dev during training", xlabel="minutes", ylabel="%")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
 
 
 def picture(out: pathlib.Path, summary: dict) -> None:
-    """One page: losses, WER over time, WER by duration, five examples."""
-    figure = plt.figure(figsize=(12, 9.5), constrained_layout=True)
+    """One page: losses, WER over time, WER by duration, the scores, five examples."""
+    figure = plt.figure(figsize=(13, 8))
     figure.suptitle("FastSLM demo: small model, synthetic speech, held-out sentences", fontsize=13)
-    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 0.04))
+    grid = figure.add_gridspec(2, 3, left=0.05, right=0.98, top=0.9, bottom=0.02, hspace=0.25, wspace=0.28)
     _plot_losses(figure.add_subplot(grid[0, 0]), out)
     _plot_dev_wer(figure.add_subplot(grid[0, 1]), out, {stage["name"]: stage["minutes"] for stage in summary["stages"]})
 
@@ -123,16 +130,20 @@ def picture(out: pathlib.Path, summary: dict) -> None:
     axes.invert_yaxis()
     axes.set(title="WER by length of recording", xlabel="%")
 
-    axes = figure.add_subplot(grid[1, :])
-    axes.axis("off")
     picks = [("test", "asr"), ("test_unseen_voices", "asr"), ("test_long", "asr"), ("test", "ssum"), ("test", "sqqa")]
     blocks = []
     for name, task in picks:
         prediction = _predictions(out, name, task)[0]
         header = f"{name}, {task}, {prediction['seconds']:.1f} s"
-        reference, hypothesis = (textwrap.shorten(prediction[key], 190) for key in ("reference", "hypothesis"))
+        reference, hypothesis = (textwrap.shorten(prediction[key], 92) for key in ("reference", "hypothesis"))
         blocks.append(f"{header}\n   ref: {reference}\n   hyp: {hypothesis}")
-    axes.text(0, 1, "\n\n".join(blocks), va="top", family="monospace", fontsize=7.5)
-    figure.text(0.01, 0.01, table(summary).replace("\n", "   |   ", 3), family="monospace", fontsize=7.5)
+    _write_text(figure.add_subplot(grid[1, :2]), "examples", "\n\n".join(blocks))
+    _write_text(figure.add_subplot(grid[1, 2]), "scores", table(summary))
     figure.savefig(out / "report.png", dpi=110)
     plt.close(figure)
+
+
+def _write_text(axes, title: str, text: str) -> None:
+    axes.axis("off")
+    axes.set_title(title, loc="left")
+    axes.text(0, 0.97, text, va="top", family="monospace", fontsize=7.8)

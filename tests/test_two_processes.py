@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
 def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[subprocess.Popen]:
     """A run on four virtual devices."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false",
         "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
     }
     command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}"]
