@@ -3,8 +3,9 @@
     python benchmarks/crash.py [--kills=20] [--processes=1]
 
 A tiny experiment of 24 steps, a checkpoint every second step. SIGKILL and SIGTERM take turns; every third kill waits until a
-checkpoint is being written. The run is started again after each, and at the end once more until it is done. With
---processes=2, two processes of two devices train together and one of them is killed.
+checkpoint is being written, every fourth may come before the first step, while the run starts or resumes. The run is started
+again after each, and at the end once more until it is done. With --processes=2, two processes of two devices train together
+and one of them is killed.
 Last line: one JSON object. steps_lost counts steps without a loss in metrics.jsonl, steps_repeated those with two, and
 max_loss_difference must be 0: the same bits. redone_steps is what the kills cost: steps run again, since they came after the
 last checkpoint.
@@ -76,11 +77,10 @@ def is_saving(workdir: pathlib.Path) -> bool:
 
 def kill(processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, rng: random.Random) -> str | None:
     """Waits for an instant and kills there. Returns what was done; None if the run was over before."""
-    begun = len(lines(workdir))
-    while len(lines(workdir)) <= begun and all(process.poll() is None for process in processes):
-        time.sleep(0.002)  # every attempt gets one step on at least
-    in_save = number % 3 == 2
-    deadline = time.time() + rng.uniform(0, 1.0)
+    begun, in_save, at_start = len(lines(workdir)), number % 3 == 2, number % 4 == 0 and number % 3 != 2
+    while not at_start and len(lines(workdir)) <= begun and all(process.poll() is None for process in processes):
+        time.sleep(0.002)  # these attempts get one step on at least
+    deadline = time.time() + rng.uniform(0, 15.0 if at_start else 1.0)
     while (not is_saving(workdir) if in_save else time.time() < deadline) and all(p.poll() is None for p in processes):
         time.sleep(0.001)
     if all(process.poll() is not None for process in processes):
@@ -94,7 +94,7 @@ def kill(processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, 
     codes = [process.wait() for process in processes]
     if name == "SIGTERM" and any(codes):
         sys.exit(f"SIGTERM ended a run with {codes}: {pathlib.Path(f'{workdir}.log').read_text()[-2000:]}")
-    return f"{name} {'during a save' if in_save else 'at any time'}"
+    return f"{name} {'during a save' if in_save else 'at the start' if at_start else 'at any time'}"
 
 
 def main(_):

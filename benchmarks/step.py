@@ -185,6 +185,7 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         raise UserError("--torch needs PyTorch: pip install -e .[export]") from None
     from fastslm_jax.convert import exporting
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     config, paths = bench.config, experiment.saved_paths(bench.params, bench.config.trainable)
     checkpoints = Checkpoints(scratch / "run")
     meta = {"config": json.loads(config.to_json_best_effort()), "row": 0, "bases": bench.setup.fingerprints()}

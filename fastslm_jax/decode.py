@@ -142,18 +142,19 @@ class Generator:
         Raises:
             CapacityError: the context is longer than the model's, or the cache does not fit the memory that is free.
         """
-        remedy = "transcribe it in shorter spans (--span=SECONDS), or lower --max_new_tokens"
         most = self.most_positions
         if most is not None and positions > most:
+            minutes = most / self.model.tokens_per_window * self.model.window.seconds / 60
             raise CapacityError(
-                f"{positions} positions (speech, prompt and answer) are needed and the language model takes {most}: {remedy}"
+                f"{positions} positions (speech, prompt and answer) are needed and the language model takes {most}, the speech "
+                f"of {minutes:.3g} minutes: lower --max_new_tokens"
             )
         parts = decode_steps.shards(self.mesh) if rows % decode_steps.shards(self.mesh) == 0 else 1
         needed, free = self.cache_bytes(rows, slot_bucket(positions)) / parts, free_memory()
         if free is not None and needed > 0.9 * free:
             raise CapacityError(
                 f"{positions} positions need a key-value cache of {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-                f"use --kv_cache=int8, or {remedy}"
+                "use --kv_cache=int8, or lower --max_new_tokens"
             )
 
     def yarn_factor(self, positions: int) -> float:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -44,6 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("sweep", False, "Tries meshes and rows per chip, and ranks those that fit.")
     flags.DEFINE_list("sweep_rows", ["1", "2", "4"], "Rows per chip that a sweep tries.")
     flags.DEFINE_list("sweep_fsdp", [], "Sizes of the fsdp axis that a sweep tries; by default powers of two.")
+    flags.DEFINE_list("sweep_tensor", ["1"], "Sizes of the tensor axis that a sweep tries.")
     flags.DEFINE_string("hlo", "", "A file to which the compiled program is written.")
     flags.mark_flag_as_required("config")
 
@@ -63,8 +65,8 @@ def main(_) -> None:
         for base in ("whisper", "llm"):
             config.base[base] = published.local(config.base[base], pathlib.Path(folder))
         if FLAGS.sweep:
-            rows, sizes = map(int, FLAGS.sweep_rows), map(int, FLAGS.sweep_fsdp)
-            result = sweep(config, devices, chip, name, list(rows), list(sizes))
+            tried = (FLAGS.sweep_rows, FLAGS.sweep_fsdp, FLAGS.sweep_tensor)
+            result = sweep(config, devices, chip, name, *([int(size) for size in sizes] for sizes in tried))
         else:
             set_rows(config, devices, chip, FLAGS.rows_per_chip)
             result = plan(config, devices, chip, name, FLAGS.hlo)
@@ -263,21 +265,24 @@ def _advice(config: ConfigDict) -> str:
 
 
 def sweep(
-    config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, rows: list[int], sizes: list[int] | None = None
-) -> dict:
-    """Plans for several sizes of the fsdp axis and several rows per chip. Returns the best with `ranked`, all that fit, by audio
-    hours a day.
+    config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, rows: list[int], fsdp: list[int] | None = None,
+    tensor: Sequence[int] = (1,),
+) -> dict:  # fmt: skip
+    """Plans for several sizes of the axes fsdp (default: powers of two) and tensor, and several rows per chip. Returns the best
+    with `ranked`, all that fit, by audio hours a day.
 
     Raises:
         CapacityError: nothing fits.
     """
-    results = []
-    sizes = sizes or mesh_sizes(config, devices)
-    for fsdp in sizes:
+    results, meshes = [], []
+    for columns in tensor:
+        config.mesh.tensor = columns
+        meshes += [(size, columns) for size in fsdp or mesh_sizes(config, devices)]
+    for shards, columns in meshes:
         for rows_per_chip in rows:
-            config.mesh.update({"data": -1, "fsdp": fsdp})
+            config.mesh.update({"data": -1, "fsdp": shards, "tensor": columns})
             set_rows(config, devices, chip, rows_per_chip)
-            label = f"fsdp {fsdp}, {rows_per_chip} rows a chip"
+            label = f"fsdp {shards}, tensor {columns}, {rows_per_chip} rows a chip"
             try:
                 result = plan(config, devices, chip, name)
             except UserError as error:
@@ -290,15 +295,24 @@ def sweep(
             print(f"{label}: {verdict}, {result['hbm_peak_gib']:.2f} GiB", flush=True)
     fitting = [result for result in results if result["fits"] is not False]
     if not fitting:
-        raise CapacityError(f"{name}: none of fsdp {sizes} with {rows} rows a chip fits; {_advice(config)}")
+        tried = ", ".join(f"{shards} × {columns}" for shards, columns in meshes)
+        raise CapacityError(f"{name}: none of fsdp × tensor {tried} with {rows} rows a chip fits; {_advice(config)}")
     fitting.sort(key=lambda result: -(result["audio_hours_per_day"] or 0))
-    print(
-        f"\n{'fsdp':>5} {'rows/chip':>9} {'GiB':>7} {'executed/minimum':>17} {'binds':>13} {'MFU bound':>10} {'audio h/day':>12}"
-    )
+    heads = {
+        "fsdp": 5,
+        "tensor": 6,
+        "rows/chip": 9,
+        "GiB": 7,
+        "executed/minimum": 17,
+        "binds": 13,
+        "MFU bound": 10,
+        "audio h/day": 12,
+    }
+    print("\n" + " ".join(f"{head:>{width}}" for head, width in heads.items()))
     for r in fitting:
         binds, mfu, day = (r["binds"], f"{r['mfu_bound']:.1%}", f"{r['audio_hours_per_day']:,.0f}") if chip else ("-", "-", "-")
         print(
-            f"{r['mesh']['fsdp']:>5} {r['rows_per_chip']:>9g} {r['hbm_peak_gib']:>7.2f} "
+            f"{r['mesh']['fsdp']:>5} {r['mesh']['tensor']:>6} {r['rows_per_chip']:>9g} {r['hbm_peak_gib']:>7.2f} "
             f"{r['flops_executed'] / r['flops_minimum']:>17.3f} {binds:>13} {mfu:>10} {day:>12}"
         )
     ranked = [

@@ -70,6 +70,11 @@ def keep_top_p(logits: jax.Array, p) -> jax.Array:
     return jnp.where((logits < lowest) & (p < 1), -jnp.inf, logits)
 
 
+def warp(logits: jax.Array, controls: Controls) -> jax.Array:
+    """Logits as the random choice takes them: divided by the temperature, then top-k, then top-p."""
+    return keep_top_p(keep_top_k(logits / controls.temperature, controls.top_k), controls.top_p)
+
+
 def choose(
     logits: jax.Array, seen: jax.Array | None, controls: Controls, streams: jax.Array, counts: jax.Array, *, greedy: bool
 ) -> jax.Array:
@@ -84,7 +89,7 @@ def choose(
         logits = penalize_repetition(logits, seen, controls.repetition_penalty)
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_top_p(keep_top_k(logits / controls.temperature, controls.top_k), controls.top_p)
+    logits = warp(logits, controls)
 
     def draw(row, stream, count):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(controls.seed), stream), count)

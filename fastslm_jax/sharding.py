@@ -92,13 +92,19 @@ def parameter_shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) 
     """{path: sharding} by PARAMETER_TABLE.
 
     Raises:
-        UserError: a path that no pattern matches, or a dimension that its mesh axis does not divide.
+        UserError: a path that no pattern matches, two dimensions on one axis, or a dimension that its mesh axis does not divide.
     """
     shardings = {}
     for path, leaf in leaves.items():
         spec = next((spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path)), None)
         if spec is None:
             raise UserError(f"parameter {path} {leaf.shape} matches no pattern of sharding.PARAMETER_TABLE; add one")
+        names = [name for name in spec if name is not None]
+        if len(names) > len(set(names)):
+            raise UserError(
+                f"parameter {path} {leaf.shape}: sharding.PARAMETER_TABLE puts two of its dimensions on one mesh axis, {spec}; "
+                "an axis shards one dimension"
+            )
         for axis, name in enumerate(spec):
             if name is not None and leaf.shape[axis] % mesh.shape[name]:
                 raise UserError(

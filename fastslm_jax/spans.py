@@ -285,7 +285,11 @@ def span_for(
         except CapacityError as error:
             shorter = min(seconds, span or seconds) / 2
             if choice != "auto" or task not in SPLITTABLE or shorter < generator.model.window.seconds:
-                raise CapacityError(f"a recording of {seconds / 60:.1f} minutes: {error}") from None
+                if task not in SPLITTABLE:
+                    other = f"cut the recording, which {task} hears as a whole"
+                else:
+                    other = "take spans (--span=auto)" if span is None else f"take spans shorter than {span:g} s (--span=SECONDS)"
+                raise CapacityError(f"a recording of {seconds / 60:.1f} minutes: {error}, or {other}") from None
             span = shorter
 
 

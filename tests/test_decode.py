@@ -381,7 +381,9 @@ def test_what_is_too_long_is_refused_before_any_work(model, params, encoder, mon
     request = Request(noise(30.0, 0))
     small = Generator(model, params, encoder, native_positions=50)
     monkeypatch.setattr(small, "speech", None)
-    with pytest.raises(UserError, match=r"positions \(speech, prompt and answer\) are needed and the language model takes 200: "):
+    with pytest.raises(
+        UserError, match=r"positions \(speech, prompt and answer\) are needed and the language model takes 200, the speech"
+    ):
         small.answer([request], [64])
     monkeypatch.setattr(decode, "free_memory", lambda: 2**20)
     full = Generator(model, params, encoder)

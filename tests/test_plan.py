@@ -3,14 +3,20 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
+import tiny_experiment
 
 from configs import common
 from fastslm_jax import chips, plan
 from fastslm_jax.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not here"
 )
@@ -76,11 +82,12 @@ def test_a_step_compiles_for_a_slice_that_is_not_here(config):
 def test_a_sweep_over_the_devices_at_hand_ranks_what_fits(config, capsys):
     """Eight virtual CPU devices: compiled and counted, but their peak figures are not known."""
     config.model.dtype = "float32"
-    result = plan.sweep(config, jax.devices(), None, "8 × cpu", rows=[1], sizes=[2, 3])
-    assert [ranked["mesh"]["fsdp"] for ranked in result["ranked"]] == [2]
+    result = plan.sweep(config, jax.devices(), None, "8 × cpu", rows=[1], fsdp=[2, 3], tensor=[1, 2])
+    assert [(ranked["mesh"]["fsdp"], ranked["mesh"]["tensor"]) for ranked in result["ranked"]] == [(2, 1), (2, 2)]
     printed = capsys.readouterr().out
-    assert "fsdp 2, 1 rows a chip: compiles" in printed
-    assert "fsdp 3, 1 rows a chip: config.mesh" in printed
+    assert "fsdp 2, tensor 1, 1 rows a chip: compiles" in printed
+    assert "fsdp 2, tensor 2, 1 rows a chip: compiles" in printed
+    assert "fsdp 3, tensor 1, 1 rows a chip: config.mesh" in printed
     assert (result["chips"], result["rows_per_chip"], result["fits"], result["bound_seconds"]) == (8, 1, None, None)
     assert result["flops_executed"] > result["flops_minimum"] == sum(result["flops_minimum_by_term"].values())
     # Weights are gathered, a layer at a time (on CPU in float32, twice their size), and never activations, which are larger.
@@ -108,6 +115,18 @@ def test_shapes_that_do_not_divide_end_in_one_line(config, tmp_path, changes, me
     with pytest.raises(UserError, match=message) as error:
         plan.plan(config, jax.devices(), None, "here")
     assert "\n" not in str(error.value)
+
+
+def test_the_command_prints_a_table_and_json(tmp_path):
+    """The devices at hand, four processors' worth; what they can do at most is not known."""
+    tiny_experiment.write(tmp_path / "tiny")
+    command = [sys.executable, "-m", "fastslm_jax.plan", f"--config={tmp_path}/tiny/config.py", "--rows_per_chip=1"]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=True)
+    *table, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert (result["topology"], result["chips"], result["rows_per_chip"]) == ("4 × cpu", 4, 1)
+    assert f"FLOPs executed                     {result['flops_executed']:.4g}" in table
 
 
 def test_arguments_that_no_chip_holds_are_refused_before_compiling(config):

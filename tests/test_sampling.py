@@ -48,11 +48,20 @@ def test_top_p(p):
     assert (np.isfinite(ours).sum(axis=1) >= 1).all()
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_temperature(temperature):
+    from transformers import TemperatureLogitsWarper
+
+    ours = sampling.warp(LOGITS, Sampling(temperature=temperature).controls())
+    np.testing.assert_allclose(ours, theirs(TemperatureLogitsWarper(temperature)), rtol=1e-6)
+
+
 def test_temperature_top_k_and_top_p_in_order():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     expected = theirs(TopPLogitsWarper(0.9), theirs(TopKLogitsWarper(20), theirs(TemperatureLogitsWarper(0.7))))
     controls = Sampling(temperature=0.7, top_k=20, top_p=0.9).controls()
+    np.testing.assert_allclose(sampling.warp(LOGITS, controls), expected, rtol=1e-6)
     kept = np.isfinite(expected)
     drawn = np.asarray(choices(controls, LOGITS, np.arange(4)))
     for row in range(4):

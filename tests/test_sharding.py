@@ -115,6 +115,13 @@ def test_parameters_that_do_not_fit_are_named(mesh):
         place("llm/layers/query/kernel", (2, 7, 64))
 
 
+def test_a_table_with_two_dimensions_on_one_axis_is_refused(mesh, monkeypatch):
+    monkeypatch.setattr(sharding, "PARAMETER_TABLE", ((r".*", P(None, "fsdp", "fsdp")),))
+    leaf = jax.ShapeDtypeStruct((2, 8, 64), np.float32)
+    with pytest.raises(UserError, match=r"parameter llm/gate \(2, 8, 64\): .* puts two of its dimensions on one mesh axis"):
+        sharding.parameter_shardings({"llm/gate": leaf}, mesh)
+
+
 def test_batches_must_divide(mesh):
     sharding.check_batch(8, accumulate=2, mesh=mesh)
     message = r"batch_rows=7 does not divide over data × fsdp = 4 devices in 2 micro-batches; the nearest that does is 8"

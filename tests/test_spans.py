@@ -149,10 +149,21 @@ def test_spans_by_choice(seconds, task, choice, span):
 
 def test_auto_takes_what_fits():
     assert spans.span_for(Teller(most_positions=500), 90, "asr", None, 100.0) == 45.0
-    message = "a recording of 1.5 minutes: 659 positions are needed"
-    for choice in ("none", "90"):
-        with pytest.raises(CapacityError, match=message):
-            spans.span_for(Teller(most_positions=500), 90, "asr", None, 100.0, choice)
+
+
+@pytest.mark.parametrize(
+    ("task", "choice", "remedy"),
+    [
+        ("asr", "none", "take spans (--span=auto)"),
+        ("asr", "90", "take spans shorter than 90 s (--span=SECONDS)"),
+        ("ssum", "auto", "cut the recording, which ssum hears as a whole"),
+    ],
+)
+def test_what_does_not_fit_says_what_would_help(task, choice, remedy):
+    with pytest.raises(CapacityError) as raised:
+        spans.span_for(Teller(most_positions=100), 90, task, None, 100.0, choice)
+    assert str(raised.value).startswith("a recording of 1.5 minutes: ")
+    assert str(raised.value).endswith(f" positions are needed, or {remedy}")
 
 
 @pytest.mark.parametrize("choice", ["some", "0.5", "nan", "inf"])

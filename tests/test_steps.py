@@ -1,5 +1,6 @@
 """The train step on a fixed batch: it learns, leaves frozen parameters alone, and is one and the same on any mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -76,6 +77,38 @@ def test_every_trained_parameter_moves_and_only_those_exist(start, first, split_
     assert still == []
     moved = np.sqrt(sum(np.sum(np.square(state.trained[path] - leaf)) for path, leaf in start.trained.items()))
     np.testing.assert_allclose(metrics["update_norm"], moved, rtol=1e-4)
+
+
+def test_any_other_subset_can_be_trained(make_step, optimizer, params, batch):
+    """The encoder, which the recipe freezes, and one norm of the decoder: all of them move, and nothing else has state."""
+    table = [(r"encoder/layers/.*", True), (r"llm/final_norm/scale", True), (r".*", False)]
+    mask = optim.trainable_mask(sorted(flatten_dict(params, sep="/")), table)
+    trained, frozen = optim.split(params, mask)
+    before = steps.TrainState.create(trained, optimizer)
+    after, metrics = make_step()(before, frozen, batch)
+    assert set(after.trained) == {path for path in mask if path.startswith("encoder/layers/")} | {"llm/final_norm/scale"}
+    assert [path for path in trained if np.array_equal(after.trained[path], trained[path])] == []
+    assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("policy", ["full", "dots", "attention,query,key,value,out"])
+def test_what_is_computed_again_changes_no_gradient(model, split_params, batch, row_shape, policy):
+    trained, frozen = split_params
+
+    def gradients(policy: str):
+        llm, encoder = model.llm.clone(remat=policy), model.encoder.clone(remat=policy)
+        lean = dataclasses.replace(model, llm=llm, encoder=encoder)
+
+        def loss(trained):
+            sums = steps.batch_loss(lean, optim.merge(trained, frozen), batch, label_slots=row_shape.labels, loss_chunk=16)
+            return sums["loss"] / sums["labels"]
+
+        return jax.jit(jax.value_and_grad(loss))(trained)
+
+    (loss, leaves), (expected_loss, expected) = gradients(policy), gradients("none")
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(leaves[path], leaf, rtol=0, atol=1e-5 * np.abs(leaf).max(), err_msg=path)
 
 
 def test_micro_batches_add_up_to_the_batch(make_step, start, first, split_params, batch):

@@ -124,6 +124,15 @@ def test_what_is_measured(undisturbed):
 # --------------------------------------------------------------------------------------------------------- what it survives
 
 
+def test_mfu_is_a_part_of_the_peak_of_all_chips():
+    """Four v5e chips of 197 TFLOP/s each: 394 TFLOP in a second are half of what they could do."""
+    chip = types.SimpleNamespace(device_kind="TPU v5 lite")
+    mesh = types.SimpleNamespace(devices=np.array([chip] * 4), size=4)
+    assert train.speed(394e12, 1.0, mesh) == {"flops_per_second": 394e12, "mfu": 0.5}
+    assert train.speed(394e12, 2.0, mesh)["mfu"] == 0.25
+    assert train.speed(394e12, None, mesh) == {}
+
+
 def test_sigterm_saves_and_the_run_goes_on(run, undisturbed, tmp_path, monkeypatch, said):
     on_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))  # drawn before the third step
     assert sorted(run(tmp_path)) == [1, 2, 3]

@@ -251,7 +251,7 @@ def import_corpus(
     max_reject_fraction: float = 0.01,
     run: Callable[[Job, Iterable[int]], Iterable[int]] = functools.partial(run_processes, workers=1),
     data_dir: str | None = None,
-    lang: str = "en",
+    lang: str = "",
 ) -> dict:
     """Imports a source into the folder `out`, or goes on with it. Returns dataset.json.
 
@@ -259,7 +259,7 @@ def import_corpus(
         max_reject_fraction: of the source's entries.
         run: makes the shards of the given numbers, and yields a number when its shard is done.
         data_dir: where TensorFlow Datasets lie.
-        lang: language of data sets that do not say it.
+        lang: language of a tfds or hf data set; "": what its rows say, or English.
 
     Raises:
         UserError: the source or the folder cannot be used, or too many entries were rejected.
@@ -304,7 +304,7 @@ def define_flags() -> None:
     flags.DEFINE_float("min_chars_per_second", default.min_chars_per_second, "Text rate below which a clip is rejected.")
     flags.DEFINE_float("max_chars_per_second", default.max_chars_per_second, "Text rate above which a clip is rejected.")
     flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets lie (default: its own).")
-    flags.DEFINE_string("lang", "en", "Language of a data set that does not say it.")
+    flags.DEFINE_string("lang", "", "Language of a tfds: or hf: data set (en, ko, …); by default what its rows say, or en.")
     flags.DEFINE_string("runner", "", "Runs as an Apache Beam pipeline: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner.")
     flags.DEFINE_multi_string("beam_option", [], "An option of the pipeline, for example --beam_option=--region=europe-west4.")
 

@@ -184,14 +184,12 @@ def main(argv) -> None:
     path = pathlib.Path(argv[1])
     utterances = read_manifest(path)
     rows = filled = None
-    lines = summary(path, utterances)
+    if FLAGS.row is None:  # said first: what does not fit the rows ends the command
+        print("\n".join(summary(path, utterances)), flush=True)
     if config is not None:
         rows = make_rows(config, path)
         told, filled = fill(rows)
-        lines += told
-    if FLAGS.row is not None:
-        lines = show_row(rows, FLAGS.row)
-    print("\n".join(lines))
+        print("\n".join(told if FLAGS.row is None else show_row(rows, FLAGS.row)))
     if FLAGS.png:
         draw(FLAGS.png, utterances, rows, filled)
         print(f"drawn: {FLAGS.png}")

@@ -42,6 +42,9 @@ class Rows:
         tokens_per_window: speech tokens of a window.
         encoder: prompts and answers to ids.
         seed: of everything drawn.
+
+    Raises:
+        PackingError: a clip that alone takes more than a row, and has no segments at which to split it.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Rows:
         self._prompts = np.array([len(encoder.prompt_ids(u.task, u.instruction)) for u in clips], np.int64)
         self._answers = self._answer_tokens(clips, "text_tokens", "")
         self._joined = self._answer_tokens(clips, "joined_tokens", " ") if any(s.join for s in sources) else self._answers
+        self._check(clips)
         self._vectors = [
             semantic.vectors([utterance.text for utterance in index]) if s.join and s.join.grouping == "semantic" else None
             for s, index in zip(self.sources, self.indices, strict=True)
@@ -103,6 +107,19 @@ class Rows:
         for i, count in zip(unknown, self.encoder.answer_lengths([before + clips[i].answer for i in unknown]), strict=True):
             known[i] = count
         return np.array(known, np.int64)
+
+    def _check(self, clips: Sequence[Utterance]) -> None:
+        """Every clip must fit a row before training starts, not when an epoch comes to it."""
+        windows, labels = self.spec.count(self._samples), self._answers + 1
+        sizes = np.stack([windows, self._prompts - 1 + windows * self.tokens_per_window + labels, labels], axis=1)
+        too_large = np.flatnonzero((sizes > dataclasses.astuple(self.shape)).any(axis=1))
+        if len(too_large):
+            windows, tokens, labels = sizes[too_large[0]].tolist()
+            raise packing.PackingError(
+                f"{clips[too_large[0]].id} takes {windows} windows, {tokens} tokens and {labels} labels; a row has "
+                f"{self.shape.windows}, {self.shape.tokens} and {self.shape.labels} ({len(too_large)} of {len(clips)} clips fit "
+                "no row): raise config.data.row"
+            )
 
     # ---- the plan
 
@@ -176,17 +193,7 @@ class Rows:
 
     def _plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
         examples = self._examples(epoch)
-        sizes = self.sizes(examples)
-        too_large = np.flatnonzero((sizes > dataclasses.astuple(self.shape)).any(axis=1))
-        if len(too_large):
-            example, (windows, tokens, labels) = examples[too_large[0]], sizes[too_large[0]].tolist()
-            first = self.indices[example.source][example.clips[0]]
-            raise packing.PackingError(
-                f"{first.id} ({len(example.clips)} clips) takes {windows} windows, {tokens} tokens and "
-                f"{labels} labels; a row has {self.shape.windows}, {self.shape.tokens} and {self.shape.labels}: "
-                "raise config.data.row"
-            )
-        rows = packing.pack(sizes, self.shape)
+        rows = packing.pack(self.sizes(examples), self.shape)
         order = np.random.default_rng((self.seed, epoch, 8)).permutation(len(rows))
         return examples, [rows[i] for i in order]
 

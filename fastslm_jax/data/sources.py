@@ -150,7 +150,7 @@ class _Table:
     """A data set whose rows are dicts with the field names above; ids are its name and the row's number."""
 
     name: str
-    lang: str
+    lang: str  # of all rows; "": what each says, or English
 
     def place(self, number: int) -> tuple[str, int]:
         return self.name, number + 1
@@ -160,7 +160,7 @@ class _Table:
         if not isinstance(text, str):
             raise Rejected("bad_field", f"no text among {', '.join(sorted(fields))}; one of {', '.join(_TEXT)} is expected")
         utterance = _utterance(
-            text=text, id=f"{self.name}:{number + 1}", lang=str(_first(fields, _LANGUAGE, self.lang)),
+            text=text, id=f"{self.name}:{number + 1}", lang=self.lang or str(_first(fields, _LANGUAGE, "en")),
             speaker=str(_first(fields, _SPEAKER, "")), recording=str(_first(fields, _RECORDING, f"{self.name}:{number + 1}")),
         )  # fmt: skip
         return Entry(utterance, sound)
@@ -254,7 +254,7 @@ class HuggingFace(_Table):
         return self._entry(number, fields, sound["bytes"] or pathlib.Path(sound["path"]).read_bytes())
 
 
-def open_source(spec: str, data_dir: str | None = None, lang: str = "en") -> Source:
+def open_source(spec: str, data_dir: str | None = None, lang: str = "") -> Source:
     """jsonl:FILE, librispeech:FOLDER, tfds:NAME/CONFIG[:SPLIT] or hf:NAME/CONFIG[:SPLIT].
 
     Raises:

@@ -39,9 +39,9 @@ SAMPLE_RATE = 16_000
 TRANSCRIPTS = "train_transcripts.jsonl"
 SETS = ("train", "dev", "test", "test_unseen_voices", "test_long")
 DEFAULT_COUNTS: Mapping[str, Mapping[str, int]] = {
-    "train": {"asr": 8000, "ast": 1500, "ssum": 1500, "sqqa": 2500},
+    "train": {"asr": 7000, "ast": 1500, "ssum": 1200, "sqqa": 3200},
     "dev": {"asr": 100, "ast": 100, "ssum": 100, "sqqa": 100},
-    "test": {"asr": 200, "ast": 100, "ssum": 100, "sqqa": 150},
+    "test": {"asr": 200, "ast": 100, "ssum": 100, "sqqa": 300},
     "test_unseen_voices": {"asr": 200},
     "test_long": {"asr": 12},
 }
