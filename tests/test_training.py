@@ -1,10 +1,12 @@
 """The step that is built from a config: what it donates, and what a run is told that its devices cannot hold."""
 
+import importlib
+
 import jax
 import pytest
 import tiny_experiment
 
-from fastslm_jax import experiment, sharding, training
+from fastslm_jax import audio, experiment, published, sharding, training
 from fastslm_jax.errors import UserError
 
 
@@ -42,3 +44,22 @@ def test_a_mesh_that_would_hold_it_is_named(config, monkeypatch):
     with pytest.raises(UserError) as raised:
         training.check_capacity(config, setup, built, mesh)
     assert str(raised.value).endswith("no mesh of these devices fits: take more devices, or fewer rows or labels")
+
+
+@pytest.mark.parametrize("stage", ["stage1_shortform", "stage2_longform", "stage3_instruct"])
+def test_the_full_size_stages_build_by_shape(stage, tmp_path):
+    """Every field fits the others: rows, mesh (of eight devices here), patterns of trainables, parameters."""
+    config = importlib.import_module(f"configs.{stage}").get_config()
+    for base in ("whisper", "llm"):
+        config.base[base] = published.local(config.base[base], tmp_path)
+    config.mesh.fsdp = 8
+    mesh = sharding.make_mesh(**config.mesh)
+    built = training.build(config, experiment.build(config, weights=False, mesh=mesh), mesh)
+    trained = {path.split("/")[0]: 0 for path in built.trained}
+    for path, leaf in built.trained.items():
+        trained[path.split("/")[0]] += leaf.size
+    lora = 36 * 16 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
+    assert trained["llm"] == lora == 33_030_144
+    assert 55e6 < trained["hfq_former"] < 57e6
+    assert set(trained) == {"hfq_former", "llm"}
+    assert built.batch["audio"].shape == (64, config.data.row.windows, 480_000 + 2 * audio.CONTEXT)
