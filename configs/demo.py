@@ -47,7 +47,7 @@ def get_config(arg: str = "1"):
             config.data.train[task] = common.source(f"{corpus}/train.jsonl", (task,), weight)
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.1, {**long, "max_seconds": 30.0})
         config.data.row.update({"windows": 8, "tokens": 448, "labels": 256})
-        config.batch_rows, config.steps, config.eval_every = 1, 900, 450
+        config.batch_rows, config.steps, config.eval_every = 1, 940, 470
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

@@ -46,7 +46,8 @@ PROMPTS = {
     "sqqa": "Answer the question in the audio clip.",
 }
 MIN_WORDS, MAX_WORDS = 6, 12
-# A spoken upper bound per task: syllables at the slowest speaking rate stay below `synthetic.MAX_SECONDS`.
+# A spoken upper bound per task: syllables at the slowest speaking rate stay below `synthetic.MAX_SECONDS`; long questions are
+# spoken faster.
 MAX_SYLLABLES = {"asr": 20, "ast": 20, "ssum": 44, "sqqa": 29}
 
 

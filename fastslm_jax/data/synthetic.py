@@ -45,9 +45,9 @@ DEFAULT_COUNTS: Mapping[str, Mapping[str, int]] = {
     "test_unseen_voices": {"asr": 200},
     "test_long": {"asr": 12},
 }
-MAX_SECONDS = {"asr": 5.6, "ast": 5.6, "ssum": 11.5, "sqqa": 8.0}
+MAX_SECONDS = {"asr": 5.6, "ast": 5.6, "ssum": 11.5, "sqqa": 5.9}  # one window of the demo; summaries two
 LONG_SECONDS = (67.0, 180.0)  # upper ends of the recordings; a sentence less, so 60 to 180 s
-VERSION = 1  # of the audio recipe: raise it when the same seed gives other samples
+VERSION = 2  # of the audio recipe: raise it when the same seed gives other samples
 
 
 @dataclasses.dataclass(frozen=True)
