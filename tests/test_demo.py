@@ -36,7 +36,7 @@ def test_a_phase_that_failed_is_run_again_and_its_time_adds_up(tmp_path):
 
 def test_another_seed_in_the_same_folder_is_refused(tmp_path):
     demo.Phases(tmp_path).run("corpus", ["-c", "seed = 0"])
-    with pytest.raises(UserError, match="was made with other flags .*name another --out, or remove it"):
+    with pytest.raises(UserError, match=r"was made with other flags .*name another --out, or remove it"):
         demo.Phases(tmp_path).run("corpus", ["-c", "seed = 1"])
 
 
