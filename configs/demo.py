@@ -23,7 +23,7 @@ def get_config(arg: str = "1"):
     # decoder forgets how to keep its place in a long transcript (48 s: 9.3 % WER after stage 3 at 0.1, and 6.1 % at 0.03).
     lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
     optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
-    config.log_every, config.checkpoint_every = 10, 50
+    config.log_every, config.checkpoint_every, config.data.dev_utterances = 10, 100, 40
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}
     config.token_replacement = 0.0 if stage == "1" else 0.04
     if stage == "1":
