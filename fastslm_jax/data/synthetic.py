@@ -2,7 +2,7 @@
 
     python -m fastslm_jax.data.synthetic --out=runs/corpus
 
-The default corpus is 13 000 clips, 14 hours, 0.9 GB; it takes about 75 seconds on two free cores.
+The default corpus is 12 500 clips, 13 hours, 0.9 GB; it takes about 90 seconds on two free cores.
 
 DIR/train.jsonl, dev.jsonl, test.jsonl, test_unseen_voices.jsonl and test_long.jsonl hold one example a line; `audio_filepath`
 is relative to DIR. Sentences are disjoint between the splits; `test_unseen_voices` is spoken by (accent, variant) pairs that
