@@ -227,7 +227,7 @@ ERRORS = {
         {"trainable": ((r"decoder/.*", True), (r".*", False))},
         "pattern 'decoder/.*' of config.trainable decides no parameter; remove it or mend it",
     ),
-    "row too small": ({"data.row.tokens": 16}, "a row has 4, 16 and 48: raise config.data.row"),
+    "row too small": ({"data.row.tokens": 16}, "a row has 4, 16 and 48 (24 of 24 clips fit no row): raise config.data.row"),
     "missing base": ({"base.llm": "/nowhere/llm"}, "/nowhere/llm: no such folder; give a folder with config.json"),
     "unknown attention": ({"model.attention": "flash"}, "config.model.attention=flash is not one of auto, xla, splash"),
     "unknown remat": ({"model.remat": "gates"}, "config.model.remat=gates: 'gates' is none of none, full, dots, or names out of"),
