@@ -65,8 +65,10 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
     if FLAGS.tasks:
         sets = {name: [utterance for utterance in members if utterance.task in FLAGS.tasks] for name, members in sets.items()}
         sets = {name: members for name, members in sets.items() if members}
+        if not sets:
+            raise UserError(f"--tasks={','.join(FLAGS.tasks)}: no set has an utterance of these")
     if not sets:
-        raise UserError(f"--tasks={','.join(FLAGS.tasks)}: no set has an utterance of these")
+        raise UserError("config.eval.sets is empty: name a set, for example --config.eval.sets.test=DIR/test.jsonl")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = loading.find_step(checkpoints, workdir, FLAGS.checkpoint)
     generator = loading.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)

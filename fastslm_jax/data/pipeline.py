@@ -110,8 +110,8 @@ class Rows:
 
     def _check(self, clips: Sequence[Utterance]) -> None:
         """Every clip must fit a row before training starts, not when an epoch comes to it."""
-        windows, labels = self.spec.count(self._samples), self._answers + 1
-        sizes = np.stack([windows, self._prompts - 1 + windows * self.tokens_per_window + labels, labels], axis=1)
+        alone = [longform.Example(source, (clip,)) for source, index in enumerate(self.indices) for clip in range(len(index))]
+        sizes = self.sizes(alone)
         too_large = np.flatnonzero((sizes > dataclasses.astuple(self.shape)).any(axis=1))
         if len(too_large):
             windows, tokens, labels = sizes[too_large[0]].tolist()
