@@ -187,10 +187,6 @@ class Rows:
         windows = self.spec.count(samples)
         return np.stack([windows, self._prompts[heads] - 1 + windows * self.tokens_per_window + labels, labels], axis=1)
 
-    def size(self, example: longform.Example) -> packing.Size:
-        """What an example takes of a row."""
-        return packing.Size(*self.sizes([example])[0].tolist())
-
     def _plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
         examples = self._examples(epoch)
         rows = packing.pack(self.sizes(examples), self.shape)

@@ -115,11 +115,6 @@ class PromptEncoder:
             lengths += [len(ids) for ids in batch["input_ids"]]
         return np.array(lengths, np.int64)
 
-    def length(self, task: str | None, instruction: str | None, answer: str, num_speech: int) -> int:
-        """Tokens that `encode` will give."""
-        prompt = len(self.prompt_ids(task, instruction)) + (num_speech - 1 if task is not None else 0)
-        return prompt + len(self.answer_ids(answer))
-
     def fingerprint(self) -> str:
         """Changes when the tokenizer counts otherwise."""
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
