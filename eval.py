@@ -1,13 +1,13 @@
 """Evaluates a checkpoint on the config's test sets.
 
     python eval.py --config=configs/demo.py:3 --workdir=runs/demo/stage3 [--checkpoint=STEP] [--sets=test,test_long]
-        [--tasks=asr] [--span=auto|none|SECONDS] [--swap_audio] [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
+        [--tasks=asr] [--span=auto|none|SECONDS] [--swap_audio=test] [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
     python eval.py --score_only --workdir=runs/demo/stage3 [--predictions=FILE]
 
 Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json}, WORKDIR/eval/eval.png and a table; docs/eval.md has the
-conventions. Run again, it goes on where it was stopped. With --swap_audio every prompt hears the audio of another utterance: the
-control that a model which listens must fail. --score_only scores predictions that are there (or those of a file, into
-WORKDIR/eval/FILE'S NAME), and needs no model.
+conventions. Run again, it goes on where it was stopped. --swap_audio names sets that are transcribed once more, each prompt with
+the audio of another utterance (into WORKDIR/eval/SET/asr-swapped): the control that a model which listens must fail.
+--score_only scores predictions that are there (or those of a file, into WORKDIR/eval/FILE'S NAME), and needs no model.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastslm_jax import cli, devices, evaluation, loading, scoring, spans
 from fastslm_jax.checkpoint import Checkpoints
-from fastslm_jax.data.manifest import read_manifest
+from fastslm_jax.data.manifest import Utterance, read_manifest
 from fastslm_jax.errors import UserError
 from fastslm_jax.judge import Judge
 
@@ -32,7 +32,7 @@ flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
 flags.DEFINE_integer("limit", 0, "Utterances of each set and task (0: all).")
 flags.DEFINE_string("span", "auto", "Seconds of a span of long recordings, none (one context), or auto (see docs/longform.md).")
 flags.DEFINE_enum("kv_cache", None, ["float32", "bfloat16", "int8"], "Type of the key-value cache (default: the model's).")
-flags.DEFINE_bool("swap_audio", False, "Let every prompt hear another utterance's audio.")
+flags.DEFINE_list("swap_audio", [], "Sets that are transcribed once more, each prompt with another utterance's audio.")
 flags.DEFINE_bool("score_only", False, "Score predictions that are there.")
 flags.DEFINE_string("predictions", None, "With --score_only: this file's predictions.")
 flags.DEFINE_string("judge", None, "An OpenAI-compatible endpoint that rates summaries and answers, such as http://host:8000/v1.")
@@ -45,7 +45,7 @@ def main(_):
     if (FLAGS.judge is None) != (FLAGS.judge_model is None):
         raise UserError("--judge and --judge_model: give both")
     judge = Judge(FLAGS.judge, FLAGS.judge_model) if FLAGS.judge else None
-    folder = workdir / ("eval_swapped_audio" if FLAGS.swap_audio else "eval")
+    folder = workdir / "eval"
     if FLAGS.score_only:
         table = scoring.score_again(folder, FLAGS.predictions, judge)
     else:
@@ -58,9 +58,9 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
     """(set, label, scores) of every set and task."""
     if config is None:
         raise UserError("--config: is needed (without it, --score_only scores predictions that are there)")
-    unknown = set(FLAGS.sets) - set(config.eval.sets)
-    if unknown:
-        raise UserError(f"--sets={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
+    for flag in ("sets", "swap_audio"):
+        if unknown := set(FLAGS[flag].value) - set(config.eval.sets):
+            raise UserError(f"--{flag}={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
     sets = {name: read_manifest(config.eval.sets[name]) for name in FLAGS.sets or config.eval.sets}
     if FLAGS.tasks:
         sets = {name: [utterance for utterance in members if utterance.task in FLAGS.tasks] for name, members in sets.items()}
@@ -80,32 +80,40 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
         return spans.span_for(generator, u.seconds, u.task, u.instruction, trained, FLAGS.span)
 
     table = []
+    for name, label, utterances, clip_for in parts(sets, config.seed):
+        started = time.time()
+        settings = run | {"manifest": str(config.eval.sets[name])}
+        kept = scoring.Kept(folder / name / label, settings)
+        seconds = sum(utterance.seconds for utterance in utterances)
+        with tqdm(total=round(seconds), unit="s", desc=f"{name} {label}", mininterval=2) as bar:
+            predictions = evaluation.predict(
+                generator,
+                utterances,
+                batch_size=config.eval.batch_size,
+                progress=bar.update,
+                clip_for=clip_for,
+                span_of=span_of,
+                known=kept.known,
+                keep=kept.add,
+            )
+        measured = {"run_seconds": round(time.time() - started, 2), "device": devices.name()}
+        measured |= {"peak_memory_gib": devices.peak_memory_gib(), "checkpoint": step, "run": settings}
+        if FLAGS.rtfx_batches:
+            measured["rtfx_by_batch"] = scoring.rtfx_by_batch(generator, utterances, FLAGS.rtfx_batches, span_of)
+        table.append((name, label, kept.finish(predictions, measured, judge)))
+    return table
+
+
+def parts(sets: dict[str, list[Utterance]], seed: int):
+    """Yields (set, label, utterances, whose audio each hears) for every set and task, and for the sets of --swap_audio again."""
     for name, all_utterances in sets.items():
         groups = evaluation.by_task(all_utterances)
         for (task, lang), utterances in sorted(groups.items()):
             label = task if sum(task == other for other, _ in groups) == 1 else f"{task}-{lang}"
             utterances = utterances[: FLAGS.limit or None]
-            started = time.time()
-            settings = run | {"manifest": str(config.eval.sets[name])}
-            kept = scoring.Kept(folder / name / label, settings)
-            seconds = sum(utterance.seconds for utterance in utterances)
-            with tqdm(total=round(seconds), unit="s", desc=f"{name} {label}", mininterval=2) as bar:
-                predictions = evaluation.predict(
-                    generator,
-                    utterances,
-                    batch_size=config.eval.batch_size,
-                    progress=bar.update,
-                    clip_for=evaluation.swapped(utterances, config.seed) if FLAGS.swap_audio else None,
-                    span_of=span_of,
-                    known=kept.known,
-                    keep=kept.add,
-                )
-            measured = {"run_seconds": round(time.time() - started, 2), "device": devices.name()}
-            measured |= {"peak_memory_gib": devices.peak_memory_gib(), "checkpoint": step, "run": settings}
-            if FLAGS.rtfx_batches:
-                measured["rtfx_by_batch"] = scoring.rtfx_by_batch(generator, utterances, FLAGS.rtfx_batches, span_of)
-            table.append((name, label, kept.finish(predictions, measured, judge)))
-    return table
+            yield name, label, utterances, None
+            if name in FLAGS.swap_audio and task == "asr":
+                yield name, f"{label}-swapped", utterances, evaluation.swapped(utterances, seed)
 
 
 if __name__ == "__main__":

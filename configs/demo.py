@@ -33,13 +33,13 @@ def get_config(arg: str = "1"):
         config.data.train.spoken = common.source(f"{corpus}/train_transcripts.jsonl", ("asr",), 0.2)
         config.data.train.joined = common.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 820, 410, 150
+        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 720, 360, 150
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=long)
         config.data.row.update({"windows": 8, "tokens": 384, "labels": 224})
-        config.batch_rows, config.steps, config.eval_every = 1, 500, 250
+        config.batch_rows, config.steps, config.eval_every = 1, 420, 210
         optimizer.learning_rate = 5e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
@@ -47,7 +47,7 @@ def get_config(arg: str = "1"):
             config.data.train[task] = common.source(f"{corpus}/train.jsonl", (task,), weight)
         config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.1, {**long, "max_seconds": 30.0})
         config.data.row.update({"windows": 8, "tokens": 448, "labels": 256})
-        config.batch_rows, config.steps, config.eval_every = 1, 940, 470
+        config.batch_rows, config.steps, config.eval_every = 1, 900, 450
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

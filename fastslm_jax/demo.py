@@ -88,8 +88,7 @@ def main(_):
         config = [f"--config=configs/demo.py:{number},{out}", f"--workdir={out}/{stage}", f"--config.seed={seed}"]
         phases.run(stage, ["train.py", *config, *FLAGS.train_flags])
     config = [f"--config=configs/demo.py:3,{out}", f"--workdir={out}/stage3"]
-    phases.run("eval", ["eval.py", *config])
-    phases.run("wrong audio", ["eval.py", *config, "--sets=test", "--tasks=asr", "--swap_audio"])
+    phases.run("eval", ["eval.py", *config, "--swap_audio=test"])
     summary = report.write(out, phases.state)
     print(report.table(summary))
     print(f"\nreport: {out}/report.json and {out}/report.png; curves: tensorboard --logdir {out}")

@@ -20,8 +20,8 @@ def _read_lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _scores(out: pathlib.Path, name: str, task: str, folder: str = "eval") -> dict:
-    return json.loads((out / "stage3" / folder / name / task / "metrics.json").read_text())
+def _scores(out: pathlib.Path, name: str, task: str) -> dict:
+    return json.loads((out / "stage3" / "eval" / name / task / "metrics.json").read_text())
 
 
 def _predictions(out: pathlib.Path, name: str, task: str) -> list[dict]:
@@ -46,7 +46,7 @@ def write(out: pathlib.Path, phases: dict) -> dict:
         "wer_short": _scores(out, "test", "asr")["wer"],
         "wer_unseen_voices": _scores(out, "test_unseen_voices", "asr")["wer"],
         "wer_long": _scores(out, "test_long", "asr")["wer"],
-        "wer_wrong_audio": _scores(out, "test", "asr", "eval_swapped_audio")["wer"],
+        "wer_wrong_audio": _scores(out, "test", "asr-swapped")["wer"],
         "chrf_ast": _scores(out, "test", "ast")["chrf"],
         "rougeL_ssum": _scores(out, "test", "ssum")["rougeL"],
         "em_sqqa": _scores(out, "test", "sqqa")["em"],

@@ -8,13 +8,13 @@ import pytest
 from fastslm_jax import demo, report
 
 SCORES = {
-    ("eval", "test", "asr"): {"wer": 1.5},
-    ("eval", "test_unseen_voices", "asr"): {"wer": 2.5},
-    ("eval", "test_long", "asr"): {"wer": 5.25},
-    ("eval_swapped_audio", "test", "asr"): {"wer": 101.0},
-    ("eval", "test", "ast"): {"chrf": 91.0},
-    ("eval", "test", "ssum"): {"rougeL": 0.975},
-    ("eval", "test", "sqqa"): {"em": 95.0},
+    ("test", "asr"): {"wer": 1.5},
+    ("test_unseen_voices", "asr"): {"wer": 2.5},
+    ("test_long", "asr"): {"wer": 5.25},
+    ("test", "asr-swapped"): {"wer": 101.0},
+    ("test", "ast"): {"chrf": 91.0},
+    ("test", "ssum"): {"rougeL": 0.975},
+    ("test", "sqqa"): {"em": 95.0},
 }
 
 
@@ -24,8 +24,8 @@ def finished(tmp_path) -> pathlib.Path:
     for stage in demo.STAGES:
         lines = [{"step": 10 * n, "loss": 2.1 - 0.1 * n} for n in range(1, 21)] + [{"step": 200, "dev/wer": 4.0}]
         write_lines(tmp_path / stage / "metrics.jsonl", lines)
-    for (folder, name, task), scores in SCORES.items():
-        parent = tmp_path / "stage3" / folder / name / task
+    for (name, task), scores in SCORES.items():
+        parent = tmp_path / "stage3" / "eval" / name / task
         seconds = 100.0 if name == "test_long" else 3.0
         answers = [
             {"seconds": seconds, "reference": "the boat leaves soon", "hypothesis": "the boat leaves soon"},

@@ -39,7 +39,7 @@ SAMPLE_RATE = 16_000
 TRANSCRIPTS = "train_transcripts.jsonl"
 SETS = ("train", "dev", "test", "test_unseen_voices", "test_long")
 DEFAULT_COUNTS: Mapping[str, Mapping[str, int]] = {
-    "train": {"asr": 7000, "ast": 1500, "ssum": 1200, "sqqa": 3200},
+    "train": {"asr": 6000, "ast": 1500, "ssum": 1200, "sqqa": 3200},
     "dev": {"asr": 100, "ast": 100, "ssum": 100, "sqqa": 100},
     "test": {"asr": 200, "ast": 100, "ssum": 100, "sqqa": 300},
     "test_unseen_voices": {"asr": 200},
