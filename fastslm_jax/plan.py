@@ -7,7 +7,8 @@
 
 The step is the one that train.py runs, by shapes alone: no weights are read and no data. The TPU compiler itself compiles for
 TPUs (pip install -e .[tpu]), on any machine. Bounds are the least times that the chips' peak figures allow: real steps take
-longer. --sweep tries meshes and rows per chip and ranks those that fit. The last line is a JSON object.
+longer. --sweep tries meshes and rows per chip and ranks those that fit. --effort=O0 compiles several times faster: how arrays lie and
+what is sent stays, the code of each operation is worse (docs/performance.md). The last line is a JSON object.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_list("sweep_rows", ["1", "2", "4"], "Rows per chip that a sweep tries.")
     flags.DEFINE_list("sweep_fsdp", [], "Sizes of the fsdp axis that a sweep tries; by default powers of two.")
     flags.DEFINE_list("sweep_tensor", ["1"], "Sizes of the tensor axis that a sweep tries.")
+    flags.DEFINE_enum("effort", "default", ["default", "O0", "O1", "O2", "O3"], "How hard the compiler tries.")
     flags.DEFINE_string("hlo", "", "A file to which the compiled program is written.")
     flags.mark_flag_as_required("config")
 
@@ -53,6 +55,8 @@ def define_flags() -> None:
 def main(_) -> None:
     config = FLAGS.config
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds are to be true
+    if FLAGS.effort != "default":
+        jax.config.update("jax_optimization_level", FLAGS.effort)
     if FLAGS.topology:
         jax.config.update("jax_platforms", "cpu")
         topology = chips.parse_topology(FLAGS.topology)
@@ -157,6 +161,7 @@ def plan(config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, 
         "mfu_bound": sum(minimum.values()) / (longest * num_chips * chip.peak_flops) if chip else None,
         "audio_hours_per_step": hours,
         "audio_hours_per_day": hours * 86_400 / longest if chip else None,
+        "effort": jax.config.jax_optimization_level.replace("UNKNOWN", "default"),
         "trace_seconds": compile_begin - begin,
         "compile_seconds": end - compile_begin,
     }

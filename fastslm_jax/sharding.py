@@ -44,7 +44,7 @@ def activations_on(mesh: Mesh | None):
     if mesh is None or mesh.size == 1:
         yield
         return
-    with mesh, nn.logical_axis_rules(ACTIVATION_TABLE):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(ACTIVATION_TABLE):
         yield
 
 

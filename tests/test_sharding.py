@@ -1,13 +1,16 @@
 """The mesh over eight devices, and where parameters and rows lie on it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fastslm_jax import sharding
 from fastslm_jax.errors import UserError
+from fastslm_jax.models.lora import Projection
 
 
 @pytest.mark.parametrize(
@@ -159,3 +162,22 @@ def test_what_does_not_fit_is_listed():
 @pytest.mark.parametrize(("number", "near", "divisors"), [(24, 5, [4, 6]), (24, 6, [6, 8]), (7, 8, [7]), (7, 0, [1])])
 def test_nearest_divisors(number, near, divisors):
     assert sharding.nearest_divisors(number, near) == divisors
+
+
+def test_a_projection_gathers_its_weights_and_leaves_rows_where_they_are():
+    """The kernel lies over fsdp and the inputs are whole: nothing but the tables says that the result lies by rows and columns."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    layer = Projection(16, name="gate")
+    x, kernel = jnp.ones((8, 4, 32)), jnp.ones((32, 16))
+
+    def apply(x, kernel):
+        with sharding.activations_on(mesh):
+            return layer.apply({"params": {"kernel": kernel}}, x)
+
+    lies = [NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp", "tensor"))]
+    compiled = jax.jit(apply, in_shardings=lies).lower(x, kernel).compile()
+    assert compiled.output_shardings.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3)
+    gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert len(gathered) == 1
+    assert "f32[32,8]" in gathered[0]  # the kernel, whole over fsdp, half of its columns
+    np.testing.assert_array_equal(jax.jit(apply, in_shardings=lies)(x, kernel), np.full((8, 4, 16), 32.0))
