@@ -4,8 +4,8 @@
 
 Each plan is a process of its own (`python -m fastslm_jax.plan`), compiled by the TPU compiler (pip install -e .[tpu]) on any
 machine; several GiB of memory and minutes of a core each. Results are kept in docs/tpu_plan.jsonl, so that a run that was stopped
-goes on with what is missing; --render only writes the page. --effort is that of `plan`; a plan that is kept is not made again with
-another. The last line is a JSON object.
+goes on with what is missing; --render only writes the page. --effort is that of `plan`; a plan that is kept is not made again
+with another. The last line is a JSON object.
 
 Targets: every plan fits in 85 % of a chip's memory with at least one row a chip; executed operations are at most 1.20 times the
 minimum on v5e and 1.10 times on v5p; no gather is larger than a layer's frozen weights or the embedding; on v5p, collectives take
@@ -13,7 +13,6 @@ less than 20 % of the time of the matrix products.
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -54,9 +53,8 @@ def command(stage: str, topology: str) -> list[str]:
 
 
 def run(stage: str, topology: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, *command(stage, topology), f"--effort={FLAGS.effort}"], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ, check=False
-    )
+    arguments = [sys.executable, *command(stage, topology), f"--effort={FLAGS.effort}"]
+    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return {"stage": stage, "topology": topology, "command": command(stage, topology), "failed": done.returncode}
     return {"stage": stage, "command": command(stage, topology), **json.loads(done.stdout.splitlines()[-1])}

@@ -7,8 +7,8 @@
 
 The step is the one that train.py runs, by shapes alone: no weights are read and no data. The TPU compiler itself compiles for
 TPUs (pip install -e .[tpu]), on any machine. Bounds are the least times that the chips' peak figures allow: real steps take
-longer. --sweep tries meshes and rows per chip and ranks those that fit. --effort=O0 compiles several times faster: how arrays lie and
-what is sent stays, the code of each operation is worse (docs/performance.md). The last line is a JSON object.
+longer. --sweep tries meshes and rows per chip and ranks those that fit. --effort=O0 compiles several times faster: how arrays
+lie and what is sent stays, the code of each operation is worse (docs/performance.md). The last line is a JSON object.
 """
 
 import contextlib

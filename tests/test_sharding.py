@@ -165,7 +165,7 @@ def test_nearest_divisors(number, near, divisors):
 
 
 def test_a_projection_gathers_its_weights_and_leaves_rows_where_they_are():
-    """The kernel lies over fsdp and the inputs are whole: nothing but the tables says that the result lies by rows and columns."""
+    """The kernel lies over fsdp and the inputs are whole: only the tables say that the result lies by rows and columns."""
     mesh = sharding.make_mesh(2, 2, 2)
     layer = Projection(16, name="gate")
     x, kernel = jnp.ones((8, 4, 32)), jnp.ones((32, 16))
