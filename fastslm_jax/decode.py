@@ -19,6 +19,7 @@ from fastslm_jax.data.prompts import PromptEncoder
 from fastslm_jax.decode_steps import STEPS, Rows
 from fastslm_jax.devices import free_memory
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import qwen3
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.kv_cache import BLOCK, KVCache
 from fastslm_jax.models.lora import LoRA
@@ -100,6 +101,9 @@ class Generator:
             cache_dtype: of the key-value cache (bfloat16, int8, …); None: the model's.
             window_batch: windows in the encoder at a time.
         """
+        if jax.default_backend() == "cpu":
+            llm, weights = qwen3.unrolled(model.llm, params["llm"])
+            model, params = dataclasses.replace(model, llm=llm), {**params, "llm": weights}
         self.model, self.params, self.encoder, self.sampling = model, params, encoder, sampling
         self.native_positions, self.detect_loops = native_positions, detect_loops
         self.cache_dtype = jnp.dtype(cache_dtype or model.llm.dtype)

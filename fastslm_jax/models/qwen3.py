@@ -130,23 +130,26 @@ class Qwen3(nn.Module):
     deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
     remat: str = "none"  # see `layers.remat`
     attend: Attend = Attend()
+    unrolled: bool = False  # see `unrolled`
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         self.embed_tokens = self.param("embed_tokens", nn.initializers.normal(0.02), (self.vocab_size, self.width))
         if not self.tied_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width))
-        stack = nn.scan(
-            remat(DecoderBlock, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.num_layers,
-        )
-        self.layers = stack(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim, self.rope, self.epsilon, self.lora,
-            self.deterministic, self.attend, dtype=self.dtype,
-        )  # fmt: skip
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim)
+        options = (self.rope, self.epsilon, self.lora, self.deterministic, self.attend, self.dtype)
+        if self.unrolled:
+            self.layers = [DecoderBlock(*sizes, *options) for _ in range(self.num_layers)]
+        else:
+            stack = nn.scan(
+                remat(DecoderBlock, self.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.num_layers,
+            )
+            self.layers = stack(*sizes, *options)
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -183,9 +186,25 @@ class Qwen3(nn.Module):
         if lora_gate is not None:
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
         embeddings = nn.with_logical_constraint(embeddings.astype(self.dtype), ("rows", None, None))
-        (hidden, cache), _ = self.layers((embeddings, cache), position_ids, mask, lora_gate)
+        carry = (embeddings, cache)
+        for layer in self.layers if self.unrolled else [self.layers]:
+            carry, _ = layer(carry, position_ids, mask, lora_gate)
+        hidden, cache = carry
         return self.final_norm(hidden), cache
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
         """An empty cache for `slots` positions of `batch` rows; dtype int8 takes half the memory of bfloat16."""
         return KVCache.empty(self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype)
+
+
+def unrolled(llm: Qwen3, params: dict) -> tuple[Qwen3, dict]:
+    """The same model with a module and parameters of its own for each layer.
+
+    In a scan over stacked weights, XLA on CPU copies a layer's weights out of the stack before it uses them: generation, which
+    reads each weight once a token, takes twice as long.
+    """
+    if llm.unrolled:
+        return llm, params
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    each = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(llm.num_layers)}
+    return llm.clone(unrolled=True), rest | each

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastslm_jax.models import qwen3
 from fastslm_jax.models.qwen3 import DecoderBlock, RMSNorm, RoPE
 
 
@@ -39,6 +40,17 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
     hidden, cache = forward(embeddings, POSITIONS)
     assert cache is None
     np.testing.assert_allclose(hidden, unrolled(weights, embeddings), atol=1e-5)
+
+
+def test_an_unrolled_decoder_is_the_scanned_one(model, params, forward, embeddings):
+    llm, weights = qwen3.unrolled(model.llm, params["llm"])
+    assert "layers" not in weights
+    cache = llm.init_cache(batch=2, slots=12)
+    hidden, cache = jax.jit(lambda *args: llm.apply({"params": weights}, *args))(embeddings, POSITIONS, None, None, cache)
+    expected, whole = forward(embeddings, POSITIONS, None, None, model.llm.init_cache(batch=2, slots=12))
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    np.testing.assert_allclose(cache.keys, whole.keys, atol=1e-5)
+    assert qwen3.unrolled(llm, weights) == (llm, weights)
 
 
 def test_rms_norm_by_hand():
@@ -91,7 +103,7 @@ def test_cached_chunks_are_the_whole(model, forward, embeddings, chunks):
         parts.append(hidden)
         at += length
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    assert not np.asarray(cache.keys)[:, :, :, 9:].any()  # slots that no token has reached
+    assert not np.asarray(cache.values)[:, :, :, 9:].any()  # slots that no token has reached
 
 
 def test_rows_of_a_cache_stand_at_their_own_positions(model, forward, embeddings):
