@@ -1,6 +1,6 @@
 """Kills the demo with SIGKILL in every phase and compares its report with an undisturbed one.
 
-    python benchmarks/kill_demo.py [--full]          # a small demo of a few steps (about 8 minutes), or the real one twice
+    python benchmarks/kill_demo.py [--full]          # a small demo of a few steps (about 9 minutes), or the real one twice
 
 Last line: one JSON object; `equal` must be true, and `kills` the number of phases.
 """
@@ -38,7 +38,7 @@ def report(out: pathlib.Path) -> dict:
 def is_in(out: pathlib.Path, phase: str) -> bool:
     """Has the phase begun? For a training stage: has it a checkpoint to go on from?"""
     if phase.startswith("stage"):
-        return any((out / phase / "checkpoints").glob("[0-9]*[0-9]"))
+        return any((out / phase / "checkpoints").glob("[0-9]*"))
     file = out / "phases.json"
     return file.exists() and phase in json.loads(file.read_text())
 
@@ -58,8 +58,9 @@ def main():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 kills += 1
-            process.wait()
-            print(f"killed in {phase}", flush=True)
+                print(f"killed in {phase}", flush=True)
+            if process.wait() > 0:
+                sys.exit(f"the demo failed before it was killed in {phase}")
         if start(killed, flags).wait():
             sys.exit("the demo failed after it was killed")
         before, after = report(undisturbed), report(killed)
