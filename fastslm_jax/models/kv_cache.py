@@ -15,8 +15,7 @@ LOWEST = -1e30
 class KVCache(struct.PyTreeNode):
     """Keys and values of all layers. One layer's `attend` writes its new slots and reads all before them.
 
-    keys [l, b, k, h, s] (as the product with queries takes them), values [l, b, k, s, h]: of a floating type, or int8 with one
-        scale for each head and slot.
+    keys, values: [l, b, k, s, h], of a floating type, or int8 with one scale for each head and slot.
     key_scales, value_scales: [l, b, k, s] float32, None unless the cache is int8.
     layer: the layer whose turn it is.
     rows: [r], the rows at work; None: all of them, in order.
@@ -37,14 +36,13 @@ class KVCache(struct.PyTreeNode):
         block = SMALL_BLOCK if slots <= 1024 else BLOCK
         if slots > block and slots % block:
             raise ValueError(f"a cache of {slots} slots: more than {block} must be a multiple of {block}")
-        shape = (layers, rows, heads)
-        scales = [jnp.zeros((*shape, slots), jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
-        keys, values = jnp.zeros((*shape, head_dim, slots), dtype), jnp.zeros((*shape, slots, head_dim), dtype)
-        return cls(keys, values, *scales, jnp.int32(0))
+        shape, is_int8 = (layers, rows, heads, slots, head_dim), jnp.dtype(dtype) == jnp.int8
+        scales = [jnp.zeros(shape[:-1], jnp.float32) if is_int8 else None for _ in range(2)]
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales, jnp.int32(0))
 
     @property
     def slots(self) -> int:
-        return self.values.shape[3]
+        return self.keys.shape[3]
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, position_ids: jax.Array):
         """Causal attention of new tokens over the cache, their own slots included; the layer moves on by one.
@@ -57,75 +55,71 @@ class KVCache(struct.PyTreeNode):
             [r, t, n, h], and the cache.
         """
         start = position_ids[:, 0]
-        keys, key_scales = self._write(self.keys, self.key_scales, jnp.transpose(key, (0, 2, 3, 1)), start, slots=4)
-        values, value_scales = self._write(self.values, self.value_scales, jnp.moveaxis(value, 1, 2), start, slots=3)
+        keys, key_scales = self._write(self.keys, self.key_scales, key, start)
+        values, value_scales = self._write(self.values, self.value_scales, value, start)
         cache = self.replace(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
         return cache._read(query, position_ids), cache.replace(layer=self.layer + 1)
 
-    def _write(self, store, scales, new, start, slots):
-        """new [r, k, …] like a row of the store, whose axis `slots` counts slots."""
+    def _write(self, store, scales, new, start):
+        new = jnp.moveaxis(new, 1, 2)  # [r, k, t, h]
         if scales is None:
-            return self._place(store, new.astype(store.dtype), start, slots), None
-        heads = 7 - slots  # the store's other axis: of the head dimension
-        scale = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=heads - 1, keepdims=True) / 127
-        rounded = jnp.round(new.astype(jnp.float32) / jnp.maximum(scale, 1e-30))
-        scale = jnp.squeeze(scale, heads - 1)
-        return self._place(store, rounded.astype(jnp.int8), start, slots), self._place(scales, scale, start, 3)
+            return self._place(store, new.astype(store.dtype), start), None
+        scale = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1) / 127
+        rounded = jnp.round(new.astype(jnp.float32) / jnp.maximum(scale, 1e-30)[..., None])
+        return self._place(store, rounded.astype(jnp.int8), start), self._place(scales, scale, start)
 
-    def _place(self, store, new, start, slots):
-        """new [r, k, …] into store [l, b, k, …] of one layer, from slot start [r] on."""
-
-        def at(row, slot):
-            return (self.layer, row, *(slot if axis == slots else 0 for axis in range(2, store.ndim)))
-
+    def _place(self, store, new, start):
+        """new [r, k, t(, h)] into store [l, b, k, s(, h)], slot start [r] on."""
+        tail = (0,) * (store.ndim - 4)
         if self.is_spread and self.rows is None:
 
-            def place(row, value, slot):  # [l, 1, k, …]
-                return jax.lax.dynamic_update_slice(row[:, None], value[None, None], at(0, slot))[:, 0]
+            def place(row, value, at):  # [l, k, s(, h)]
+                return jax.lax.dynamic_update_slice(row, value[None], (self.layer, 0, at, *tail))
 
             return jax.vmap(place, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
 
         def place_row(i, store):
             row = i if self.rows is None else self.rows[i]
             value = jax.lax.dynamic_index_in_dim(new, i, keepdims=True)[None]
-            return jax.lax.dynamic_update_slice(store, value, at(row, start[i]))
+            return jax.lax.dynamic_update_slice(store, value, (self.layer, row, 0, start[i], *tail))
 
         return jax.lax.fori_loop(0, len(new), place_row, store)
 
-    def _block(self, store, scales, first, size, dtype, slots):
-        """Slots first … first + size of the rows at work: [r, k, …] as they lie in the store."""
+    def _block(self, store, scales, first, size, dtype):
+        """Slots first … first + size of the rows at work: [r, k, size, h]."""
 
-        def read(array, slots):
+        def read(array):
+            tail = array.shape[4:]
+
             def part(row, rows):
-                shape = (1, rows, *(size if axis == slots else array.shape[axis] for axis in range(2, array.ndim)))
-                begin = (self.layer, row, *(first if axis == slots else 0 for axis in range(2, array.ndim)))
-                return jax.lax.dynamic_slice(array, begin, shape)[0]
+                shape = (1, rows, array.shape[2], size, *tail)
+                return jax.lax.dynamic_slice(array, (self.layer, row, 0, first, *(0 for _ in tail)), shape)[0]
 
             if self.rows is None:
                 return part(0, array.shape[1])
             return jnp.concatenate([part(self.rows[i], 1) for i in range(self.rows.shape[0])])
 
-        block = read(store, slots)
+        block = read(store)
         if scales is not None:
-            block = block.astype(jnp.float32) * jnp.expand_dims(read(scales, 3), 6 - slots)
+            block = block.astype(jnp.float32) * read(scales)[..., None]
         return block.astype(dtype)
 
     def _read(self, query, position_ids):
         """Softmax over the blocks that hold anything, one after the other, in float32."""
         rows, length, heads, head_dim = query.shape
-        groups = heads // self.values.shape[2]
+        groups = heads // self.keys.shape[2]
         query = jnp.transpose(query.reshape(rows, length, -1, groups, head_dim), (0, 2, 3, 1, 4))
         query = query.reshape(rows, -1, groups * length, head_dim)  # [r, k, q, h], q = group · t
         last = jnp.tile(position_ids, (1, groups))[:, None, :, None]  # [r, 1, q, 1]
         size = min(self.slots, SMALL_BLOCK if self.slots <= 1024 else BLOCK)
 
         def scores_of(first):
-            keys = self._block(self.keys, self.key_scales, first, size, query.dtype, slots=4)
-            scores = jnp.einsum("rkqh,rkhs->rkqs", query, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+            keys = self._block(self.keys, self.key_scales, first, size, query.dtype)
+            scores = jnp.einsum("rkqh,rksh->rkqs", query, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
             return jnp.where(first + jnp.arange(size) <= last, scores, LOWEST)
 
         def weighted(weights, first):
-            values = self._block(self.values, self.value_scales, first, size, query.dtype, slots=3)
+            values = self._block(self.values, self.value_scales, first, size, query.dtype)
             return jnp.einsum("rkqs,rksh->rkqh", weights.astype(query.dtype), values, preferred_element_type=jnp.float32)
 
         if self.slots == size:

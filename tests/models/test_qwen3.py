@@ -103,7 +103,7 @@ def test_cached_chunks_are_the_whole(model, forward, embeddings, chunks):
         parts.append(hidden)
         at += length
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    assert not np.asarray(cache.values)[:, :, :, 9:].any()  # slots that no token has reached
+    assert not np.asarray(cache.keys)[:, :, :, 9:].any()  # slots that no token has reached
 
 
 def test_rows_of_a_cache_stand_at_their_own_positions(model, forward, embeddings):
