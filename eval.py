@@ -58,9 +58,8 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
     """(set, label, scores) of every set and task."""
     if config is None:
         raise UserError("--config: is needed (without it, --score_only scores predictions that are there)")
-    for flag in ("sets", "swap_audio"):
-        if unknown := set(FLAGS[flag].value) - set(config.eval.sets):
-            raise UserError(f"--{flag}={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
+    if unknown := set(FLAGS.sets) - set(config.eval.sets):
+        raise UserError(f"--sets={','.join(sorted(unknown))}: not in config.eval.sets ({', '.join(config.eval.sets)})")
     sets = {name: read_manifest(config.eval.sets[name]) for name in FLAGS.sets or config.eval.sets}
     if FLAGS.tasks:
         sets = {name: [utterance for utterance in members if utterance.task in FLAGS.tasks] for name, members in sets.items()}
@@ -69,6 +68,9 @@ def answer_and_score(config, workdir: pathlib.Path, folder: pathlib.Path, judge:
             raise UserError(f"--tasks={','.join(FLAGS.tasks)}: no set has an utterance of these")
     if not sets:
         raise UserError("config.eval.sets is empty: name a set, for example --config.eval.sets.test=DIR/test.jsonl")
+    for name in FLAGS.swap_audio:
+        if not any(utterance.task == "asr" for utterance in sets.get(name, ())):
+            raise UserError(f"--swap_audio={name}: no set of that name with transcriptions is evaluated here ({', '.join(sets)})")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = loading.find_step(checkpoints, workdir, FLAGS.checkpoint)
     generator = loading.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)

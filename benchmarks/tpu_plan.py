@@ -118,7 +118,7 @@ def render(results: dict) -> str:
         "",
         "Targets: memory (85 % of the chip), operations (executed / minimum at most 1.20 on v5e, 1.10 on v5p), gathers (none",
         "larger than a layer's frozen weights, but the embedding's), collectives (on v5p less than 20 % of the compute bound).",
-        "Effort is how hard the compiler tried (`--effort`, docs/performance.md).",
+        "Effort is how hard the compiler tried (`--effort`, docs/performance.md); compile seconds include pauses.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",

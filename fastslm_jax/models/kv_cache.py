@@ -12,6 +12,11 @@ SMALL_BLOCK = 128  # of a cache of 1 024 slots or fewer, where half of a large b
 LOWEST = -1e30
 
 
+def block_size(slots: int) -> int:
+    """Slots that attention reads at a time of a cache of so many."""
+    return min(slots, SMALL_BLOCK if slots <= 1024 else BLOCK)
+
+
 class KVCache(struct.PyTreeNode):
     """Keys and values of all layers. One layer's `attend` writes its new slots and reads all before them.
 
@@ -33,9 +38,8 @@ class KVCache(struct.PyTreeNode):
 
     @classmethod
     def empty(cls, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype) -> "KVCache":
-        block = SMALL_BLOCK if slots <= 1024 else BLOCK
-        if slots > block and slots % block:
-            raise ValueError(f"a cache of {slots} slots: more than {block} must be a multiple of {block}")
+        if slots % block_size(slots):
+            raise ValueError(f"a cache of {slots} slots: must be a multiple of the {block_size(slots)} that are read at a time")
         shape, is_int8 = (layers, rows, heads, slots, head_dim), jnp.dtype(dtype) == jnp.int8
         scales = [jnp.zeros(shape[:-1], jnp.float32) if is_int8 else None for _ in range(2)]
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales, jnp.int32(0))
@@ -111,7 +115,7 @@ class KVCache(struct.PyTreeNode):
         query = jnp.transpose(query.reshape(rows, length, -1, groups, head_dim), (0, 2, 3, 1, 4))
         query = query.reshape(rows, -1, groups * length, head_dim)  # [r, k, q, h], q = group · t
         last = jnp.tile(position_ids, (1, groups))[:, None, :, None]  # [r, 1, q, 1]
-        size = min(self.slots, SMALL_BLOCK if self.slots <= 1024 else BLOCK)
+        size = block_size(self.slots)
 
         def scores_of(first):
             keys = self._block(self.keys, self.key_scales, first, size, query.dtype)
