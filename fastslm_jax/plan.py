@@ -123,7 +123,8 @@ def plan(config: ConfigDict, devices: list, chip: chips.Chip | None, name: str, 
     used = collectives.find(program, len(devices) // slices, slices)
     per_chip = chip.devices if chip else 1
     num_chips = len(devices) // per_chip
-    peak = per_chip * (memory.peak_memory_in_bytes or total_bytes(memory))
+    is_known = memory.peak_memory_in_bytes and devices[0].platform != "cpu"  # on CPU it leaves the temporaries out
+    peak = per_chip * (memory.peak_memory_in_bytes if is_known else total_bytes(memory))
     capacity = chip.hbm_bytes if chip else None
     minimum = flops.minimum(setup.model, experiment.row_shape(config), config.batch_rows)
     bounds = find_bounds(executed, program, used, mesh, chip, num_chips)

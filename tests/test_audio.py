@@ -199,8 +199,17 @@ def test_windows_join_to_the_log_mel_of_the_whole_recording():
     mel = log_mel(*batch_of([samples], 4, audio.WindowSpec(frames=100)), 128)
     assert mel.shape == (1, 4, 100, 128)
     joined = np.asarray(mel).reshape(400, 128)
-    np.testing.assert_allclose(joined[:340], whole_log_mel(samples, 128), atol=1e-4)
+    np.testing.assert_allclose(joined[:340], whole_log_mel(samples, 128), atol=1e-5)
     assert not joined[340:].any()
+
+
+@pytest.mark.parametrize(("power", "tolerance"), [(audio.power_by_fft, 1e-6), (audio.power_by_product, 1e-4)])
+def test_both_spectra_are_the_definition(power, tolerance):
+    """The FFT is what a CPU runs, the product what TPUs and GPUs run; errors of log-mel."""
+    samples = speech_like(3.4)
+    windows, _ = audio.WindowSpec(frames=340).cut(samples)
+    mel = np.log10(np.maximum(jax.jit(power)(windows[None])[0, 0] @ audio.mel_filters(128), 1e-10))
+    np.testing.assert_allclose((np.maximum(mel, mel.max() - 8) + 4) / 4, whole_log_mel(samples, 128), atol=tolerance)
 
 
 def test_recordings_in_one_row_do_not_touch_each_other():

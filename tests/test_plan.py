@@ -89,6 +89,7 @@ def test_a_sweep_over_the_devices_at_hand_ranks_what_fits(config, capsys):
     assert "fsdp 2, tensor 2, 1 rows a chip: compiles" in printed
     assert "fsdp 3, tensor 1, 1 rows a chip: config.mesh" in printed
     assert (result["chips"], result["rows_per_chip"], result["fits"], result["bound_seconds"]) == (8, 1, None, None)
+    assert result["hbm_peak_gib"] >= result["hbm_gib"]["arguments"] + result["hbm_gib"]["temporaries"]
     assert result["flops_executed"] > result["flops_minimum"] == sum(result["flops_minimum_by_term"].values())
     # Weights are gathered, a layer at a time (on CPU in float32, twice their size), and never activations, which are larger.
     assert 0 < result["largest_gather_gib"] <= 2 * max(result["largest_layer_gib"], result["embedding_gib"])

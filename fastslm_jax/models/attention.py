@@ -16,6 +16,7 @@ Shapes: b batch, t query time, s key time, n query heads, k key-value heads (n a
 
 import collections
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -29,6 +30,7 @@ from fastslm_jax.errors import UserError
 
 NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn")
 BLOCKS = (512, 384, 256, 128)  # of splash attention: the largest that divides the padded length
+QUERY_BLOCK, QUERY_BLOCKS = 256, 16  # of causal attention by xla: at least so long, at most so many
 CHOICES: collections.Counter[str] = collections.Counter()  # "kernel, shapes[, reason]" → times traced
 
 
@@ -38,12 +40,12 @@ class CausalSegments:
 
     segment_ids: jax.Array | None = None
 
-    def as_array(self, length: int) -> jax.Array:
-        """[b or 1, 1, t, t] bool."""
-        mask = jnp.tril(jnp.ones((1, length, length), bool))
+    def of_queries(self, first: int, last: int) -> jax.Array:
+        """Queries first … last - 1 against the keys before last: [b or 1, 1, last - first, last] bool."""
+        mask = jnp.arange(first, last)[:, None] >= jnp.arange(last)
         if self.segment_ids is not None:
-            mask = mask & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])
-        return mask[:, None]
+            mask = mask & (self.segment_ids[:, first:last, None] == self.segment_ids[:, None, :last])
+        return mask.reshape(-1, 1, last - first, last)
 
 
 class KernelError(UserError):
@@ -63,24 +65,14 @@ class Attend:
     fall_back: bool = False
     mesh: Mesh | None = None
 
-    def mask(self, segment_ids: jax.Array | None, length: int) -> CausalSegments | jax.Array:
-        """The causal mask of packed rows, in the form that the kernel takes: made once, for all layers."""
-        segments = CausalSegments(segment_ids)
-        return segments.as_array(length) if self.kernel == "xla" else segments
-
-    def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | jax.Array | None = None
-    ) -> jax.Array:
-        """query [b, t, n, h], key and value [b, s, k, h], mask None, `CausalSegments` or an array that broadcasts to
-        [b, n, t, s] → [b, t, n, h].
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None = None) -> jax.Array:
+        """query [b, t, n, h], key and value [b, s, k, h] → [b, t, n, h].
 
         Raises:
             KernelError: the kernel cannot take the shapes or types, and may not fall back.
         """
         kernel, reason = self.kernel, ""
-        if kernel != "xla" and isinstance(mask, jax.Array):
-            kernel, reason = "xla", "key-value cache"
-        elif reason := self._refusal(query, key):
+        if reason := self._refusal(query, key):
             if not self.fall_back:
                 raise KernelError(f"config.model.attention={kernel}: {reason}; choose auto or xla")
             kernel = "xla"
@@ -88,14 +80,25 @@ class Attend:
         if kernel.startswith("splash"):
             return self._splash(query, key, value, mask)
         if kernel == "cudnn":
-            is_causal = isinstance(mask, CausalSegments)
-            within = mask.segment_ids if is_causal else None
+            within = None if mask is None else mask.segment_ids
             same = None if within is None else (within[:, None, :, None] == within[:, None, None, :])
-            out = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=is_causal, implementation="cudnn")
-            return checkpoint_name(out, "attention")
-        if isinstance(mask, CausalSegments):
-            mask = mask.as_array(query.shape[1])
-        return checkpoint_name(jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla"), "attention")
+            out = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn")
+        else:
+            out = self._xla(query, key, value, mask)
+        return checkpoint_name(out, "attention")
+
+    def _xla(self, query, key, value, mask):
+        """Causal attention in blocks of queries, each over the keys up to its last one: half the scores of a long row."""
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+        if mask is None:
+            return attend(query, key, value)
+        length, parts = query.shape[1], []
+        block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+        for first in range(0, length, block):
+            last = min(first + block, length)
+            seen = mask.of_queries(first, last)
+            parts.append(attend(query[:, first:last], key[:, :last], value[:, :last], mask=seen))
+        return jnp.concatenate(parts, axis=1)
 
     def _refusal(self, query: jax.Array, key: jax.Array) -> str:
         """Why the kernel cannot take these arrays; "" if it can."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.attention import Attend, CausalSegments
 from fastslm_jax.models.kv_cache import KVCache
 from fastslm_jax.models.layers import remat
 from fastslm_jax.models.lora import LoRA, Projection
@@ -85,7 +85,7 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, carry, position_ids, mask, lora_gate):
-        """carry: x [b, t, d], and the cache or None; mask as `Attend.mask` gives it, None with a cache → (x, cache), None."""
+        """carry: x [b, t, d], and the cache or None; mask None with a cache → (x, cache), None."""
         x, cache = carry
         width = x.shape[-1]
 
@@ -180,7 +180,7 @@ class Qwen3(nn.Module):
         batch, length = embeddings.shape[:2]
         mask = None
         if cache is None:
-            mask = self.attend.mask(segment_ids, length)
+            mask = CausalSegments(segment_ids)
         else:
             cache = cache.replace(layer=jnp.int32(0))
         if lora_gate is not None:

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from fastslm_jax import bases
 from fastslm_jax.convert import engine, layouts
 from fastslm_jax.convert.tensors import ArraySource, SafetensorsSource
+from fastslm_jax.models.attention import CausalSegments
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import DecoderBlock
 
@@ -91,7 +92,7 @@ def test_layer(reference):
     model, llm, params = reference
     x = np.random.default_rng(0).normal(size=(2, 40, 48)).astype(np.float32)
     position_ids = np.broadcast_to(np.arange(40), (2, 40))
-    causal = np.tril(np.ones((1, 1, 40, 40), bool))
+    causal = CausalSegments()
     block = DecoderBlock(
         llm.num_heads, llm.num_kv_heads, llm.head_dim, llm.mlp_dim, llm.rope, llm.epsilon, LoRA(), deterministic=True
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastslm_jax.models import qwen3
+from fastslm_jax.models.attention import CausalSegments
 from fastslm_jax.models.qwen3 import DecoderBlock, RMSNorm, RoPE
 
 
@@ -31,7 +32,7 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
         block = DecoderBlock(
             llm.num_heads, llm.num_kv_heads, llm.head_dim, llm.mlp_dim, llm.rope, llm.epsilon, llm.lora, deterministic=True
         )
-        mask = jnp.tril(jnp.ones((1, 1, 9, 9), bool))
+        mask = CausalSegments()
         for layer in range(llm.num_layers):
             of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights["layers"])
             (x, _), _ = block.apply({"params": of_layer}, (x, None), POSITIONS, mask, None)
