@@ -2,7 +2,7 @@
 
 | name             | kernel                                                             | runs on        |
 |------------------|--------------------------------------------------------------------|----------------|
-| xla              | `jax.nn.dot_product_attention(implementation="xla")`               | everywhere     |
+| xla              | plain operations of XLA that keep no scores (`xla_attention`)      | everywhere     |
 | splash           | splash attention with segment ids (JAX's Pallas kernel for TPU)    | TPU            |
 | cudnn            | `jax.nn.dot_product_attention(implementation="cudnn")`             | GPU, 16 bit    |
 | splash_interpret | splash interpreted: what a machine without a TPU checks it with    | everywhere     |
@@ -16,7 +16,6 @@ Shapes: b batch, t query time, s key time, n query heads, k key-value heads (n a
 
 import collections
 import dataclasses
-import functools
 
 import flax.struct
 import jax
@@ -27,10 +26,10 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import xla_attention
 
 NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn")
 BLOCKS = (512, 384, 256, 128)  # of splash attention: the largest that divides the padded length
-QUERY_BLOCK, QUERY_BLOCKS = 256, 16  # of causal attention by xla: at least so long, at most so many
 CHOICES: collections.Counter[str] = collections.Counter()  # "kernel, shapes[, reason]" → times traced
 
 
@@ -39,13 +38,6 @@ class CausalSegments:
     """A mask that is not written out: a token sees itself and earlier ones of its segment. segment_ids [b, t], or None."""
 
     segment_ids: jax.Array | None = None
-
-    def of_queries(self, first: int, last: int) -> jax.Array:
-        """Queries first … last - 1 against the keys before last: [b or 1, 1, last - first, last] bool."""
-        mask = jnp.arange(first, last)[:, None] >= jnp.arange(last)
-        if self.segment_ids is not None:
-            mask = mask & (self.segment_ids[:, first:last, None] == self.segment_ids[:, None, :last])
-        return mask.reshape(-1, 1, last - first, last)
 
 
 class KernelError(UserError):
@@ -79,26 +71,12 @@ class Attend:
         self._count(kernel, query, key, reason)
         if kernel.startswith("splash"):
             return self._splash(query, key, value, mask)
-        if kernel == "cudnn":
-            within = None if mask is None else mask.segment_ids
-            same = None if within is None else (within[:, None, :, None] == within[:, None, None, :])
-            out = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn")
-        else:
-            out = self._xla(query, key, value, mask)
+        within = None if mask is None else mask.segment_ids
+        if kernel == "xla":
+            return xla_attention.attention(query, key, value, is_causal=mask is not None, segment_ids=within)
+        same = None if within is None else (within[:, None, :, None] == within[:, None, None, :])
+        out = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn")
         return checkpoint_name(out, "attention")
-
-    def _xla(self, query, key, value, mask):
-        """Causal attention in blocks of queries, each over the keys up to its last one: half the scores of a long row."""
-        attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
-        if mask is None:
-            return attend(query, key, value)
-        length, parts = query.shape[1], []
-        block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
-        for first in range(0, length, block):
-            last = min(first + block, length)
-            seen = mask.of_queries(first, last)
-            parts.append(attend(query[:, first:last], key[:, :last], value[:, :last], mask=seen))
-        return jnp.concatenate(parts, axis=1)
 
     def _refusal(self, query: jax.Array, key: jax.Array) -> str:
         """Why the kernel cannot take these arrays; "" if it can."""

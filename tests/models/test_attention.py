@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from fastslm_jax import flops, sharding
+from fastslm_jax import sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
 from fastslm_jax.models.attention import Attend, CausalSegments
@@ -61,25 +61,6 @@ def test_splash_attention_lies_on_the_mesh():
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 20, 2, 16)}
     three = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*(x[:3] for x in inputs), CausalSegments())  # 4 do not divide 3
     np.testing.assert_allclose(three, XLA(*(x[:3] for x in inputs), CausalSegments()), atol=1e-5)
-
-
-def test_xla_attention_in_blocks_is_attention_with_the_whole_mask(monkeypatch):
-    inputs, segments = arrays(), jnp.array([[1] * 4 + [2] * 5, [1] * 9])
-    whole = CausalSegments(segments).of_queries(0, 9)
-    assert whole.shape == (2, 1, 9, 9)
-    np.testing.assert_array_equal(np.flatnonzero(whole[0, 0, 5]), [4, 5])
-    weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
-
-    def written_out(query, key, value, mask):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
-
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
-    monkeypatch.setattr(attention, "QUERY_BLOCKS", 3)  # of 9 queries: three each
-    got = values_and_gradients(XLA, inputs, CausalSegments(segments), weights)
-    for value, right in zip(got, values_and_gradients(written_out, inputs, whole, weights), strict=True):
-        np.testing.assert_allclose(value, right, atol=1e-6)
-    counted = flops.executed(jax.jit(XLA).trace(*inputs, CausalSegments()))
-    assert counted == 2 * 2 * 2 * 4 * 16 * (3 * 3 + 3 * 6 + 3 * 9)  # two products of two rows, four heads of 16
 
 
 @pytest.mark.parametrize(
