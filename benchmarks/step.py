@@ -42,6 +42,7 @@ from fastslm_jax.data import packing, prompts
 from fastslm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+WINDOW_BATCH = 4  # windows in the encoder at a time, of both sides
 FULL_SIZE_FIGURES = ("step seconds", "MFU", "audio seconds per second", "peak GiB", "PyTorch over JAX")
 
 
@@ -86,12 +87,11 @@ class Bench:
         )
         return steps.TrainState.create(trained, optimizer), frozen, function
 
-    def measure(self, state, frozen, function, batch) -> dict:
-        """Median seconds of a step, and GiB that it takes at its peak: arguments, results and temporaries."""
+    def compile(self, state, frozen, function, batch):
+        """(the step as a call without arguments, GiB that it takes at its peak: arguments, results and temporaries)."""
         compiled = jax.jit(function).lower(state, frozen, batch).compile()
         batch = jax.device_put(batch)
-        seconds = median_seconds(lambda: compiled(state, frozen, batch))
-        return {"seconds": seconds, "gib": plan.total_bytes(compiled.memory_analysis()) / 2**30}
+        return lambda: compiled(state, frozen, batch), plan.total_bytes(compiled.memory_analysis()) / 2**30
 
 
 def one_device():
@@ -100,14 +100,16 @@ def one_device():
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-def median_seconds(function) -> float:
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(FLAGS.repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+def in_turns(*sides) -> list[dict]:
+    """Median seconds of calls, which take turns: the machine's speed drifts. Each side is (call, GiB or None)."""
+    times = [[] for _ in sides]
+    for repeat in range(FLAGS.repeats + 1):
+        for side, (call, _) in zip(times, sides, strict=True):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if repeat:  # the first warms up
+                side.append(time.perf_counter() - started)
+    return [{"seconds": float(np.median(side)), "gib": gib} for side, (_, gib) in zip(times, sides, strict=True)]
 
 
 def whole_loss(model, params, batch) -> jax.Array:
@@ -125,7 +127,7 @@ def chunked_loss(model, params, batch, shape, loss_chunk) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------------ the design
 
 
-def packed_against_padded(bench: Bench) -> tuple[dict, dict]:
+def packed_against_padded(bench: Bench) -> list[dict]:
     """24 utterances of 2 … 24 s: in rows of eight windows, and one in each row."""
     seconds = np.random.default_rng(1).uniform(2, 24, 24)
     examples = [(float(s), int(3 * s)) for s in seconds]
@@ -138,12 +140,12 @@ def packed_against_padded(bench: Bench) -> tuple[dict, dict]:
     longest = packing.RowShape(*(max(getattr(size, field) for size in sizes) for field in ("windows", "tokens", "labels")))
     shape = packing.RowShape(2 * longest.windows, 2 * longest.tokens, 2 * longest.labels)
     rows = [[examples[i] for i in row] for row in packing.pack(sizes, shape)]
-    packed = bench.measure(*bench.step(shape, FLAGS.loss_chunk), bench.batch(rows, shape))
-    padded = bench.measure(*bench.step(longest, FLAGS.loss_chunk), bench.batch([[example] for example in examples], longest))
-    return packed, padded
+    packed = bench.compile(*bench.step(shape, FLAGS.loss_chunk), bench.batch(rows, shape))
+    padded = bench.compile(*bench.step(longest, FLAGS.loss_chunk), bench.batch([[example] for example in examples], longest))
+    return in_turns(packed, padded)
 
 
-def chunked_against_whole(bench: Bench) -> tuple[dict, dict]:
+def chunked_against_whole(bench: Bench) -> list[dict]:
     """Gradients of the HFQ-Former and LoRA on one long row, by either loss."""
     shape, batch = long_row(bench)
     mask = optim.trainable_mask(sorted(bench.params), common.TRAINABLE)
@@ -152,16 +154,20 @@ def chunked_against_whole(bench: Bench) -> tuple[dict, dict]:
         "chunked": lambda params, batch: chunked_loss(bench.model, params, batch, shape, FLAGS.loss_chunk),
         "whole": lambda params, batch: whole_loss(bench.model, params, batch),
     }
-    return tuple(
-        bench.measure(trained, frozen, jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), batch)
-        for loss in losses.values()
+    return in_turns(
+        *(
+            bench.compile(trained, frozen, jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), batch)
+            for loss in losses.values()
+        )
     )
 
 
-def split_against_everything(bench: Bench) -> tuple[dict, dict]:
+def split_against_everything(bench: Bench) -> list[dict]:
     shape, batch = long_row(bench)
     everything = ((r".*positions", False), (r".*", True))
-    return tuple(bench.measure(*bench.step(shape, FLAGS.loss_chunk, table), batch) for table in (common.TRAINABLE, everything))
+    return in_turns(
+        *(bench.compile(*bench.step(shape, FLAGS.loss_chunk, table), batch) for table in (common.TRAINABLE, everything))
+    )
 
 
 def long_row(bench: Bench, minutes: float = 3.0):
@@ -176,8 +182,8 @@ def long_row(bench: Bench, minutes: float = 3.0):
 # --------------------------------------------------------------------------------------------------------------- PyTorch
 
 
-def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str, tuple[dict, dict]]:
-    """The same weights through the export. Nothing here is optimised for either side; both run with their defaults."""
+def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str, list[dict]]:
+    """The same weights through the export, which encodes WINDOW_BATCH windows at a time, as we do."""
     try:
         import torch
         from transformers import AutoModel
@@ -214,7 +220,7 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
     def speech():
         with torch.no_grad():
             windows = model.windows(waveform).to(model.dtype)
-            features = torch.cat([model.encoder(part).last_hidden_state for part in windows.split(8)])
+            features = torch.cat([model.encoder(part).last_hidden_state for part in windows.split(WINDOW_BATCH)])
         return model.hfq_former(features).flatten(0, 1)
 
     def forward_and_backward():
@@ -228,26 +234,19 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         return float(loss)
 
     def encode():
-        model.speech_tokens(waveform)
+        model.speech_tokens(waveform, WINDOW_BATCH)
         if device != "cpu":
             torch.cuda.synchronize()
 
-    def timed(function):
-        function()
-        times = []
-        for _ in range(FLAGS.repeats):
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-        gib = None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
-        return {"seconds": float(np.median(times)), "gib": gib}
-
-    state, frozen, function = bench.step(shape, FLAGS.loss_chunk)
-    ours = bench.measure(state, frozen, function, batch)
-    tree, windows = optim.merge(bench.params, {}), (batch["audio"], batch["window_frames"], batch["window_recording"])
-    inputs = (*(array[0] for array in windows), np.full(len(windows[0][0]), audio.LOWEST, np.float32))
-    ours_encode = {"seconds": median_seconds(lambda: decode_steps.encode(bench.model, tree, *inputs, mesh=None)), "gib": None}
-    return {"long example": (ours, timed(forward_and_backward)), "encoding": (ours_encode, timed(encode))}
+    params, inputs = optim.merge(bench.params, {}), [batch[name][0] for name in ("audio", "window_frames", "window_recording")]
+    inputs.append(np.full(len(inputs[0]), audio.LOWEST, np.float32))
+    rows = {
+        "long example": in_turns(bench.compile(*bench.step(shape, FLAGS.loss_chunk), batch), (forward_and_backward, None)),
+        "encoding": in_turns((lambda: decode_steps.encode(bench.model, params, *inputs, mesh=None), None), (encode, None)),
+    }
+    if device != "cpu":
+        rows["long example"][1]["gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- full size
@@ -263,8 +262,7 @@ def full_size(scratch: pathlib.Path) -> dict:
     config.model.window_batch = 6
     bench = Bench(config)
     shape, batch = long_row(bench, 15.0)
-    state, frozen, function = bench.step(shape, config.loss_chunk)
-    result = bench.measure(state, frozen, function, batch)
+    (result,) = in_turns(bench.compile(*bench.step(shape, config.loss_chunk), batch))
     chip = chips.of_device(jax.devices()[0])
     minimum = sum(flops.minimum(bench.model, shape, 1).values())
     stats = jax.devices()[0].memory_stats() or {}
@@ -294,7 +292,9 @@ def main(_):
             rows["chunked / whole loss"] = chunked_against_whole(bench)
             rows["frozen split / everything"] = split_against_everything(bench)
             if FLAGS.torch:
-                found = against_torch(bench, scratch, "cuda" if has_gpu else "cpu")
+                config = common.small_size()
+                config.model.window_batch = WINDOW_BATCH
+                found = against_torch(Bench(config, bench.params), scratch, "cuda" if has_gpu else "cpu")
                 rows |= {f"{name}, JAX / PyTorch": pair for name, pair in found.items()}
         full = full_size(scratch) if FLAGS.size == "full" else dict.fromkeys(FULL_SIZE_FIGURES)
     print(f"{'':<32}{'seconds':>10}{'against':>10}{'speed-up':>10}{'GiB':>8}{'against':>9}{'smaller':>9}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK, BLOCKS = 256, 16  # queries of a block of causal attention: at least so many, and at most so many blocks
+BLOCK, BLOCKS = 512, 16  # queries of a block of causal attention: at least so many, and at most so many blocks
 LOWEST = -1e30
 
 
