@@ -7,10 +7,11 @@
 | packed       | utterances packed into rows, seconds for all of them    | one utterance a row, padded to the longest           |
 | chunked loss | logits of --loss_chunk labels at a time                 | logits of all tokens at once                         |
 | frozen split | gradients and optimiser state for what is trained       | for every parameter                                  |
+| attention    | gradient of a layer's attention over --minutes          | `jax.nn.dot_product_attention` in XLA, written mask  |
 | long example | forward and backward of one recording of --minutes      | the exported PyTorch model, same weights and threads |
 | encoding     | speech tokens of a recording of --minutes               | the same                                             |
 
-The first three are the demo's model in float32 on seeded noise. With --torch (needs the `export` extra) come the rows against
+The first four are the demo's model in float32 on seeded noise. With --torch (needs the `export` extra) come the rows against
 PyTorch. --size=full is FastSLM-4B with random weights in bfloat16, and needs a GPU of 40 GiB: the long example also gives MFU.
 Without a GPU those rows say "not measured". Memory is what XLA plans for the step's temporaries; of PyTorch on a CPU it is not
 known. Last line: one JSON object.
@@ -40,6 +41,7 @@ from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.data import packing, prompts
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import xla_attention
 
 FLAGS = flags.FLAGS
 WINDOW_BATCH = 4  # windows in the encoder at a time, of both sides
@@ -78,20 +80,20 @@ class Bench:
         return {name: np.stack([row[name] for row in packed]) for name in packed[0]}
 
     def step(self, shape: packing.RowShape, loss_chunk: int, trainable=common.TRAINABLE):
-        """(state, frozen, step function of state, frozen and batch)."""
+        """(step function of state, frozen and batch; state, frozen)."""
         mask = optim.trainable_mask(sorted(self.params), trainable)
         trained, frozen = ({path: leaf for path, leaf in self.params.items() if mask[path] == side} for side in (True, False))
         _, optimizer = training.make_optimizer(self.config)
         function = functools.partial(
             steps.train_step, model=self.model, optimizer=optimizer, seed=0, label_slots=shape.labels, loss_chunk=loss_chunk
         )
-        return steps.TrainState.create(trained, optimizer), frozen, function
+        return function, steps.TrainState.create(trained, optimizer), frozen
 
-    def compile(self, state, frozen, function, batch):
-        """(the step as a call without arguments, GiB that it takes at its peak: arguments, results and temporaries)."""
-        compiled = jax.jit(function).lower(state, frozen, batch).compile()
-        batch = jax.device_put(batch)
-        return lambda: compiled(state, frozen, batch), plan.total_bytes(compiled.memory_analysis()) / 2**30
+    def compile(self, function, *inputs):
+        """(the function as a call without arguments, GiB that it takes at its peak: arguments, results and temporaries)."""
+        compiled = jax.jit(function).lower(*inputs).compile()
+        inputs = jax.device_put(inputs)
+        return lambda: compiled(*inputs), plan.total_bytes(compiled.memory_analysis()) / 2**30
 
 
 def one_device():
@@ -156,7 +158,7 @@ def chunked_against_whole(bench: Bench) -> list[dict]:
     }
     return in_turns(
         *(
-            bench.compile(trained, frozen, jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), batch)
+            bench.compile(jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), trained, frozen, batch)
             for loss in losses.values()
         )
     )
@@ -167,6 +169,23 @@ def split_against_everything(bench: Bench) -> list[dict]:
     everything = ((r".*positions", False), (r".*", True))
     return in_turns(
         *(bench.compile(*bench.step(shape, FLAGS.loss_chunk, table), batch) for table in (common.TRAINABLE, everything))
+    )
+
+
+def attention_against_jax(bench: Bench) -> list[dict]:
+    """Causal attention of a layer over the tokens of the long example, forward and backward."""
+    llm, (shape, _) = bench.model.llm, long_row(bench, FLAGS.minutes)
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (llm.num_heads, llm.num_kv_heads, llm.num_kv_heads)
+    inputs = [jax.random.normal(key, (1, shape.tokens, n, llm.head_dim)) for key, n in zip(keys, heads, strict=True)]
+    mask = xla_attention.causal_mask(None, 0, shape.tokens)[:, None]
+
+    def gradients(attend):
+        return jax.grad(lambda *inputs: jnp.sum(jnp.sin(attend(*inputs))), argnums=(0, 1, 2))
+
+    return in_turns(
+        bench.compile(gradients(functools.partial(xla_attention.attention, is_causal=True)), *inputs),
+        bench.compile(gradients(functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")), *inputs),
     )
 
 
@@ -231,7 +250,7 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         hidden = model.llm.model(inputs_embeds=embeddings[None]).last_hidden_state[0]
         loss = torch.nn.functional.cross_entropy(model.llm.lm_head(hidden[mask]).float(), labels[mask])
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     def encode():
         model.speech_tokens(waveform, WINDOW_BATCH)
@@ -291,6 +310,7 @@ def main(_):
             rows["packed / padded"] = packed_against_padded(bench)
             rows["chunked / whole loss"] = chunked_against_whole(bench)
             rows["frozen split / everything"] = split_against_everything(bench)
+            rows["attention, ours / jax.nn's"] = attention_against_jax(bench)
             if FLAGS.torch:
                 config = common.small_size()
                 config.model.window_batch = WINDOW_BATCH
