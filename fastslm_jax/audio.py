@@ -230,21 +230,22 @@ def power_by_product(windows: jax.Array) -> jax.Array:
 
 
 def power_by_fft(windows: jax.Array) -> jax.Array:
-    """The same in float64 inside: on a CPU three times as fast as the product, and exact."""
+    """The same in float64 inside: on a CPU three times as fast as the product, and exact. It has no gradient."""
 
-    def power(window):  # one of each row, so that the frames stay in the processor's caches
+    def power(window):
         frames = _frames(window)
         with jax.enable_x64(True):
             spectrum = jnp.fft.rfft(frames.astype(jnp.float64) * _hann())
             return (jnp.square(spectrum.real) + jnp.square(spectrum.imag)).astype(jnp.float32)
 
-    def powers(windows):
-        return jnp.moveaxis(jax.lax.map(power, jnp.moveaxis(windows, 1, 0)), 0, 1)
+    def powers(windows):  # one at a time, so that the frames stay in the processor's caches
+        return jax.lax.map(power, windows)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or windows.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return powers(windows)
-    return jax.shard_map(powers, in_specs=sharding.ROWS, out_specs=sharding.ROWS)(windows)  # XLA would gather what an FFT takes
+    flat, mesh = windows.reshape(-1, windows.shape[-1]), jax.sharding.get_abstract_mesh()
+    if not mesh.empty and len(flat) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        powers = jax.shard_map(powers, in_specs=sharding.ROWS, out_specs=sharding.ROWS)  # XLA would gather what an FFT takes
+    out = powers(flat)
+    return out.reshape(*windows.shape[:-1], *out.shape[1:])
 
 
 def _log_spectrum(windows: jax.Array, num_mels: int) -> jax.Array:

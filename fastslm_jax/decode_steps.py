@@ -84,7 +84,9 @@ def empty_cache(model: FastSLM, *, rows: int, slots: int, dtype, mesh: Mesh | No
 def window_maxima(model: FastSLM, windows: jax.Array, frames: jax.Array, *, mesh: Mesh | None) -> jax.Array:
     """Windows [m, samples] and their valid frames [m] → each one's highest log-mel power [m]."""
     windows = _constrain(windows, mesh, sharding.ROWS[0] if len(windows) % shards(mesh) == 0 else None)
-    return _constrain(audio.window_maxima(windows[None], frames[None], model.encoder.num_mels)[0], mesh)
+    with sharding.activations_on(mesh):
+        maxima = audio.window_maxima(windows[None], frames[None], model.encoder.num_mels)[0]
+    return _constrain(maxima, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
@@ -94,7 +96,8 @@ def encode(
 ) -> jax.Array:  # fmt: skip
     """Windows [m, samples], their valid frames, recording and its maximum elsewhere [m] → speech tokens [m, tokens, d]."""
     windows = _constrain(windows, mesh, sharding.ROWS[0] if len(windows) % shards(mesh) == 0 else None)
-    mel = audio.log_mel(windows[None], frames[None], recording[None], model.encoder.num_mels, elsewhere[None])
+    with sharding.activations_on(mesh):
+        mel = audio.log_mel(windows[None], frames[None], recording[None], model.encoder.num_mels, elsewhere[None])
     tokens = model.speech_tokens_from_mel(params, mel)
     return _constrain(tokens.reshape(len(windows), model.tokens_per_window, -1), mesh)
 

@@ -1,11 +1,14 @@
 """From files to log-mel: decoding, cutting, and windows that add up to the log-mel of the whole recording."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
-from fastslm_jax import audio
+from fastslm_jax import audio, sharding
 from fastslm_jax.errors import UserError
 
 SECOND = audio.SAMPLE_RATE
@@ -250,3 +253,20 @@ def test_paddings_differ_behind_the_end_only():
     np.testing.assert_allclose(released[:128], whisper[:128], atol=1e-5)  # two frames see beyond the end
     assert not released[130:].any()
     np.testing.assert_allclose(whisper[132:], whisper.max() - 2.0, atol=1e-6)  # silence: the floor
+
+
+@pytest.mark.parametrize("where", ["rows", "windows"])
+def test_a_spectrum_stays_on_the_devices_of_its_windows(where):
+    """Rows of a training batch, or windows of one recording that is answered: XLA alone would gather them for an FFT."""
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    spec = sharding.ROWS if where == "rows" else jax.sharding.PartitionSpec(None, *sharding.ROWS)
+    shape, samples = ((8, 2), (1, 8))[where == "windows"], audio.WindowSpec(frames=100).samples + 2 * audio.CONTEXT
+
+    @functools.partial(jax.jit, in_shardings=jax.sharding.NamedSharding(mesh, spec))
+    def maxima(windows):
+        with sharding.activations_on(mesh):
+            return audio.window_maxima(windows, jnp.full(shape, 100), 80)
+
+    text = maxima.lower(jax.ShapeDtypeStruct((*shape, samples), jnp.int16)).compile().as_text()
+    gathers = [line for line in text.splitlines() if "all-gather(" in line]
+    assert not [line for line in gathers if f",{samples}]" in line], gathers

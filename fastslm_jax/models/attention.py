@@ -1,4 +1,4 @@
-"""Attention by platform: one function over kernels that others keep well.
+"""Attention by platform: one function over kernels that others keep well, and plain XLA where there is none.
 
 | name             | kernel                                                             | runs on        |
 |------------------|--------------------------------------------------------------------|----------------|
@@ -9,7 +9,7 @@
 | auto             | splash on TPU, cudnn on GPU in 16 bit, else xla                    | everywhere     |
 
 With a named kernel, what it cannot take is an error. With "auto" it goes to xla, is logged once and counted in CHOICES.
-Decoding from a key-value cache always runs in xla: a query of one token is no work for these kernels.
+Decoding from a key-value cache does not come here (see `kv_cache`): a query of one token is no work for these kernels.
 
 Shapes: b batch, t query time, s key time, n query heads, k key-value heads (n a multiple of k), h head dimension.
 """

@@ -1,7 +1,7 @@
 """Attention in plain XLA operations that keeps no scores (arXiv 2205.14135): what runs where no kernel does.
 
-Queries go in blocks, each over the keys up to its last one if the mask is causal; the backward pass computes a block's scores
-again. On a CPU that is about twice as fast as `jax.nn.dot_product_attention`, which computes, masks and keeps all scores.
+Causal queries go in blocks, each over the keys up to its last one; the backward pass computes scores again instead of being
+given them. On a CPU that is about twice as fast as `jax.nn.dot_product_attention`, which computes, masks and keeps all scores.
 
 Shapes: b batch, t queries, s keys, n query heads, k key-value heads, g = n / k, h head dimension; q = g · t in a block.
 """
@@ -19,7 +19,7 @@ LOWEST = -1e30
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, is_causal: bool = False, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """query [b, t, n, h], key and value [b, s, k, h] → [b, t, n, h]. Sums are in float32.
+    """query [b, t, n, h], key and value [b, s, k, h] → [b, t, n, h]. Sums within a block are in float32.
 
     is_causal: t = s, and a token sees itself and earlier ones; segment_ids [b, t]: of its own segment only.
     """

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from fastslm_jax import flops
 from fastslm_jax.models import xla_attention
 
-SEGMENTS = jnp.array([[1] * 4 + [2] * 5, [1] * 9])
+SEGMENTS = jnp.array([[1] * 4 + [2] * 5, [1] * 3 + [2] * 3 + [0] * 3])  # 0 is padding
 CASES = {
     "encoder": {"length": 9},
     "cross-attention": {"length": 3, "keys": 7},
@@ -53,15 +53,26 @@ def test_a_token_sees_itself_and_earlier_ones_of_its_segment():
     mask = xla_attention.causal_mask(SEGMENTS, 4, 7)
     assert mask.shape == (2, 3, 7)
     assert np.flatnonzero(mask[0, 1]).tolist() == [4, 5]
-    assert np.flatnonzero(mask[1, 1]).tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.flatnonzero(mask[1, 1]).tolist() == [3, 4, 5]
 
 
 def test_half_precision_sums_in_float32():
-    inputs = arrays(9, dtype=jnp.bfloat16)
-    out = xla_attention.attention(*inputs, is_causal=True)
-    assert out.dtype == jnp.bfloat16
-    exact = written_out(*(x.astype(jnp.float32) for x in inputs), is_causal=True)
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-2)
+    """Errors relative to the whole; with sums in bfloat16 the worst is 1.2e-2."""
+    inputs = arrays(512, dtype=jnp.bfloat16)
+
+    def results(function, inputs):
+        def loss(*inputs):
+            out = function(*inputs, is_causal=True)
+            return jnp.sum(jnp.sin(out)), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+        return out, *gradients
+
+    got = results(xla_attention.attention, inputs)
+    exact = results(written_out, [x.astype(jnp.float32) for x in inputs])
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    errors = [np.linalg.norm(x.astype(jnp.float32) - y) / np.linalg.norm(y) for x, y in zip(got, exact, strict=True)]
+    assert max(errors) < 3e-3
 
 
 def test_blocks_leave_out_what_is_masked_and_keep_no_scores(monkeypatch, capsys):
