@@ -100,6 +100,7 @@ def main(_):
             seconds = {"ours": [], "pytorch": []}
             for _ in range(FLAGS.rounds):
                 for name, run in (("ours", ours), ("pytorch", pytorch)):
+                    time.sleep(0.5)  # the other side's threads spin on after their work
                     started = time.time()
                     run()
                     seconds[name].append(time.time() - started)

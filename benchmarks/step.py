@@ -108,6 +108,7 @@ def in_turns(*sides) -> list[dict]:
     times = [[] for _ in sides]
     for repeat in range(FLAGS.repeats + 1):
         for side, (call, _) in zip(times, sides, strict=True):
+            time.sleep(0.5)  # the other side's threads spin on after their work
             started = time.perf_counter()
             jax.block_until_ready(call())
             if repeat:  # the first warms up
