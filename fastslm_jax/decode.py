@@ -25,7 +25,7 @@ from fastslm_jax.models.kv_cache import BLOCK, KVCache
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.sampling import Sampling
 
-CHUNK = 64  # prompt tokens of several rows at a time
+CHUNK = 32  # prompt tokens of several rows at a time
 LONG_CHUNK = 512  # prompt tokens of one row at a time
 CHUNK_ROWS = 8
 WINDOW_BATCH = 8
