@@ -1,6 +1,6 @@
 """Tokens per second of generation against PyTorch's `generate` with the same weights, threads and precision.
 
-    python benchmarks/decode.py [--sizes=demo,middle] [--batches=1,16] [--new_tokens=128] [--rounds=3]
+    python benchmarks/decode.py [--sizes=demo,middle] [--batches=1,16] [--new_tokens=128] [--rounds=8]
 
 Two random Qwen3 in float32: the demo's (width 192, 4 layers) and a middle one (width 1 024, 8 layers). Prompts of 32 ids, no end
 token. Both sides run greedy on the cores that this process may use; the rounds take turns, the fastest of each counts, and
@@ -23,9 +23,10 @@ import numpy as np
 from absl import app, flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax import compilation
+from fastslm_jax import compilation, devices
 from fastslm_jax.convert import engine, layouts
-from fastslm_jax.decode import CHUNK, Generator, Prompt, slot_bucket
+from fastslm_jax.decode import Generator, slot_bucket
+from fastslm_jax.lanes import CHUNK, Prompt
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.qwen3 import Qwen3
@@ -40,7 +41,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", list(SIZES), "Which models.")
 flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
 flags.DEFINE_integer("new_tokens", 128, "Tokens of each answer.")
-flags.DEFINE_integer("rounds", 3, "Rounds of each side.")
+flags.DEFINE_integer("rounds", 8, "Rounds of each side.")
 
 
 def build(size: str) -> tuple[FastSLM, dict, object]:
@@ -72,7 +73,7 @@ def build(size: str) -> tuple[FastSLM, dict, object]:
 def main(_):
     import torch
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = devices.cores()
     torch.set_num_threads(threads)
     results = []
     for size in FLAGS.sizes:

@@ -45,6 +45,7 @@ from fastslm_jax import (
     decode_steps,
     devices,
     experiment,
+    lanes,
     loading,
     published,
     sharding,
@@ -194,7 +195,7 @@ class Chip:
         slots = decode.slot_bucket(positions)
         shapes = jax.eval_shape(lambda: self.model.llm.init_cache(1, slots, self.cache_dtype))
         cache = jax.tree.map(lambda leaf: self.array(leaf.shape, leaf.dtype), shapes)
-        length, width = decode.LONG_CHUNK, self.model.llm.width
+        length, width = lanes.LONG_CHUNK, self.model.llm.width
         whole = jax.tree.map(lambda leaf: self.array(np.shape(leaf), leaf.dtype), decode_steps.Rows.idle(1))
         chunk = [self.array((1, length), jnp.int32), self.array((1, length, width), jnp.bfloat16), self.array((1, length), bool)]
         one = self.array((1,), jnp.int32)

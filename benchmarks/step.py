@@ -18,7 +18,6 @@ known. Last line: one JSON object.
 """
 
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -36,7 +35,7 @@ import optax
 from absl import flags
 
 from configs import common
-from fastslm_jax import audio, chips, cli, decode_steps, experiment, flops, optim, plan, steps, training
+from fastslm_jax import audio, chips, cli, decode_steps, devices, experiment, flops, optim, plan, steps, training
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.data import packing, prompts
@@ -212,7 +211,7 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         raise UserError("--torch needs PyTorch: pip install -e .[export]") from None
     from fastslm_jax.convert import exporting
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(devices.cores())
     config, paths = bench.config, experiment.saved_paths(bench.params, bench.config.trainable)
     checkpoints = Checkpoints(scratch / "run")
     meta = {"config": json.loads(config.to_json_best_effort()), "row": 0, "bases": bench.setup.fingerprints()}
@@ -301,7 +300,7 @@ def ratio(ours: dict, other: dict, field: str = "seconds") -> float | None:
 
 
 def main(_):
-    report = {"device": jax.devices()[0].device_kind, "cpus": len(os.sched_getaffinity(0)), "minutes": FLAGS.minutes}
+    report = {"device": jax.devices()[0].device_kind, "cpus": devices.cores(), "minutes": FLAGS.minutes}
     has_gpu = jax.default_backend() == "gpu"
     if FLAGS.size == "full" and not has_gpu:
         raise UserError("--size=full needs a GPU; on TPUs and without one see `python -m fastslm_jax.plan`")

@@ -1,9 +1,10 @@
 """Generation: requests of any length through a few compiled programs.
 
-The encoder takes windows in micro-batches of one size, prompts enter the cache in chunks of two sizes, and one loop decodes all
-rows; a row that is done takes the next request. Only the cache's size depends on the longest request, and it comes in few sizes.
+The encoder takes windows in micro-batches of one size, prompts enter the cache in chunks of two sizes, and one loop decodes rows
+(see `lanes`). Only the cache's size depends on the longest request, and it comes in few sizes.
 """
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +15,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
-from fastslm_jax import audio, decode_steps, loops
+from fastslm_jax import audio, decode_steps, lanes, loops
 from fastslm_jax.data.prompts import PromptEncoder
-from fastslm_jax.decode_steps import STEPS, Rows
+from fastslm_jax.decode_steps import STEPS
 from fastslm_jax.devices import free_memory
 from fastslm_jax.errors import UserError
+from fastslm_jax.lanes import CHUNK, Lane, Prompt
 from fastslm_jax.models import qwen3
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.kv_cache import BLOCK, KVCache
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.sampling import Sampling
 
-CHUNK = 32  # prompt tokens of several rows at a time
-LONG_CHUNK = 512  # prompt tokens of one row at a time
-CHUNK_ROWS = 8
 WINDOW_BATCH = 8
 STREAM_STEPS = 4  # tokens between two calls of on_tokens
 YARN_FACTORS = (2.0, 4.0)
@@ -47,16 +45,6 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A request as the decoder takes it: ids [n], and speech tokens [s, d] that stand at speech_start (−1: none)."""
-
-    tokens: np.ndarray
-    speech: np.ndarray | None
-    speech_start: int
-    budget: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Answer:
     """text, and how it came about: stop_reason is "eos", "budget" when max_new_tokens ran out, or "loop" when the answer began
     to repeat itself (its repetitions are left out). first_token_seconds counts from the start of the request's encoding."""
@@ -71,9 +59,7 @@ class Answer:
 
 def slot_bucket(positions: int) -> int:
     """Slots of a cache for that many positions: 256, 512, 1024, … 8192, then in steps of an eighth of a power of two."""
-    if positions <= BLOCK:
-        return 256 if positions <= 256 else BLOCK
-    power = 1 << (positions - 1).bit_length()
+    power = max(256, 1 << (positions - 1).bit_length())
     if power <= 8192:
         return power
     return -(-positions // (power // 16)) * (power // 16)
@@ -284,101 +270,36 @@ class Generator:
         self, prompts: Iterator[tuple[float, Prompt]], *, rows: int, slots: int, yarn: float = 1.0,
         on_tokens: Callable[[int, Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[int, list[int], str, float]]:  # fmt: skip
-        """Continuous batching of prompts that all have audio, or that all have none.
+        """Continuous batching of prompts that all have audio, or that all have none, in lanes (see `lanes`).
 
         Yields:
             a prompt's number, its new tokens with the end token, stop reason, and seconds to its first token; as they end.
         """
-        prompts, number, state, work = iter(prompts), 0, Rows.idle(rows), {}
+        prompts = enumerate(prompts)
         upcoming = next(prompts, None)
         if upcoming is None:
             return
-        has_audio = upcoming[1].speech is not None
-        model, params = self._variant(has_audio, yarn)
-        cache = decode_steps.empty_cache(model, rows=rows, slots=slots, dtype=self.cache_dtype, mesh=self.mesh)
-        seen = np.zeros((rows, model.llm.vocab_size), bool) if self.sampling.penalizes else None
-        while upcoming is not None or work:
-            new: list[tuple[int, Prompt]] = []
-            for row in range(rows):
-                if row in work or upcoming is None:
-                    continue
-                began, prompt = upcoming
-                work[row] = _Work(number, began, [])
-                new.append((row, prompt))
-                state.begin(row, int(prompt.tokens[-1]), len(prompt.tokens) - 1, prompt.budget, number)
-                if seen is not None:
-                    seen[row] = False
-                    seen[row, [] if has_audio else prompt.tokens] = True
-                upcoming, number = next(prompts, None), number + 1
-            cache = self._prefill(model, params, cache, new)
-            enough = rows if upcoming is None else rows - len(work) + max(1, rows // 4)
-            before = state.count.copy()
-            cache, state, out = decode_steps.decode(
-                model, params, cache, state, seen, self.sampling.controls(), self.encoder.end_id,
-                1 if new else STREAM_STEPS if on_tokens else STEPS, enough, self.detect_loops,
-                greedy=self.sampling.is_greedy, mesh=self.mesh,
-            )  # fmt: skip
-            state, out = jax.tree.map(np.array, (state, out))
-            for row in sorted(work):
-                job, fresh = work[row], out[row, : state.count[row] - before[row]].tolist()
-                if fresh and not job.tokens:
-                    job.first = time.time() - job.began
-                job.tokens.extend(fresh)
-                if seen is not None:
-                    seen[row, fresh] = True
-                if on_tokens:
-                    on_tokens(job.number, job.tokens)
-                if state.done[row]:
-                    ended = job.tokens[-1] == self.encoder.end_id
-                    reason = "eos" if ended else "loop" if state.looped[row] else "budget"
-                    yield job.number, job.tokens, reason, job.first
-                    del work[row]
-
-    def _prefill(self, model: FastSLM, params: dict, cache: KVCache, new: Sequence[tuple[int, Prompt]]) -> KVCache:
-        """All but the last token of prompts, into rows: long stretches row by row, what is left in groups of rows."""
-        starts = [0] * len(new)
-        for i, (row, prompt) in enumerate(new):
-            while len(prompt.tokens) - 1 - starts[i] >= LONG_CHUNK:
-                cache = self._chunk(model, params, cache, [(row, prompt, starts[i])], LONG_CHUNK)
-                starts[i] += LONG_CHUNK
-        size = min(CHUNK_ROWS, cache.keys.shape[1])
-        for first in range(0, len(new), size):
-            group = [(*new[i], starts[i]) for i in range(first, min(first + size, len(new)))]
-            group += group[:1] * (size - len(group))  # the same once more changes nothing
-            while any(start < len(prompt.tokens) - 1 for _, prompt, start in group):
-                cache = self._chunk(model, params, cache, group, CHUNK)
-                group = [(row, prompt, min(start + CHUNK, len(prompt.tokens) - 1)) for row, prompt, start in group]
-        return cache
-
-    def _chunk(self, model, params, cache: KVCache, group: Sequence[tuple[int, Prompt, int]], length: int) -> KVCache:
-        tokens, speech, is_speech = np.zeros((len(group), length), np.int32), None, None
-        if group[0][1].speech is not None:
-            speech = np.zeros((len(group), length, model.llm.width), group[0][1].speech.dtype)
-            is_speech = np.zeros((len(group), length), bool)
-        for i, (_, prompt, start) in enumerate(group):
-            part = prompt.tokens[start : min(start + length, len(prompt.tokens) - 1)]
-            tokens[i, : len(part)] = part
-            if speech is None:
-                continue
-            low, high = (
-                min(max(at, start), start + length) for at in (prompt.speech_start, prompt.speech_start + len(prompt.speech))
-            )
-            speech[i, low - start : high - start] = prompt.speech[low - prompt.speech_start : high - prompt.speech_start]
-            is_speech[i, low - start : high - start] = True
-        rows, starts = (np.array([entry[at] for entry in group], np.int32) for at in (0, 2))
-        return decode_steps.prefill(model, params, cache, rows, starts, tokens, speech, is_speech, mesh=self.mesh)
+        model, params = self._variant(upcoming[1][1].speech is not None, yarn)
+        count = lanes.count_for(rows, params, self.mesh)
+        options = {"cache_dtype": self.cache_dtype, "sampling": self.sampling, "end_id": self.encoder.end_id}
+        options |= {"detect_loops": self.detect_loops, "mesh": self.mesh}
+        every = [Lane(model, params, rows=rows // count, slots=slots, **options) for _ in range(count)]
+        with concurrent.futures.ThreadPoolExecutor(count) as threads:
+            while upcoming is not None or any(lane.work for lane in every):
+                while upcoming is not None and (lane := min(every, key=lambda lane: len(lane.work))).has_room:
+                    lane.begin(upcoming[0], *upcoming[1])
+                    upcoming = next(prompts, None)
+                steps = 1 if any(lane.new for lane in every) else STREAM_STEPS if on_tokens else STEPS
+                busy = [lane for lane in every if lane.work]
+                is_last = [upcoming is None] * len(busy)
+                for advanced in threads.map(Lane.advance, busy, [steps] * len(busy), is_last):
+                    for work in advanced:
+                        if on_tokens:
+                            on_tokens(work.number, work.tokens)
+                        if work.reason:
+                            yield work.number, work.tokens, work.reason, work.first_seconds
 
 
 def rows_for(batch_size: int, slots: int) -> int:
     """Rows of a batch: half as many whenever the cache's rows are twice as long as 1 024."""
     return max(1, min(batch_size, batch_size * 1024 // slots))
-
-
-@dataclasses.dataclass
-class _Work:
-    """What a row is at: the prompt's number, when it began, and its tokens so far."""
-
-    number: int
-    began: float
-    tokens: list[int]
-    first: float = 0.0

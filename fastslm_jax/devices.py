@@ -1,5 +1,6 @@
-"""What the device has: its name, free memory, and the most that was in use."""
+"""What the device has: its name, cores, free memory, and the most that was in use."""
 
+import os
 import pathlib
 import resource
 
@@ -8,6 +9,11 @@ import jax
 
 def name() -> str:
     return jax.local_devices()[0].device_kind
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int | None:

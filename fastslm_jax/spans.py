@@ -7,8 +7,9 @@ import numpy as np
 
 from fastslm_jax import audio
 from fastslm_jax.data.prompts import INSTRUCTIONS
-from fastslm_jax.decode import CHUNK, Answer, CapacityError, Generator, Request
+from fastslm_jax.decode import Answer, CapacityError, Generator, Request
 from fastslm_jax.errors import UserError
+from fastslm_jax.lanes import CHUNK
 
 TOKENS_PER_SECOND = 6.0  # speech has up to three words a second; an answer may take two tokens for each
 SHORT_TASKS_PER_SECOND = 0.1  # summaries and answers grow more slowly

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax import compilation, decode, decode_steps, loops, sharding
+from fastslm_jax import compilation, decode, decode_steps, devices, lanes, loops, sharding
 from fastslm_jax.convert import engine, layouts
 from fastslm_jax.decode import Generator, Request
 from fastslm_jax.errors import UserError
@@ -206,7 +206,7 @@ def test_answers_without_audio_are_those_of_transformers(theirs, model, params, 
         ids = list(encoder.prompt_ids(None, request.instruction))
         expected = generate(base, encoder, budget, penalty, input_ids=ids)
         assert expected == list(answer.token_ids)
-    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * decode.CHUNK
+    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * lanes.CHUNK
 
 
 def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
@@ -234,21 +234,25 @@ LONG = 700  # tokens: more than a block of the cache, and no multiple of any chu
 def long_prompt(model):
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, 300, LONG).astype(np.int32)
-    return decode.Prompt(tokens, rng.normal(0, 1, (90, model.llm.width)).astype(np.float32), 550, 8)
+    return lanes.Prompt(tokens, rng.normal(0, 1, (90, model.llm.width)).astype(np.float32), 550, 8)
 
 
 def next_logits(generator, prompt, chunks):
     """Logits behind a prompt that enters the cache in the generator's chunks, or in others."""
     model, params = generator.model, generator.params
-    cache = decode_steps.empty_cache(model, rows=2, slots=1024, dtype=generator.cache_dtype, mesh=None)
+    lane = lanes.Lane(
+        model, params, rows=2, slots=1024, cache_dtype=generator.cache_dtype, sampling=Sampling(), end_id=-1,
+        detect_loops=False, mesh=None,
+    )  # fmt: skip
     if chunks is None:
-        cache = generator._prefill(model, params, cache, [(1, prompt)])
+        lane.new = [(1, prompt)]
+        lane._prefill()
     else:
         start = 0
         for length in chunks:
-            cache = generator._chunk(model, params, cache, [(1, prompt, start)], length)
+            lane.cache = lane._chunk([(1, prompt, start)], length)
             start += length
-    return np.asarray(last_logits(model, params, cache, prompt.tokens[-1:]))[0]
+    return np.asarray(last_logits(model, params, lane.cache, prompt.tokens[-1:]))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -299,9 +303,37 @@ def test_rows_that_are_done_take_the_next_request(generator):
     assert all(answer.first_token_seconds > 0 for answer in together)
 
 
+def test_lanes_answer_as_one_batch_does(model, params, encoder, monkeypatch):
+    """Two lanes of four rows: requests of several lengths, with audio and without. Programs are compiled once for both."""
+    requests = [Request(noise(0.5 + 0.3 * i, i), "asr", "write") for i in range(10)] + [*TEXTS, TEXTS[0]]
+    budgets = [3 + 5 * (i % 4) for i in range(len(requests))]
+    found = {}
+    for cores, batch_size in ((1, 4), (2, 8)):
+        monkeypatch.setattr(devices, "cores", lambda cores=cores: cores)
+        # The same in float32, and another model to jit, which compiles its programs anew.
+        llm = model.llm.clone(epsilon=model.llm.epsilon * (1 + cores * 1e-12))
+        generator, before = Generator(dataclasses.replace(model, llm=llm), params, encoder), compilation.so_far()
+        found[cores] = generator.answer(requests, budgets, batch_size=batch_size, slots=1024), compilation.so_far() - before
+    assert found[2][0] == found[1][0]
+    assert found[2][1].programs == found[1][1].programs > 0
+
+
+LANES = [(1, 8, 1), (4, 8, 1), (7, 8, 1), (8, 8, 2), (8, 1, 1), (10, 2, 2), (16, 3, 2), (16, 8, 4)]
+
+
+@pytest.mark.parametrize(("rows", "cores", "count"), LANES)
+def test_lanes_by_rows_and_cores(params, rows, cores, count, monkeypatch):
+    """As many as there are cores, of four rows at least, all of one size; one if the decoder is large, or on a mesh."""
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    assert lanes.count_for(rows, params, None) == count
+    assert lanes.count_for(rows, params, sharding.make_mesh(2, 2, 2)) == 1
+    monkeypatch.setattr(lanes, "LANE_WEIGHTS", 1000)
+    assert lanes.count_for(rows, params, None) == 1
+
+
 def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monkeypatch):
     """From half a second to 25, in batches, prompts in chunks of both sizes: after the first pass nothing is compiled."""
-    monkeypatch.setattr(decode, "LONG_CHUNK", 80)
+    monkeypatch.setattr(lanes, "LONG_CHUNK", 80)
     generator = Generator(model, params, encoder, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
     before = compilation.so_far()

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from fastslm_jax import audio, bases
 from fastslm_jax.convert import engine, exporting, importing, layouts
 from fastslm_jax.convert.tensors import SafetensorsSource
-from fastslm_jax.decode import CHUNK, Generator, Prompt, slot_bucket
+from fastslm_jax.decode import Generator, slot_bucket
+from fastslm_jax.lanes import CHUNK, Prompt
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-BLOCK = 512  # slots that attention reads at a time of a large cache, which has a multiple of them
-SMALL_BLOCK = 128  # of a cache of 1 024 slots or fewer, where half of a large block may be empty
+SMALL_BLOCK, BLOCK = 32, 512  # slots that attention reads at a time: an eighth of the cache, at least and at most so many
 LOWEST = -1e30
 
 
 def block_size(slots: int) -> int:
     """Slots that attention reads at a time of a cache of so many."""
-    return min(slots, SMALL_BLOCK if slots <= 1024 else BLOCK)
+    return min(slots, BLOCK, max(SMALL_BLOCK, slots // 8))
 
 
 class KVCache(struct.PyTreeNode):
