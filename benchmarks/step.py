@@ -316,6 +316,7 @@ def main(_):
             if FLAGS.torch:
                 config = common.small_size()
                 config.model.window_batch = WINDOW_BATCH
+                config.model.lora.dropout = 0.0  # the export has none
                 found = against_torch(Bench(config, bench.params), scratch, "cuda" if has_gpu else "cpu")
                 rows |= {f"{name}, JAX / PyTorch": pair for name, pair in found.items()}
         full = full_size(scratch) if FLAGS.size == "full" else dict.fromkeys(FULL_SIZE_FIGURES)

@@ -38,6 +38,7 @@ def full_size() -> ConfigDict:
             "window_batch": 0,  # windows of a row in the encoder at a time; 0: all
             "attention": "auto",  # kernel: auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
             "remat": "full",  # what the backward pass computes anew: none, full, dots or names to keep; see models/layers.py
+            "unroll": 1,  # layers that a turn of the loop over layers holds: more compile longer, and run faster on a CPU
             "dtype": "bfloat16",  # of the computation
             "base_dtype": "bfloat16",  # of the frozen weights
         }
@@ -90,6 +91,6 @@ def small_size() -> ConfigDict:
     config = full_size()
     config.base.whisper, config.base.llm = "assets/demo_whisper", "assets/demo_llm"
     config.model.update({"stage_tokens": (16, 16, 16), "compression_size": 10, "start": "time", "remat": "none"})
-    config.model.update({"dtype": "float32", "base_dtype": "float32"})
+    config.model.update({"unroll": 4, "dtype": "float32", "base_dtype": "float32"})
     config.data.update({"workers": 0, "prefetch": 4})
     return config

@@ -53,12 +53,15 @@ def build(config: ConfigDict, *, weights: bool = True, mesh: Mesh | None = None,
     attend = attention.choose(options.get("attention", "auto"), platform, dtype, mesh)
     # Configs of older checkpoints say True or False.
     remat = {True: "full", False: "none"}.get(options.remat, options.remat)
+    unroll = options.get("unroll", 1)
+    if unroll < 1:
+        raise UserError(f"config.model.unroll={unroll}: how many layers a turn of the loop over layers holds, 1 at least")
     llm = bases.qwen3_from_config(
         bases.read_config(llm_folder), lora=LoRA(**options.lora), dtype=dtype, remat=remat, origin=str(llm_folder)
-    ).clone(attend=attend)
+    ).clone(attend=attend, unroll=unroll)
     encoder = bases.whisper_from_config(
         bases.read_config(whisper_folder), dtype=dtype, remat=remat, origin=str(whisper_folder)
-    ).clone(attend=attend)
+    ).clone(attend=attend, unroll=unroll)
     hfq_former = HFQFormer(
         llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, attend=attend,
         dtype=dtype,

@@ -91,13 +91,24 @@ def test_any_other_subset_can_be_trained(make_step, optimizer, params, batch):
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "attention,query,key,value,out"])
-def test_what_is_computed_again_changes_no_gradient(model, split_params, batch, row_shape, policy):
+PLAIN = {"window_batch": 0, "remat": "none", "unroll": 1}
+WAYS = {
+    "remat": {"remat": "full"},
+    "remat dots": {"remat": "dots"},
+    "remat by name": {"remat": "attention,query,key,value,out"},
+    "windows in groups": {"window_batch": 2},
+    "windows in groups, twice": {"window_batch": 2, "remat": "full"},
+    "unrolled": {"unroll": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_how_it_is_computed_changes_no_gradient(model, split_params, batch, row_shape, way):
     trained, frozen = split_params
 
-    def gradients(policy: str):
-        llm, encoder = model.llm.clone(remat=policy), model.encoder.clone(remat=policy)
-        lean = dataclasses.replace(model, llm=llm, encoder=encoder)
+    def gradients(window_batch: int, remat: str, unroll: int):
+        llm, encoder = (module.clone(remat=remat, unroll=unroll) for module in (model.llm, model.encoder))
+        lean = dataclasses.replace(model, llm=llm, encoder=encoder, window_batch=window_batch)
 
         def loss(trained):
             sums = steps.batch_loss(lean, optim.merge(trained, frozen), batch, label_slots=row_shape.labels, loss_chunk=16)
@@ -105,7 +116,7 @@ def test_what_is_computed_again_changes_no_gradient(model, split_params, batch, 
 
         return jax.jit(jax.value_and_grad(loss))(trained)
 
-    (loss, leaves), (expected_loss, expected) = gradients(policy), gradients("none")
+    (loss, leaves), (expected_loss, expected) = gradients(**PLAIN | WAYS[way]), gradients(**PLAIN)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     for path, leaf in expected.items():
         np.testing.assert_allclose(leaves[path], leaf, rtol=0, atol=1e-5 * np.abs(leaf).max(), err_msg=path)

@@ -231,6 +231,7 @@ ERRORS = {
     "missing base": ({"base.llm": "/nowhere/llm"}, "/nowhere/llm: no such folder; give a folder with config.json"),
     "unknown attention": ({"model.attention": "flash"}, "config.model.attention=flash is not one of auto, xla, splash"),
     "unknown remat": ({"model.remat": "gates"}, "config.model.remat=gates: 'gates' is none of none, full, dots, or names out of"),
+    "unroll": ({"model.unroll": 0}, "config.model.unroll=0: how many layers a turn of the loop over layers holds, 1 at least"),
     "window groups": ({"model.window_batch": 3}, "config.model.window_batch=3 does not divide the 4 windows of config.data.row"),
     "profile": ({"profile": "4"}, "config.profile=4 is not FIRST:LAST, two step numbers such as 5:8"),
     "missing stage": ({"init_from": "/nowhere/stage1"}, "/nowhere/stage1: holds no checkpoints; train there first"),

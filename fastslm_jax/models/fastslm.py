@@ -20,7 +20,8 @@ class FastSLM:
     """The three modules and how windows run through them.
 
     window_batch: windows of a row that go through the encoder at a time, at most (0: all), which bounds its memory. Groups are
-        equal: of 30 windows, a window_batch of 8 takes 6 at a time.
+        equal: of 30 windows, a window_batch of 8 takes 6 at a time. The HFQ-Former goes in the same groups, and runs again in the
+        backward pass, unless the decoder's remat is "none".
     start: of the HFQ-Former: "normal" (the authors' small random queries) or "time" (see `time_start`).
     """
 
@@ -70,15 +71,19 @@ class FastSLM:
             features = self.encoder.apply({"params": params["encoder"]}, windows.reshape(-1, *windows.shape[2:]))
             return features.reshape(rows, group, *features.shape[1:])
 
-        def compress(features):
+        def compress(features):  # [rows, group, t, d] → [rows, group · tokens, llm width]
             tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features.reshape(-1, *features.shape[2:]))
-            return tokens.reshape(rows, group * self.tokens_per_window, -1)
+            return tokens.reshape(rows, -1, tokens.shape[-1])
 
         if group == count:
             return compress(encode(mel))
         # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
-        tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), jax.lax.map(encode, chunks))
+        features = jax.lax.map(encode, chunks)
+        if self.llm.remat == "none":  # its activations are all kept, so groups would bound no memory
+            features = jnp.moveaxis(features, 0, 1)
+            return compress(features.reshape(rows, count, *features.shape[3:]))
+        tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), features)
         return jnp.moveaxis(tokens, 0, 1).reshape(rows, count * self.tokens_per_window, -1)
 
     def splice(self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None) -> jax.Array:

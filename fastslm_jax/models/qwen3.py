@@ -129,6 +129,7 @@ class Qwen3(nn.Module):
     lora: LoRA = LoRA()
     deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
     remat: str = "none"  # see `layers.remat`
+    unroll: int = 1  # layers that one turn of the loop over layers holds
     attend: Attend = Attend()
     unrolled: bool = False  # see `unrolled`
     dtype: jnp.dtype = jnp.float32
@@ -150,6 +151,7 @@ class Qwen3(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.num_layers,
+                unroll=self.unroll,
             )
             self.layers = stack(*sizes, *options)
         self.final_norm = RMSNorm(self.epsilon, self.dtype)

@@ -39,6 +39,7 @@ class WhisperEncoder(nn.Module):
     num_mels: int
     max_positions: int
     remat: str = "none"
+    unroll: int = 1  # layers that one turn of the loop over layers holds
     attend: Attend = Attend()
     dtype: jnp.dtype = jnp.float32
 
@@ -52,6 +53,8 @@ class WhisperEncoder(nn.Module):
         x = gelu(Conv(self.width, stride=2, dtype=self.dtype, name="conv2")(x))
         x = x + self.param("positions", sinusoid_init, (self.max_positions, self.width)).astype(self.dtype)
         block = remat(EncoderBlock, self.remat)
-        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers)
-        x, _ = layers(self.num_heads, self.mlp_dim, self.attend, dtype=self.dtype, name="layers")(x)
+        stack = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers, unroll=self.unroll
+        )
+        x, _ = stack(self.num_heads, self.mlp_dim, self.attend, dtype=self.dtype, name="layers")(x)
         return LayerNorm(dtype=self.dtype, name="final_norm")(x)

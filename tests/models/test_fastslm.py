@@ -26,8 +26,9 @@ def test_windows_in_groups_give_the_same_as_all_at_once(model, params):
     audio = windows_of(model, 4.0)
     speech = jax.jit(model.speech_tokens)(params, *audio)
     assert speech.shape == (1, 12, 32)
-    in_groups = jax.jit(dataclasses.replace(model, window_batch=2).speech_tokens)(params, *audio)
-    np.testing.assert_allclose(in_groups, speech, atol=1e-5)
+    for remat in ("none", "full"):
+        grouped = dataclasses.replace(model, window_batch=2, llm=model.llm.clone(remat=remat))
+        np.testing.assert_allclose(jax.jit(grouped.speech_tokens)(params, *audio), speech, atol=1e-5)
 
 
 def test_speech_tokens_stand_in_the_order_of_time(model, params):
