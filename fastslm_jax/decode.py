@@ -285,6 +285,7 @@ class Generator:
         options |= {"detect_loops": self.detect_loops, "mesh": self.mesh}
         every = [Lane(model, params, rows=rows // count, slots=slots, **options) for _ in range(count)]
         with concurrent.futures.ThreadPoolExecutor(count) as threads:
+            side_by_side = map if count == 1 else threads.map
             while upcoming is not None or any(lane.work for lane in every):
                 while upcoming is not None and (lane := min(every, key=lambda lane: len(lane.work))).has_room:
                     lane.begin(upcoming[0], *upcoming[1])
@@ -292,7 +293,7 @@ class Generator:
                 steps = 1 if any(lane.new for lane in every) else STREAM_STEPS if on_tokens else STEPS
                 busy = [lane for lane in every if lane.work]
                 is_last = [upcoming is None] * len(busy)
-                for advanced in threads.map(Lane.advance, busy, [steps] * len(busy), is_last):
+                for advanced in side_by_side(Lane.advance, busy, [steps] * len(busy), is_last):
                     for work in advanced:
                         if on_tokens:
                             on_tokens(work.number, work.tokens)

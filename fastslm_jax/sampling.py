@@ -76,7 +76,10 @@ def warp(logits: jax.Array, controls: Controls) -> jax.Array:
 
 
 def highest(logits: jax.Array) -> jax.Array:
-    """`argmax` of each row [b] int32, the first among equals: two plain reductions, which XLA on CPU vectorises."""
+    """`argmax` of each row [b] int32, the first among equals: two plain reductions, which XLA on CPU vectorises.
+
+    A row with a NaN, which has no highest, gives the last id.
+    """
     size = logits.shape[-1]
     is_highest = logits == jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_highest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)

@@ -99,6 +99,7 @@ WAYS = {
     "windows in groups": {"window_batch": 2},
     "windows in groups, twice": {"window_batch": 2, "remat": "full"},
     "unrolled": {"unroll": 3},
+    "unrolled, with remat": {"unroll": 3, "remat": "full"},
 }
 
 

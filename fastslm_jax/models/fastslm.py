@@ -80,7 +80,7 @@ class FastSLM:
         # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
         features = jax.lax.map(encode, chunks)
-        if self.llm.remat == "none":  # its activations are all kept, so groups would bound no memory
+        if self.llm.remat == "none":  # nothing is computed again: activations of all windows are kept
             features = jnp.moveaxis(features, 0, 1)
             return compress(features.reshape(rows, count, *features.shape[3:]))
         tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), features)

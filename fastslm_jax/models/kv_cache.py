@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-SMALL_BLOCK, BLOCK = 32, 512  # slots that attention reads at a time: an eighth of the cache, at least and at most so many
+BLOCK = 512  # slots that attention reads at a time of a cache, at most
 LOWEST = -1e30
 
 
 def block_size(slots: int) -> int:
-    """Slots that attention reads at a time of a cache of so many."""
-    return min(slots, BLOCK, max(SMALL_BLOCK, slots // 8))
+    """Slots that attention reads at a time of a cache of so many: an eighth, or all of a very small one."""
+    return slots if slots < 256 else min(BLOCK, slots // 8)
 
 
 class KVCache(struct.PyTreeNode):

@@ -86,12 +86,14 @@ class Attention(nn.Module):
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 
 
-def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+def remat(block: type[nn.Module], policy: str, unroll: int) -> type[nn.Module]:
     """A block whose backward pass computes activations anew, except those that the policy keeps.
 
     policy: "none" keeps all of them (no rematerialisation), "full" keeps the block's input only, "dots" keeps results of matrix
     products without batch axes, and names such as "attention,gate,up" keep those results: of attention, or of the projections
     called so.
+    unroll: of the loop over the blocks. Where it is unrolled, XLA would otherwise find that the backward pass computes what the
+    forward pass has, and keep that.
 
     Raises:
         UserError: a name that no layer has.
@@ -107,4 +109,4 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
                 f"{', '.join(SAVEABLE)}"
             )
         policies[policy] = jax.checkpoint_policies.save_only_these_names(*policy.split(","))
-    return nn.remat(block, prevent_cse=False, policy=policies[policy])
+    return nn.remat(block, prevent_cse=unroll > 1, policy=policies[policy])

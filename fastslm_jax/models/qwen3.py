@@ -146,7 +146,7 @@ class Qwen3(nn.Module):
             self.layers = [DecoderBlock(*sizes, *options) for _ in range(self.num_layers)]
         else:
             stack = nn.scan(
-                remat(DecoderBlock, self.remat),
+                remat(DecoderBlock, self.remat, self.unroll),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),

@@ -52,7 +52,7 @@ class WhisperEncoder(nn.Module):
         x = gelu(Conv(self.width, dtype=self.dtype, name="conv1")(mel))
         x = gelu(Conv(self.width, stride=2, dtype=self.dtype, name="conv2")(x))
         x = x + self.param("positions", sinusoid_init, (self.max_positions, self.width)).astype(self.dtype)
-        block = remat(EncoderBlock, self.remat)
+        block = remat(EncoderBlock, self.remat, self.unroll)
         stack = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers, unroll=self.unroll
         )

@@ -43,6 +43,20 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
     np.testing.assert_allclose(hidden, unrolled(weights, embeddings), atol=1e-5)
 
 
+def test_layers_in_one_turn_of_the_loop_are_computed_again_too(model, params, embeddings):
+    """XLA must not find that the backward pass repeats the forward pass."""
+
+    def products(remat: str) -> int:
+        llm = model.llm.clone(remat=remat, unroll=model.llm.num_layers)
+
+        def loss(weights):
+            return jnp.sum(llm.apply({"params": weights}, embeddings, POSITIONS)[0])
+
+        return jax.jit(jax.grad(loss)).lower(params["llm"]).compile().as_text().count(" dot(")
+
+    assert products("full") > products("none") > 0
+
+
 def test_an_unrolled_decoder_is_the_scanned_one(model, params, forward, embeddings):
     llm, weights = qwen3.unrolled(model.llm, params["llm"])
     assert "layers" not in weights
