@@ -88,7 +88,7 @@ class Generator:
             window_batch: windows in the encoder at a time.
         """
         if jax.default_backend() == "cpu":
-            llm, weights = qwen3.unrolled(model.llm, params["llm"])
+            llm, weights = qwen3.separate_layers(model.llm, params["llm"])
             model, params = dataclasses.replace(model, llm=llm), {**params, "llm": weights}
         self.model, self.params, self.encoder, self.sampling = model, params, encoder, sampling
         self.native_positions, self.detect_loops = native_positions, detect_loops

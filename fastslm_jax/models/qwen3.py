@@ -131,18 +131,18 @@ class Qwen3(nn.Module):
     remat: str = "none"  # see `layers.remat`
     unroll: int = 1  # layers that one turn of the loop over layers holds
     attend: Attend = Attend()
-    unrolled: bool = False  # see `unrolled`
+    separate_layers: bool = False  # see the function of that name
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         self.embed_tokens = self.param("embed_tokens", nn.initializers.normal(0.02), (self.vocab_size, self.width))
-        if self.unrolled:
+        if self.separate_layers:
             self.head = self.param("head", nn.initializers.normal(0.02), (self.width, self.vocab_size))
         elif not self.tied_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width))
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim)
         options = (self.rope, self.epsilon, self.lora, self.deterministic, self.attend, self.dtype)
-        if self.unrolled:
+        if self.separate_layers:
             self.layers = [DecoderBlock(*sizes, *options) for _ in range(self.num_layers)]
         else:
             stack = nn.scan(
@@ -162,7 +162,7 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] → float32 logits [..., v]."""
-        if self.unrolled:
+        if self.separate_layers:
             return jnp.einsum("...d,dv->...v", hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
         table = self.embed_tokens if self.tied_embeddings else self.lm_head
         return jnp.einsum("...d,vd->...v", hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
@@ -193,7 +193,7 @@ class Qwen3(nn.Module):
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
         embeddings = nn.with_logical_constraint(embeddings.astype(self.dtype), ("rows", None, None))
         carry = (embeddings, cache)
-        for layer in self.layers if self.unrolled else [self.layers]:
+        for layer in self.layers if self.separate_layers else [self.layers]:
             carry, _ = layer(carry, position_ids, mask, lora_gate)
         hidden, cache = carry
         return self.final_norm(hidden), cache
@@ -203,16 +203,16 @@ class Qwen3(nn.Module):
         return KVCache.empty(self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype)
 
 
-def unrolled(llm: Qwen3, params: dict) -> tuple[Qwen3, dict]:
+def separate_layers(llm: Qwen3, params: dict) -> tuple[Qwen3, dict]:
     """The same model with a module and parameters of its own for each layer, and its output head [d, v] as a matrix of its own.
 
     In a scan over stacked weights, XLA on CPU copies a layer's weights out of the stack before it uses them: generation, which
     reads each weight once a token, takes twice as long. A product of few rows with the table [v, d] takes four times as long as
     one with the head.
     """
-    if llm.unrolled:
+    if llm.separate_layers:
         return llm, params
     rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "lm_head")}
     each = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(llm.num_layers)}
     table = params["embed_tokens" if llm.tied_embeddings else "lm_head"]
-    return llm.clone(unrolled=True), rest | each | {"head": jnp.transpose(table)}
+    return llm.clone(separate_layers=True), rest | each | {"head": jnp.transpose(table)}

@@ -57,15 +57,15 @@ def test_layers_in_one_turn_of_the_loop_are_computed_again_too(model, params, em
     assert products("full") > products("none") > 0
 
 
-def test_an_unrolled_decoder_is_the_scanned_one(model, params, forward, embeddings):
-    llm, weights = qwen3.unrolled(model.llm, params["llm"])
+def test_a_decoder_of_separate_layers_is_the_scanned_one(model, params, forward, embeddings):
+    llm, weights = qwen3.separate_layers(model.llm, params["llm"])
     assert "layers" not in weights
     cache = llm.init_cache(batch=2, slots=12)
     hidden, cache = jax.jit(lambda *args: llm.apply({"params": weights}, *args))(embeddings, POSITIONS, None, None, cache)
     expected, whole = forward(embeddings, POSITIONS, None, None, model.llm.init_cache(batch=2, slots=12))
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
     np.testing.assert_allclose(cache.keys, whole.keys, atol=1e-5)
-    assert qwen3.unrolled(llm, weights) == (llm, weights)
+    assert qwen3.separate_layers(llm, weights) == (llm, weights)
 
 
 def test_rms_norm_by_hand():
