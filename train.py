@@ -17,17 +17,30 @@ from clu import metric_writers, parameter_overview
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from fastslm_jax import chips, cli, distributed, evaluation, experiment, flops, optim, sharding, steps, training
-from fastslm_jax.checkpoint import CheckpointError, Checkpoints
-from fastslm_jax.data import pipeline
+from fastslm_jax import chips, cli, distributed, flops, sharding
+from fastslm_jax.data import rows as pipeline
 from fastslm_jax.data.manifest import read_manifest
-from fastslm_jax.decode import Generator
 from fastslm_jax.errors import UserError
-from fastslm_jax.logs import Compilations, JsonLinesWriter, Profile, Timer, lock, name_changes
+from fastslm_jax.evaluation import predict as evaluation
+from fastslm_jax.inference.generator import Generator
 from fastslm_jax.models import attention
+from fastslm_jax.training import build as training
+from fastslm_jax.training import experiment, optim
+from fastslm_jax.training import step as steps
+from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
+from fastslm_jax.training.logging import (
+    Compilations,
+    JsonLinesWriter,
+    Profile,
+    Timer,
+    lock,
+    name_changes,
+)
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The experiment, for example configs/demo.py:1.", lock_config=True)
+config_flags.DEFINE_config_file(
+    "config", None, "The experiment, for example configs/demo.py:1.", lock_config=True
+)
 flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
 distributed.define_flags()
 
@@ -42,7 +55,7 @@ def main(_):
     # ------------------------------------------------------------------------------------------------ mesh and model
     mesh = sharding.make_mesh(**config.mesh)
     setup = experiment.build(config, mesh=mesh)
-    model, encoder = setup.model, setup.prompt_encoder()
+    model, encoder = setup.model, setup.prompt_tokenizer()
     built = training.build(config, setup, mesh)
     training.check_capacity(config, setup, built, mesh)
 
@@ -58,18 +71,27 @@ def main(_):
     if config.init_from and not checkpoints.steps():
         start = Checkpoints(config.init_from, read_only=True)
         if not start.steps():
-            raise CheckpointError(f"config.init_from={config.init_from}: holds no finished checkpoint; train that stage first")
-        params |= start.restore_params(start.steps()[-1], {path: built.params[path] for path in saved_paths})
+            raise CheckpointError(
+                f"config.init_from={config.init_from}: holds no finished checkpoint; train that stage first"
+            )
+        params |= start.restore_params(
+            start.steps()[-1], {path: built.params[path] for path in saved_paths}
+        )
         start.close()
         logging.info("starting from %s, step %d", config.init_from, start.steps()[-1])
 
     trained = {path: leaf for path, leaf in params.items() if built.mask[path]}
     frozen = {path: leaf for path, leaf in params.items() if not built.mask[path]}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
-    state = jax.jit(functools.partial(steps.TrainState.create, optimizer=built.optimizer), out_shardings=shardings)(trained)
+    state = jax.jit(
+        functools.partial(steps.TrainState.create, optimizer=built.optimizer),
+        out_shardings=shardings,
+    )(trained)
     del params, trained
     fingerprints, data = setup.fingerprints(), experiment.data_fingerprints(config)
-    restored = checkpoints.restore_latest({path: built.params[path] for path in saved_paths}, train_items(built.state))
+    restored = checkpoints.restore_latest(
+        {path: built.params[path] for path in saved_paths}, train_items(built.state)
+    )
     if restored is not None:
         step, saved, train, meta = restored
         checkpoints.check_bases(step, fingerprints)
@@ -83,28 +105,44 @@ def main(_):
     # ---------------------------------------------------------------------------------------------------------- logs
     writer = metric_writers.MultiWriter(
         [
-            metric_writers.create_default_writer(workdir, just_logging=not is_first_process, asynchronous=False),
+            metric_writers.create_default_writer(
+                workdir, just_logging=not is_first_process, asynchronous=False
+            ),
             *([JsonLinesWriter(workdir / "metrics.jsonl", first_step)] if is_first_process else []),
         ]
     )
     if is_first_process:
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
         if not first_step:
-            logging.info("trained parameters:\n%s", parameter_overview.get_parameter_overview(built.trained, include_stats=False))
-            logging.info("%d of %d parameters are trained", optim.count(built.trained), optim.count(built.params))
+            logging.info(
+                "trained parameters:\n%s",
+                parameter_overview.get_parameter_overview(built.trained, include_stats=False),
+            )
+            logging.info(
+                "%d of %d parameters are trained",
+                optim.count(built.trained),
+                optim.count(built.params),
+            )
     profile = Profile(config.profile if is_first_process else "", workdir / "profile")
     part, parts = distributed.rows_of_process(mesh)
     timer, compilations = Timer(parts), Compilations()
-    flops_per_step = sum(flops.minimum(model, rows.shape, config.batch_rows).values())
+    flops_per_step = sum(flops.minimum(model, rows.shape, config.global_batch_size).values())
     dev_scores, pending, stopped, not_finite = {}, collections.deque(), False, 0
 
     # ---------------------------------------------------------------------------------------------------------- loop
     batches = pipeline.batches(
-        rows, config.batch_rows, start_row=first_step * config.batch_rows, process_index=part, process_count=parts,
+        rows, config.global_batch_size, start_row=first_step * config.global_batch_size, process_index=part, process_count=parts,
         workers=config.data.workers, prefetch=config.data.prefetch,
     )  # fmt: skip
     batches = pipeline.ahead(batches, functools.partial(sharding.shard_batch, mesh=mesh))
-    bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", disable=not is_first_process, mininterval=2)
+    bar = tqdm(
+        total=config.steps,
+        initial=first_step,
+        desc=config.name,
+        unit="step",
+        disable=not is_first_process,
+        mininterval=2,
+    )
     for step in range(first_step + 1, config.steps + 1):
         with timer.waiting():
             batch, on_devices = next(batches)
@@ -128,11 +166,19 @@ def main(_):
         if is_logged:
             rates = timer.rates()
             rates |= speed(flops_per_step, rates.get("step_seconds"), mesh)
-            rates |= {"compile_seconds": compilations.seconds, "recompilations": compilations.programs - first_programs}
+            rates |= {
+                "compile_seconds": compilations.seconds,
+                "recompilations": compilations.programs - first_programs,
+            }
             rates["skipped_total"] = not_finite
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            writer.write_scalars(step, {**metrics, "learning_rate": float(built.schedule(step - 1)), **rates})
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", **{name: f"{value:.1f}" for name, value in dev_scores.items()})
+            writer.write_scalars(
+                step, {**metrics, "learning_rate": float(built.schedule(step - 1)), **rates}
+            )
+            bar.set_postfix(
+                loss=f"{metrics['loss']:.3f}",
+                **{name: f"{value:.1f}" for name, value in dev_scores.items()},
+            )
 
         scored = None
         if dev and (step % config.eval_every == 0 or step == config.steps):
@@ -146,11 +192,17 @@ def main(_):
                 leaves = {**frozen, **state.trained}
                 meta = {
                     "config": json.loads(config.to_json_best_effort()),
-                    "row": step * config.batch_rows,
+                    "row": step * config.global_batch_size,
                     "bases": fingerprints,
                     "data": data,
                 }
-                checkpoints.save(step, {path: leaves[path] for path in saved_paths}, train_items(state), meta, scored)
+                checkpoints.save(
+                    step,
+                    {path: leaves[path] for path in saved_paths},
+                    train_items(state),
+                    meta,
+                    scored,
+                )
         if stopped:
             logging.warning("SIGTERM: saved step %d, stopping; run the same command to go on", step)
             break
@@ -170,9 +222,14 @@ def check_finite(step: int, metrics, config) -> bool:
     """Was the step taken? Says so if it was skipped, and ends the run when too many in a row were."""
     skipped = int(metrics["skipped"])
     if skipped:
-        logging.warning("step %d: loss or gradients are not finite, skipped (%d in a row)", step, skipped)
+        logging.warning(
+            "step %d: loss or gradients are not finite, skipped (%d in a row)", step, skipped
+        )
     if skipped >= config.max_skipped:
-        first, last = (step - skipped) * config.batch_rows, step * config.batch_rows - 1
+        first, last = (
+            (step - skipped) * config.global_batch_size,
+            step * config.global_batch_size - 1,
+        )
         raise UserError(
             f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: rows {first} to {last} of the data; "
             "look at them, or lower config.optimizer.learning_rate"
@@ -193,7 +250,10 @@ def dev_sets(config):
     """{task: utterances} of the dev manifest, dev_utterances of each task."""
     if not config.data.dev:
         return {}
-    return {task: read_manifest(config.data.dev, (task,))[: config.data.dev_utterances] for task in config.data.dev_tasks}
+    return {
+        task: read_manifest(config.data.dev, (task,))[: config.data.dev_utterances]
+        for task in config.data.dev_tasks
+    }
 
 
 def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
@@ -203,7 +263,9 @@ def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
     for task, utterances in dev.items():
         predictions = evaluation.predict(generator, utterances, batch_size=batch_size)
         scores[main_metric[task]] = evaluation.summarize(predictions)[main_metric[task]]
-        examples = "\n\n".join(f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5])
+        examples = "\n\n".join(
+            f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5]
+        )
         writer.write_texts(step, {f"dev/{task}": examples})
     writer.write_scalars(step, {f"dev/{name}": value for name, value in scores.items()})
     writer.flush()

@@ -39,19 +39,35 @@ STEPS = 24
 
 def start(folder: pathlib.Path, workdir: pathlib.Path) -> list[subprocess.Popen]:
     """The processes of a run; what they say goes to workdir.log."""
-    environment = os.environ | {"FASTSLM_COMPILATION_CACHE": str(folder / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}", f"--config.steps={STEPS}"]
+    environment = os.environ | {
+        "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [
+        sys.executable,
+        "train.py",
+        f"--config={folder}/config.py",
+        f"--workdir={workdir}",
+        f"--config.steps={STEPS}",
+    ]
     extra = [[]]
     if FLAGS.processes > 1:
         environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        shared = [f"--coordinator=localhost:{port}", f"--num_processes={FLAGS.processes}", "--config.mesh.fsdp=2"]
-        shared += [f"--config.batch_rows={2 * FLAGS.processes}"]
+        shared = [
+            f"--coordinator=localhost:{port}",
+            f"--num_processes={FLAGS.processes}",
+            "--config.mesh.fsdp=2",
+        ]
+        shared += [f"--config.global_batch_size={2 * FLAGS.processes}"]
         extra = [[*shared, f"--process_id={number}"] for number in range(FLAGS.processes)]
     with open(f"{workdir}.log", "ab") as log:
-        return [subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log) for flags in extra]
+        return [
+            subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log)
+            for flags in extra
+        ]
 
 
 def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
@@ -75,13 +91,25 @@ def is_saving(workdir: pathlib.Path) -> bool:
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def kill(processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, rng: random.Random) -> str | None:
+def kill(
+    processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, rng: random.Random
+) -> str | None:
     """Waits for an instant and kills there. Returns what was done; None if the run was over before."""
-    begun, in_save, at_start = len(lines(workdir)), number % 3 == 2, number % 4 == 0 and number % 3 != 2
-    while not at_start and len(lines(workdir)) <= begun and all(process.poll() is None for process in processes):
+    begun, in_save, at_start = (
+        len(lines(workdir)),
+        number % 3 == 2,
+        number % 4 == 0 and number % 3 != 2,
+    )
+    while (
+        not at_start
+        and len(lines(workdir)) <= begun
+        and all(process.poll() is None for process in processes)
+    ):
         time.sleep(0.002)  # these attempts get one step on at least
     deadline = time.time() + rng.uniform(0, 15.0 if at_start else 1.0)
-    while (not is_saving(workdir) if in_save else time.time() < deadline) and all(p.poll() is None for p in processes):
+    while (not is_saving(workdir) if in_save else time.time() < deadline) and all(
+        p.poll() is None for p in processes
+    ):
         time.sleep(0.001)
     if all(process.poll() is not None for process in processes):
         return None
@@ -93,7 +121,9 @@ def kill(processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, 
             process.kill()
     codes = [process.wait() for process in processes]
     if name == "SIGTERM" and any(codes):
-        sys.exit(f"SIGTERM ended a run with {codes}: {pathlib.Path(f'{workdir}.log').read_text()[-2000:]}")
+        sys.exit(
+            f"SIGTERM ended a run with {codes}: {pathlib.Path(f'{workdir}.log').read_text()[-2000:]}"
+        )
     return f"{name} {'during a save' if in_save else 'at the start' if at_start else 'at any time'}"
 
 
@@ -117,13 +147,26 @@ def main(_):
                 continue
             kills += 1
             steps = [line["step"] for line in lines(killed)]
-            saved = [int(path.name) for path in (killed / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+            saved = [
+                int(path.name)
+                for path in (killed / "checkpoints").glob("[0-9]*")
+                if path.name.isdigit()
+            ]
             redone += max(steps, default=0) - max(saved, default=0)
-            print(f"kill {kills:2}: {done} after step {max(steps, default=0)}, saved step {max(saved, default=0)}", flush=True)
+            print(
+                f"kill {kills:2}: {done} after step {max(steps, default=0)}, saved step {max(saved, default=0)}",
+                flush=True,
+            )
         finish(start(folder / "experiment", killed), killed)
-        report = {"kills": kills, "processes": FLAGS.processes} | compare(killed, expected) | {"redone_steps": redone}
+        report = (
+            {"kills": kills, "processes": FLAGS.processes}
+            | compare(killed, expected)
+            | {"redone_steps": redone}
+        )
     print(json.dumps(report))
-    sys.exit(bool(report["steps_lost"] or report["steps_repeated"] or report["max_loss_difference"]))
+    sys.exit(
+        bool(report["steps_lost"] or report["steps_repeated"] or report["max_loss_difference"])
+    )
 
 
 def compare(workdir: pathlib.Path, expected: dict[int, float]) -> dict:
@@ -131,7 +174,9 @@ def compare(workdir: pathlib.Path, expected: dict[int, float]) -> dict:
     report = {
         "steps_lost": len(set(expected) - set(steps)),
         "steps_repeated": len(steps) - len(set(steps)),
-        "max_loss_difference": max(abs(losses.get(step, float("inf")) - loss) for step, loss in expected.items()),
+        "max_loss_difference": max(
+            abs(losses.get(step, float("inf")) - loss) for step, loss in expected.items()
+        ),
     }
     if any(report.values()):
         print(json.dumps(report))

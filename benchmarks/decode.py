@@ -24,13 +24,13 @@ from absl import app, flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fastslm_jax import compilation, devices
-from fastslm_jax.convert import engine, layouts
-from fastslm_jax.decode import Generator, slot_bucket
-from fastslm_jax.lanes import CHUNK, Prompt
+from fastslm_jax.inference.batching import CHUNK, Prompt
+from fastslm_jax.inference.generator import Generator, bucketed_length
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
+from fastslm_jax.weights import engine, layouts
 
 SIZES = {  # rows, width, layers, heads, key-value heads, head dimension, MLP
     "demo": (1536, 192, 4, 4, 2, 64, 576),
@@ -55,7 +55,9 @@ def build(size: str) -> tuple[FastSLM, dict, object]:
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0))["llm"], sep="/")
     rng = np.random.default_rng(0)
     weights = {
-        path: (np.ones(leaf.shape) if path.endswith("scale") else rng.normal(0, 0.05, leaf.shape)).astype(np.float32)
+        path: (
+            np.ones(leaf.shape) if path.endswith("scale") else rng.normal(0, 0.05, leaf.shape)
+        ).astype(np.float32)
         for path, leaf in shapes.items()
     }
     config = Qwen3Config(
@@ -64,10 +66,21 @@ def build(size: str) -> tuple[FastSLM, dict, object]:
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope.theta},
     )  # fmt: skip
     theirs = Qwen3ForCausalLM(config).eval()
-    state = {tensor.key: torch.from_numpy(np.array(tensor.read())) for tensor in engine.tensors(weights, layouts.hf_qwen3())}
+    state = {
+        tensor.key: torch.from_numpy(np.array(tensor.read()))
+        for tensor in engine.tensors(weights, layouts.hf_qwen3())
+    }
     theirs.load_state_dict(state, strict=False)
     theirs.tie_weights()
-    return model, {"llm": unflatten_dict({path: jax.numpy.asarray(leaf) for path, leaf in weights.items()}, sep="/")}, theirs
+    return (
+        model,
+        {
+            "llm": unflatten_dict(
+                {path: jax.numpy.asarray(leaf) for path, leaf in weights.items()}, sep="/"
+            )
+        },
+        theirs,
+    )
 
 
 def main(_):
@@ -78,21 +91,37 @@ def main(_):
     results = []
     for size in FLAGS.sizes:
         model, params, theirs = build(size)
-        generator = Generator(model, params, types.SimpleNamespace(end_id=-1), detect_loops=False)
+        generator = Generator(
+            model, params, types.SimpleNamespace(end_id=-1), detect_repetition=False
+        )
         for batch in map(int, FLAGS.batches):
-            ids = np.random.default_rng(1).integers(0, model.llm.vocab_size, (batch, PROMPT)).astype(np.int32)
-            slots = slot_bucket(PROMPT + max(FLAGS.new_tokens, CHUNK))
+            ids = (
+                np.random.default_rng(1)
+                .integers(0, model.llm.vocab_size, (batch, PROMPT))
+                .astype(np.int32)
+            )
+            slots = bucketed_length(PROMPT + max(FLAGS.new_tokens, CHUNK))
 
             def ours(generator=generator, ids=ids, batch=batch, slots=slots):
                 prompts = ((0.0, Prompt(row, None, -1, FLAGS.new_tokens)) for row in ids)
-                found = {number: tokens for number, tokens, *_ in generator.run(prompts, rows=batch, slots=slots)}
+                found = {
+                    number: tokens
+                    for number, tokens, *_ in generator.run(prompts, rows=batch, slots=slots)
+                }
                 return np.array([found[number] for number in range(batch)])
 
             def pytorch(theirs=theirs, ids=ids):
                 inputs = torch.from_numpy(ids.astype(np.int64))
-                options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": FLAGS.new_tokens}
+                options = {
+                    "do_sample": False,
+                    "eos_token_id": None,
+                    "pad_token_id": 0,
+                    "max_new_tokens": FLAGS.new_tokens,
+                }
                 with torch.no_grad():
-                    return theirs.generate(inputs, attention_mask=torch.ones_like(inputs), **options)[:, PROMPT:].numpy()
+                    return theirs.generate(
+                        inputs, attention_mask=torch.ones_like(inputs), **options
+                    )[:, PROMPT:].numpy()
 
             before = compilation.so_far()
             tokens = ours()
@@ -105,7 +134,9 @@ def main(_):
                     started = time.time()
                     run()
                     seconds[name].append(time.time() - started)
-            speed = {name: batch * FLAGS.new_tokens / min(values) for name, values in seconds.items()}
+            speed = {
+                name: batch * FLAGS.new_tokens / min(values) for name, values in seconds.items()
+            }
             results.append(
                 {
                     "size": size,

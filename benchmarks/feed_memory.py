@@ -21,7 +21,9 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from fastslm_jax import audio
-from fastslm_jax.data import ingest, pipeline, prompts
+from fastslm_jax.data import prompts
+from fastslm_jax.data import rows as pipeline
+from fastslm_jax.data.ingest import shards as ingest
 from fastslm_jax.data.longform import LongForm
 from fastslm_jax.data.packing import RowShape
 
@@ -43,10 +45,23 @@ def write_corpus(folder: pathlib.Path, clips: int) -> None:
     (folder / "wav").mkdir()
     for number in range(clips):
         seconds = rng.uniform(1, 6)
-        soundfile.write(folder / f"wav/{number}.wav", rng.normal(0, 0.1, round(16_000 * seconds)), 16_000)
-        lines.append(json.dumps({"audio_filepath": f"wav/{number}.wav", "duration": seconds, "text": "some words to say"}) + "\n")
+        soundfile.write(
+            folder / f"wav/{number}.wav", rng.normal(0, 0.1, round(16_000 * seconds)), 16_000
+        )
+        lines.append(
+            json.dumps(
+                {
+                    "audio_filepath": f"wav/{number}.wav",
+                    "duration": seconds,
+                    "text": "some words to say",
+                }
+            )
+            + "\n"
+        )
     (folder / "train.jsonl").write_text("".join(lines))
-    ingest.import_corpus(f"jsonl:{folder}/train.jsonl", folder / "imported", ingest.Settings(shard_clips=64))
+    ingest.import_corpus(
+        f"jsonl:{folder}/train.jsonl", folder / "imported", ingest.Settings(shard_clips=64)
+    )
 
 
 def main() -> None:
@@ -59,17 +74,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_corpus(folder, 400)
-        path, encoder = str(folder / "imported"), prompts.PromptEncoder(prompts.load_tokenizer(ROOT / "assets/demo_llm"))
-        sources = [pipeline.Source(path), pipeline.Source(path, join=LongForm(12.0, 60.0))]
-        rows = pipeline.Rows(sources, RowShape(16, 768, 448), audio.WindowSpec(frames=600), 10, encoder, seed=0)
-        batches, resident, started = pipeline.batches(rows, 2, workers=options.workers), {}, time.time()
+        path, encoder = (
+            str(folder / "imported"),
+            prompts.PromptTokenizer(prompts.load_tokenizer(ROOT / "assets/demo_llm")),
+        )
+        sources = [
+            pipeline.MixtureSource(path),
+            pipeline.MixtureSource(path, join=LongForm(12.0, 60.0)),
+        ]
+        rows = pipeline.PackedRows(
+            sources, RowShape(16, 768, 448), audio.WindowSpec(frames=600), 10, encoder, seed=0
+        )
+        batches, resident, started = (
+            pipeline.batches(rows, 2, workers=options.workers),
+            {},
+            time.time(),
+        )
         for number in range(1, options.batches + 1):
             next(batches)
             if number % max(1, first) == 0:
                 resident[number] = resident_mib()
-                print(f"{number:6d} batches  {resident[number]:8.1f} MiB  {time.time() - started:7.1f} s", flush=True)
+                print(
+                    f"{number:6d} batches  {resident[number]:8.1f} MiB  {time.time() - started:7.1f} s",
+                    flush=True,
+                )
     early, late = resident[first], resident[max(resident)]
-    result = {"batches": options.batches, "workers": options.workers, "mib": [round(early, 1), round(late, 1)]}
+    result = {
+        "batches": options.batches,
+        "workers": options.workers,
+        "mib": [round(early, 1), round(late, 1)],
+    }
     print(json.dumps(result | {"growth": round(late / early - 1, 4)}))
 
 

@@ -15,7 +15,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 if __name__ == "__main__":  # full_size_step.py takes functions from here
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    )
 
 import gc
 import json
@@ -30,12 +32,14 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import common
-from fastslm_jax import bases, cli, experiment, sharding
-from fastslm_jax.checkpoint import Checkpoints
-from fastslm_jax.convert import engine, exporting, layouts
-from fastslm_jax.convert.tensors import Tensor, write_sharded
+from fastslm_jax import cli, sharding
+from fastslm_jax import config as config_lib
+from fastslm_jax.convert import exporting
 from fastslm_jax.errors import UserError
+from fastslm_jax.training import experiment
+from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.weights import engine, layouts, pretrained
+from fastslm_jax.weights.tensors import Tensor, write_sharded
 
 FLAGS = flags.FLAGS
 WHISPER = {  # openai/whisper-large-v3
@@ -87,7 +91,11 @@ class PrivateMemory:
         status = pathlib.Path("/proc/self/status")
         if not status.exists():
             raise UserError("this benchmark reads its memory from /proc, which only Linux has")
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+        return next(
+            1024 * int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith("RssAnon")
+        )
 
 
 def write_folder(folder: pathlib.Path, config: dict, leaves: dict, layout: engine.Layout) -> None:
@@ -101,7 +109,9 @@ def write_folder(folder: pathlib.Path, config: dict, leaves: dict, layout: engin
     (folder / "config.json").write_text(json.dumps(config))
     tensors = []
     for tensor in engine.tensors(leaves, layout):
-        tensors.append(Tensor(tensor.key, tensor.shape, np.dtype(ml_dtypes.bfloat16), random(tensor.shape)))
+        tensors.append(
+            Tensor(tensor.key, tensor.shape, np.dtype(ml_dtypes.bfloat16), random(tensor.shape))
+        )
     write_sharded(folder, tensors)
 
 
@@ -110,7 +120,9 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|im_end|>": 0, "<|unk|>": 1}, unk_token="<|unk|>"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|im_end|>": 0, "<|unk|>": 1}, unk_token="<|unk|>")
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|unk|>"
     )
@@ -125,7 +137,9 @@ def read_once(files: list[pathlib.Path]) -> float:
         held.append(np.empty(file.stat().st_size, np.uint8))
         with open(file, "rb") as stream:
             position = 0
-            while count := stream.readinto(held[-1][position:]):  # Linux reads at most 2 GiB at a time
+            while count := stream.readinto(
+                held[-1][position:]
+            ):  # Linux reads at most 2 GiB at a time
                 position += count
         if position != held[-1].size:
             raise UserError(f"{file}: could not be read to its end")
@@ -134,13 +148,19 @@ def read_once(files: list[pathlib.Path]) -> float:
 
 def main(_):
     sizes = SMALL if FLAGS.small else {}
-    whisper, llm = ({name: sizes.get(name, value) for name, value in config.items()} for config in (WHISPER, QWEN3))
+    whisper, llm = (
+        {name: sizes.get(name, value) for name, value in config.items()}
+        for config in (WHISPER, QWEN3)
+    )
     with tempfile.TemporaryDirectory(dir=FLAGS.dir, prefix="full_size_load.") as scratch:
         report = measure(pathlib.Path(scratch), whisper, llm)
     rows = [
         ("parameters", f"{report['parameters_gib']:.2f} GiB"),
         ("reading the files once", f"{report['read_seconds']:.2f} s"),
-        ("loading onto 8 devices", f"{report['load_seconds']:.2f} s, {report['gb_per_second']:.2f} GB/s"),
+        (
+            "loading onto 8 devices",
+            f"{report['load_seconds']:.2f} s, {report['gb_per_second']:.2f} GB/s",
+        ),
         ("  over reading", f"{report['load_over_read']:.2f} (at most 3)"),
         ("  peak private memory", f"{report['peak_private_gib']:.2f} GiB"),
         ("  over the parameters", f"{report['peak_over_parameters']:.2f} (at most 1.3)"),
@@ -153,7 +173,7 @@ def main(_):
 
 
 def measure(scratch: pathlib.Path, whisper: dict, llm: dict) -> dict:
-    config = common.full_size()
+    config = config_lib.full_size()
     config.base.whisper, config.base.llm = str(scratch / "whisper"), str(scratch / "llm")
     for name, base in (("whisper", whisper), ("llm", llm)):
         (scratch / name).mkdir()
@@ -162,10 +182,16 @@ def measure(scratch: pathlib.Path, whisper: dict, llm: dict) -> dict:
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     abstract = experiment.abstract_params(setup.model, config.model.base_dtype, mesh)
     parts = {
-        name: {path.removeprefix(f"{name}/"): leaf for path, leaf in abstract.items() if path.startswith(f"{name}/")}
+        name: {
+            path.removeprefix(f"{name}/"): leaf
+            for path, leaf in abstract.items()
+            if path.startswith(f"{name}/")
+        }
         for name in ("encoder", "llm")
     }
-    base_llm = {path: leaf for path, leaf in parts["llm"].items() if experiment.is_base(f"llm/{path}")}
+    base_llm = {
+        path: leaf for path, leaf in parts["llm"].items() if experiment.is_base(f"llm/{path}")
+    }
     for name, base, leaves, layout in (
         ("whisper", whisper, parts["encoder"], layouts.hf_whisper()),
         ("llm", llm, base_llm, layouts.hf_qwen3()),
@@ -182,14 +208,20 @@ def measure(scratch: pathlib.Path, whisper: dict, llm: dict) -> dict:
     with PrivateMemory() as loading:
         started = time.perf_counter()
         params = {
-            "encoder": bases.load_whisper(scratch / "whisper", unflatten_dict(parts["encoder"], sep="/")),
-            "llm": bases.load_qwen3(scratch / "llm", unflatten_dict(base_llm, sep="/")),
+            "encoder": pretrained.load_whisper(
+                scratch / "whisper", unflatten_dict(parts["encoder"], sep="/")
+            ),
+            "llm": pretrained.load_qwen3(scratch / "llm", unflatten_dict(base_llm, sep="/")),
         }
         load_seconds = time.perf_counter() - started
     parameter_bytes = sum(leaf.nbytes for leaf in flatten_dict(params).values())
 
     checkpoints = Checkpoints(scratch / "run")
-    ours = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in abstract.items() if not experiment.is_base(path)}
+    ours = {
+        path: np.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in abstract.items()
+        if not experiment.is_base(path)
+    }
     meta = {"config": config.to_dict(), "row": 0, "bases": setup.fingerprints()}
     checkpoints.save(1, ours, {"step": np.int32(1)}, meta)
     checkpoints.wait()
@@ -219,6 +251,10 @@ def measure(scratch: pathlib.Path, whisper: dict, llm: dict) -> dict:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("small", False, "Two layers of each and a small vocabulary: to try the benchmark itself.")
-    flags.DEFINE_string("dir", None, "Where the folders are written (default: the system's temporary folder).")
+    flags.DEFINE_bool(
+        "small", False, "Two layers of each and a small vocabulary: to try the benchmark itself."
+    )
+    flags.DEFINE_string(
+        "dir", None, "Where the folders are written (default: the system's temporary folder)."
+    )
     cli.run(main)

@@ -33,7 +33,12 @@ def write_corpus(folder: pathlib.Path, clips: int) -> None:
         samples = np.zeros(length) if number % 500 == 7 else noise[start : start + length]
         name = f"{number // 1000}/{number}.flac"
         soundfile.write(folder / name, samples, 16_000)
-        line = {"audio_filepath": name, "duration": length / 16_000, "text": f"clip number {number}", "id": f"c{number}"}
+        line = {
+            "audio_filepath": name,
+            "duration": length / 16_000,
+            "text": f"clip number {number}",
+            "id": f"c{number}",
+        }
         lines.append(json.dumps(line) + "\n")
     (folder / "train.jsonl").write_text("".join(lines))
 
@@ -47,7 +52,12 @@ def start(corpus: pathlib.Path, out: pathlib.Path, workers: int) -> subprocess.P
         f"--out={out}",
         "--shard_clips=128",
     ]
-    return subprocess.Popen([*command, f"--workers={workers}"], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*command, f"--workers={workers}"],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
@@ -90,8 +100,18 @@ def main() -> None:
             sys.exit("the import failed after it was killed")
         equal = digests(killed) == digests(undisturbed)
         rejected = len((killed / "rejected.jsonl").read_text().splitlines())
-    result = {"clips": options.clips, "kills": options.kills, "shards_done_at_kill": instants, "shards": shards}
-    print(json.dumps(result | {"rejected": rejected, "seconds_undisturbed": round(seconds, 1), "equal": equal}))
+    result = {
+        "clips": options.clips,
+        "kills": options.kills,
+        "shards_done_at_kill": instants,
+        "shards": shards,
+    }
+    print(
+        json.dumps(
+            result
+            | {"rejected": rejected, "seconds_undisturbed": round(seconds, 1), "equal": equal}
+        )
+    )
     sys.exit(not equal)
 
 

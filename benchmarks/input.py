@@ -23,7 +23,9 @@ import soundfile
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from fastslm_jax import audio
-from fastslm_jax.data import ingest, pipeline, prompts
+from fastslm_jax.data import prompts
+from fastslm_jax.data import rows as pipeline
+from fastslm_jax.data.ingest import shards as ingest
 from fastslm_jax.data.manifest import read_clip, read_manifest
 from fastslm_jax.data.packing import RowShape
 
@@ -42,7 +44,12 @@ def write_clips(folder: pathlib.Path, count: int, rate: int, channels: int) -> p
         samples = loudness * smooth / 3
         soundfile.write(folder / f"{number}.flac", samples, rate, subtype="PCM_16")
         text = " ".join(f"word{word}" for word in rng.integers(1000, size=30))
-        line = {"audio_filepath": f"{number}.flac", "duration": len(samples) / rate, "text": text, "id": str(number)}
+        line = {
+            "audio_filepath": f"{number}.flac",
+            "duration": len(samples) / rate,
+            "text": text,
+            "id": str(number),
+        }
         lines.append(json.dumps(line) + "\n")
     (folder / "train.jsonl").write_text("".join(lines))
     return folder / "train.jsonl"
@@ -52,11 +59,19 @@ def waiting(run: pathlib.Path) -> dict[str, float]:
     """Of each stage of a demo: seconds waited for data over seconds of training."""
     shares = {}
     for file in sorted(run.glob("stage*/metrics.jsonl")):
-        steps = [line for line in map(json.loads, file.read_text().splitlines()) if "data_wait_fraction" in line]
+        steps = [
+            line
+            for line in map(json.loads, file.read_text().splitlines())
+            if "data_wait_fraction" in line
+        ]
         previous, waited, total = 1, 0.0, 0.0
         for line in steps:
             seconds = (line["step"] - previous) * line["step_seconds"]
-            waited, total, previous = waited + seconds * line["data_wait_fraction"], total + seconds, line["step"]
+            waited, total, previous = (
+                waited + seconds * line["data_wait_fraction"],
+                total + seconds,
+                line["step"],
+            )
         shares[file.parent.name] = round(waited / max(total, 1e-9), 5)
     return shares
 
@@ -72,17 +87,25 @@ def main() -> None:
         settings = ingest.Settings(tokenizer=str(ROOT / "assets/demo_llm"))
         ingest.import_corpus(f"jsonl:{ours}", pathlib.Path(folder, "imported"), settings)
         imported = read_manifest(pathlib.Path(folder, "imported"))
-        encoder = prompts.PromptEncoder(prompts.load_tokenizer(ROOT / "assets/demo_llm"))
-        source = pipeline.Source(str(pathlib.Path(folder, "imported")))
-        rows = pipeline.Rows([source], RowShape(8, 1920, 1408), audio.WindowSpec(), 50, encoder, seed=0)
+        encoder = prompts.PromptTokenizer(prompts.load_tokenizer(ROOT / "assets/demo_llm"))
+        source = pipeline.MixtureSource(str(pathlib.Path(folder, "imported")))
+        rows = pipeline.PackedRows(
+            [source], RowShape(8, 1920, 1408), audio.WindowSpec(), 50, encoder, seed=0
+        )
         num_rows = len(rows.plan(0)[1])
 
         ways = {
-            "soundfile loop": lambda: [soundfile.read(u.path, dtype="int16") for u in read_manifest(ours)],
+            "soundfile loop": lambda: [
+                soundfile.read(u.path, dtype="int16") for u in read_manifest(ours)
+            ],
             "decode, files": lambda: [read_clip(u) for u in read_manifest(ours)],
             "decode, imported": lambda: [read_clip(u) for u in imported],
-            "soundfile loop, 44.1 kHz stereo": lambda: [soundfile.read(u.path, dtype="float32") for u in read_manifest(other)],
-            "decode + resample, 44.1 kHz stereo": lambda: [read_clip(u) for u in read_manifest(other)],
+            "soundfile loop, 44.1 kHz stereo": lambda: [
+                soundfile.read(u.path, dtype="float32") for u in read_manifest(other)
+            ],
+            "decode + resample, 44.1 kHz stereo": lambda: [
+                read_clip(u) for u in read_manifest(other)
+            ],
             "rows": lambda: [rows[number] for number in range(num_rows)],
         }
         best = dict.fromkeys(ways, float("inf"))
@@ -93,12 +116,21 @@ def main() -> None:
     speeds = {name: options.clips * SECONDS / seconds for name, seconds in best.items()}
     for name, speed in speeds.items():
         base = "soundfile loop, 44.1 kHz stereo" if "44.1" in name else "soundfile loop"
-        print(f"{name:38} {speed:9.0f} audio s/s per core   {speed / speeds[base]:5.2f} of the {base}")
+        print(
+            f"{name:38} {speed:9.0f} audio s/s per core   {speed / speeds[base]:5.2f} of the {base}"
+        )
     result = {name: round(speed, 1) for name, speed in speeds.items()}
-    result["decode_ratio"] = round(min(speeds["decode, files"], speeds["decode, imported"]) / speeds["soundfile loop"], 3)
+    result["decode_ratio"] = round(
+        min(speeds["decode, files"], speeds["decode, imported"]) / speeds["soundfile loop"], 3
+    )
     if options.metrics:
         result["data_wait_fraction"] = waiting(options.metrics)
-        print("waits for data: " + ", ".join(f"{stage} {share:.2%}" for stage, share in result["data_wait_fraction"].items()))
+        print(
+            "waits for data: "
+            + ", ".join(
+                f"{stage} {share:.2%}" for stage, share in result["data_wait_fraction"].items()
+            )
+        )
     print(json.dumps(result))
 
 

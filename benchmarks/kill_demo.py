@@ -26,12 +26,17 @@ FREE = ("minutes", "peak_rss_gib")  # what may differ between two runs
 
 def start(out: pathlib.Path, flags: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastslm_jax.demo", f"--out={out}", *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def report(out: pathlib.Path) -> dict:
     summary = json.loads((out / "report.json").read_text())
-    stages = [{key: value for key, value in stage.items() if key not in FREE} for stage in summary.pop("stages")]
+    stages = [
+        {key: value for key, value in stage.items() if key not in FREE}
+        for stage in summary.pop("stages")
+    ]
     return {key: value for key, value in summary.items() if key not in FREE} | {"stages": stages}
 
 
@@ -64,7 +69,11 @@ def main():
         if start(killed, flags).wait():
             sys.exit("the demo failed after it was killed")
         before, after = report(undisturbed), report(killed)
-    print(json.dumps({"kills": kills, "equal": before == after, "undisturbed": before, "killed": after}))
+    print(
+        json.dumps(
+            {"kills": kills, "equal": before == after, "undisturbed": before, "killed": after}
+        )
+    )
     sys.exit(before != after or kills < len(PHASES))
 
 

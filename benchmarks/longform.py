@@ -8,7 +8,7 @@ the answer is measured) and reports the most memory in use and the time without 
 
 Compiled: the programs of FastSLM-4B in bfloat16 are compiled ahead of time for one chip by the TPU compiler, and the table adds
 the parameters, the cache, and the most that a program takes beside them. Its seconds are the least that the chip's peak rates
-allow, not a measurement. The cache has room for the recording, the prompt and the answer of a summary (`spans.budget`). Needs
+allow, not a measurement. The cache has room for the recording, the prompt and the answer of a summary (`long_form.budget`). Needs
 libtpu (pip install libtpu).
 
 The last line is JSON: a list of {minutes, peak_gib, seconds, device, kind: measured | compiled, …}. --plot=FILE.png draws it,
@@ -35,34 +35,32 @@ import numpy as np
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from configs import common
-from fastslm_jax import (
-    audio,
-    chips,
-    cli,
-    compilation,
-    decode,
-    decode_steps,
-    devices,
-    experiment,
-    lanes,
-    loading,
-    published,
-    sharding,
-    spans,
-)
-from fastslm_jax.checkpoint import Checkpoints
+from fastslm_jax import audio, chips, cli, compilation, devices, sharding
+from fastslm_jax import config as config_lib
 from fastslm_jax.errors import UserError
+from fastslm_jax.inference import batching, generator, load, long_form, programs
 from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.plan import published_configs
+from fastslm_jax.training import experiment
+from fastslm_jax.training.checkpoint import Checkpoints
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("minutes", ["1", "5", "15", "60", "240", "480", "1440"], "Lengths.")
 flags.DEFINE_string("checkpoint", None, "Working directory of the model to measure.")
 flags.DEFINE_list("compile", [], "Chips to compile the full-size model for: v6e, v5p, v5e.")
-flags.DEFINE_enum("kv_cache", None, ["float32", "bfloat16", "int8"], "Type of the key-value cache (default: the model's).")
+flags.DEFINE_enum(
+    "kv_cache",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "Type of the key-value cache (default: the model's).",
+)
 flags.DEFINE_string("plot", None, "Draw memory and time by length here.")
 flags.DEFINE_list("with", [], "JSON lists of earlier runs for the plot.")
-flags.DEFINE_bool("one", False, "Measure the single length in this process (what the benchmark calls itself with).")
+flags.DEFINE_bool(
+    "one",
+    False,
+    "Measure the single length in this process (what the benchmark calls itself with).",
+)
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = 32
@@ -81,22 +79,25 @@ def recording(minutes: float) -> np.ndarray:
 
 def measure_one(minutes: float) -> dict:
     checkpoints = Checkpoints(FLAGS.checkpoint, read_only=True)
-    step = loading.find_step(checkpoints, FLAGS.checkpoint)
-    generator = loading.load(
-        loading.saved_config(checkpoints, FLAGS.checkpoint, step),
+    step = load.find_step(checkpoints, FLAGS.checkpoint)
+    generator = load.load(
+        load.saved_config(checkpoints, FLAGS.checkpoint, step),
         checkpoints,
         step,
         cache_dtype=FLAGS.kv_cache,
-        detect_loops=False,
+        detect_repetition=False,
     )
     generator.native_positions = None  # memory and time do not ask what the model was trained for
-    generator.answer([decode.Request(recording(0.2), "ssum")], [8])
+    generator.answer([generator.Request(recording(0.2), "ssum")], [8])
     before_gib = devices.peak_memory_gib()
     samples, before, started = recording(minutes), compilation.so_far(), time.time()
     generator.speech([samples])
-    encoder_gib, encoded = devices.peak_memory_gib(), time.time() - started - (compilation.so_far() - before).seconds
+    encoder_gib, encoded = (
+        devices.peak_memory_gib(),
+        time.time() - started - (compilation.so_far() - before).seconds,
+    )
     before, started = compilation.so_far(), time.time()
-    (answer,) = generator.answer([decode.Request(samples, "ssum")], [NEW_TOKENS])
+    (answer,) = generator.answer([generator.Request(samples, "ssum")], [NEW_TOKENS])
     seconds = time.time() - started - (compilation.so_far() - before).seconds
     return {
         "minutes": minutes,
@@ -118,7 +119,13 @@ def measure_one(minutes: float) -> dict:
 def measure() -> list[dict]:
     results = []
     for minutes in FLAGS.minutes:
-        command = [sys.executable, __file__, "--one", f"--minutes={minutes}", f"--checkpoint={FLAGS.checkpoint}"]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            f"--minutes={minutes}",
+            f"--checkpoint={FLAGS.checkpoint}",
+        ]
         command += [f"--kv_cache={FLAGS.kv_cache}"] if FLAGS.kv_cache else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -133,11 +140,13 @@ def measure() -> list[dict]:
 
 def full_size(device: jax.Device) -> FastSLM:
     """FastSLM-4B as the full-size configs build it for a device, computing in bfloat16."""
-    config = common.full_size()
+    config = config_lib.full_size()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("whisper", "llm"):
-            config.base[name] = published.local(config.base[name], pathlib.Path(folder))
-        return experiment.build(config, weights=False, mesh=sharding.make_mesh(devices=[device])).model
+            config.base[name] = published_configs.local(config.base[name], pathlib.Path(folder))
+        return experiment.build(
+            config, weights=False, mesh=sharding.make_mesh(devices=[device])
+        ).model
 
 
 def bytes_of(tree) -> int:
@@ -151,9 +160,15 @@ class Chip:
         if name not in TOPOLOGIES:
             raise UserError(f"--compile={name}: is not one of {', '.join(TOPOLOGIES)}")
         topology = chips.parse_topology(TOPOLOGIES[name])
-        jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
+        jax.config.update(
+            "jax_enable_compilation_cache", False
+        )  # programs for absent devices cannot be read back
         device, self.facts = topology.devices()[0], topology.chip
-        self.name, self.place, self.cache_dtype = name, SingleDeviceSharding(device), jnp.dtype(cache_dtype)
+        self.name, self.place, self.cache_dtype = (
+            name,
+            SingleDeviceSharding(device),
+            jnp.dtype(cache_dtype),
+        )
         self.model = full_size(device)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
         self.params = jax.tree_util.tree_map_with_path(self._leaf, shapes)
@@ -179,32 +194,46 @@ class Chip:
     def encoder_extra(self) -> int:
         """Of the encoder's programs; they do not know how long a recording is."""
         if "encoder" not in self.beside:
-            size, samples = decode.WINDOW_BATCH, self.model.window.samples + 2 * audio.CONTEXT
+            size, samples = generator.WINDOW_BATCH, self.model.window.samples + 2 * audio.CONTEXT
             windows, frames = self.array((size, samples), jnp.int16), self.array((size,), jnp.int32)
             highest = self.array((size,), jnp.float32)
             self.beside["encoder"] = max(
-                self.extra(decode_steps.window_maxima.lower(self.model, windows, frames, mesh=None)),
-                self.extra(decode_steps.encode.lower(self.model, self.params, windows, frames, frames, highest, mesh=None)),
+                self.extra(programs.window_maxima.lower(self.model, windows, frames, mesh=None)),
+                self.extra(
+                    programs.encode.lower(
+                        self.model, self.params, windows, frames, frames, highest, mesh=None
+                    )
+                ),
             )
         return self.beside["encoder"]
 
     def compile(self, minutes: float) -> dict:
         started = time.time()
         windows = math.ceil(2 * minutes)
-        positions = windows * self.model.tokens_per_window + PROMPT_TOKENS + spans.budget(60 * minutes, "ssum")
-        slots = decode.slot_bucket(positions)
+        positions = (
+            windows * self.model.tokens_per_window
+            + PROMPT_TOKENS
+            + long_form.budget(60 * minutes, "ssum")
+        )
+        slots = generator.bucketed_length(positions)
         shapes = jax.eval_shape(lambda: self.model.llm.init_cache(1, slots, self.cache_dtype))
         cache = jax.tree.map(lambda leaf: self.array(leaf.shape, leaf.dtype), shapes)
-        length, width = lanes.LONG_CHUNK, self.model.llm.width
-        whole = jax.tree.map(lambda leaf: self.array(np.shape(leaf), leaf.dtype), decode_steps.Rows.idle(1))
-        chunk = [self.array((1, length), jnp.int32), self.array((1, length, width), jnp.bfloat16), self.array((1, length), bool)]
+        length, width = batching.LONG_CHUNK, self.model.llm.width
+        whole = jax.tree.map(
+            lambda leaf: self.array(np.shape(leaf), leaf.dtype), programs.Rows.idle(1)
+        )
+        chunk = [
+            self.array((1, length), jnp.int32),
+            self.array((1, length, width), jnp.bfloat16),
+            self.array((1, length), bool),
+        ]
         one = self.array((1,), jnp.int32)
         extras = {
             "encoder": self.encoder_extra(),
-            "prefill": self.extra(decode_steps.prefill.lower(self.model, self.params, cache, one, one, *chunk, mesh=None)),
+            "prefill": self.extra(programs.prefill.lower(self.model, self.params, cache, one, one, *chunk, mesh=None)),
             "decode": self.extra(
-                decode_steps.decode.lower(
-                    self.model, self.params, cache, whole, None, decode.Sampling().controls(), 0, 64, 1, True,
+                programs.decode.lower(
+                    self.model, self.params, cache, whole, None, generator.SamplingParams().controls(), 0, 64, 1, True,
                     greedy=True, mesh=None,
                 )
             ),
@@ -235,13 +264,22 @@ class Chip:
         encoder, llm = self.model.encoder, self.model.llm
         frames = encoder.max_positions
         block = 4 * encoder.width**2 + 2 * encoder.width * encoder.mlp_dim
-        per_window = 2 * frames * encoder.num_layers * block + 4 * encoder.num_layers * frames**2 * encoder.width
+        per_window = (
+            2 * frames * encoder.num_layers * block
+            + 4 * encoder.num_layers * frames**2 * encoder.width
+        )
         heads = llm.num_heads * llm.head_dim
-        layer = 2 * llm.width * heads + 2 * llm.width * llm.num_kv_heads * llm.head_dim + 3 * llm.width * llm.mlp_dim
+        layer = (
+            2 * llm.width * heads
+            + 2 * llm.width * llm.num_kv_heads * llm.head_dim
+            + 3 * llm.width * llm.mlp_dim
+        )
         prompt = windows * self.model.tokens_per_window
         prefill = 2 * prompt * llm.num_layers * layer + 2 * llm.num_layers * prompt**2 * heads
         read = NEW_TOKENS * (bytes_of(self.params["llm"]) + cache_bytes * prompt / positions)
-        return (windows * per_window + prefill) / self.facts.peak_flops + read / self.facts.hbm_bandwidth
+        return (
+            windows * per_window + prefill
+        ) / self.facts.peak_flops + read / self.facts.hbm_bandwidth
 
 
 # ----------------------------------------------------------------------------------------------------------------- shown
@@ -261,7 +299,9 @@ def show(result: dict) -> None:
         more = f"parameters {result['params_gib']:.2f}, cache {result['cache_gib']:.2f}, beside them: {beside} GiB"
     else:
         more = f"encoder {result['encoder_gib']:.2f} GiB, {result['rtfx']:.0f} times real time"
-    line = f"{result['minutes']:>7g} min  {result['peak_gib']:>7.2f} GiB  {result['seconds']:>9.1f} s"
+    line = (
+        f"{result['minutes']:>7g} min  {result['peak_gib']:>7.2f} GiB  {result['seconds']:>9.1f} s"
+    )
     print(f"{line}  {result['device']}  {more}", flush=True)
 
 
@@ -277,8 +317,12 @@ def plot(results: list[dict], path: str) -> None:
         part = [r for r in results if (r["device"], r["kind"], r.get("kv_cache", "")) == name]
         label = ", ".join(value for value in name if value)
         for axis, field in zip(axes, ("peak_gib", "seconds"), strict=True):
-            axis.plot([r["minutes"] for r in part], [r[field] for r in part], marker="o", label=label)
-    for axis, title in zip(axes, ("peak memory, GiB", "seconds (compiled: the least possible)"), strict=True):
+            axis.plot(
+                [r["minutes"] for r in part], [r[field] for r in part], marker="o", label=label
+            )
+    for axis, title in zip(
+        axes, ("peak memory, GiB", "seconds (compiled: the least possible)"), strict=True
+    ):
         axis.set(title=title, xlabel="minutes of audio", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -296,7 +340,11 @@ def main(_):
             results.append(chip.compile(float(minutes)))
             show(results[-1])
     if FLAGS.plot:
-        earlier = [entry for path in FLAGS["with"].value for entry in json.loads(pathlib.Path(path).read_text())]
+        earlier = [
+            entry
+            for path in FLAGS["with"].value
+            for entry in json.loads(pathlib.Path(path).read_text())
+        ]
         plot([*earlier, *results], FLAGS.plot)
     print(json.dumps(results))
 

@@ -34,7 +34,9 @@ ROW_WINDOWS = {"utterances": 32, "longform": 60, "mix": 30, "longform_30": 30}
 
 def utterances(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Samples and text tokens of clips: most of 12 to 17 s, the rest shorter; 2.7 words a second, 1.35 tokens a word."""
-    seconds = np.where(rng.random(count) < 0.7, rng.normal(14.4, 1.6, count), rng.uniform(1.5, 13.0, count)).clip(1.5, 24.5)
+    seconds = np.where(
+        rng.random(count) < 0.7, rng.normal(14.4, 1.6, count), rng.uniform(1.5, 13.0, count)
+    ).clip(1.5, 24.5)
     tokens = seconds * rng.normal(2.7, 0.4, count).clip(1.2, 4.5) * 1.35
     return np.round(seconds * SAMPLE_RATE).astype(np.int64), np.round(tokens).astype(np.int64) + 1
 
@@ -43,7 +45,15 @@ def answers(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Tokens of answers of four tasks in equal parts: as many, a translation's, a summary's, a short answer's."""
     task, count = rng.integers(4, size=len(tokens)), len(tokens)
     translated, summary = np.round(1.3 * tokens).astype(np.int64), rng.integers(25, 90, count)
-    return np.choose(task, [tokens, translated, np.minimum(summary, tokens), np.minimum(rng.integers(2, 20, count), tokens)])
+    return np.choose(
+        task,
+        [
+            tokens,
+            translated,
+            np.minimum(summary, tokens),
+            np.minimum(rng.integers(2, 20, count), tokens),
+        ],
+    )
 
 
 def sizes_of(samples: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -56,12 +66,18 @@ def joined(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     """Samples and text tokens of `count` recordings of 1 … 15 minutes, by the long-form plan."""
     samples, text = utterances(50 * count, rng)
     index = [
-        Utterance("", 0.0, clip / SAMPLE_RATE, "asr", None, "", "", "en", "", "", "") for clip in samples.tolist()
+        Utterance("", 0.0, clip / SAMPLE_RATE, "asr", None, "", "", "en", "", "", "")
+        for clip in samples.tolist()
     ]  # what is said does not matter here: a plan looks at lengths
     examples = longform.joined_examples(0, index, longform.LongForm(60.0, 900.0), rng)[:count]
     clips = [list(example.clips) for example in examples]
     return (
-        np.array([samples[clip].sum() + sum(example.gaps) for clip, example in zip(clips, examples, strict=True)]),
+        np.array(
+            [
+                samples[clip].sum() + sum(example.gaps)
+                for clip, example in zip(clips, examples, strict=True)
+            ]
+        ),
         np.array([text[clip].sum() for clip in clips]),
     )
 
@@ -72,7 +88,9 @@ def draw(name: str, count: int, rng: np.random.Generator) -> np.ndarray:
     if name.startswith("longform"):
         return sizes_of(*joined(count, rng))
     samples, text = utterances(count - count // 2, rng)
-    sizes = np.concatenate([sizes_of(samples, answers(text, rng)), sizes_of(*joined(count // 2, rng))])
+    sizes = np.concatenate(
+        [sizes_of(samples, answers(text, rng)), sizes_of(*joined(count // 2, rng))]
+    )
     return sizes[rng.permutation(len(sizes))]
 
 
@@ -91,7 +109,9 @@ def fills(sizes: np.ndarray, shape: packing.RowShape) -> dict[str, float]:
     }
 
 
-def plan_seconds(drawn: np.ndarray, shape: packing.RowShape, count: int, rng: np.random.Generator) -> float:
+def plan_seconds(
+    drawn: np.ndarray, shape: packing.RowShape, count: int, rng: np.random.Generator
+) -> float:
     """CPU seconds of planning `count` examples with the lengths of `drawn`: epoch's order, examples, sizes, rows, rows' order."""
     lengths = drawn[rng.integers(len(drawn), size=count)]
     started = time.process_time()
@@ -105,8 +125,12 @@ def plan_seconds(drawn: np.ndarray, shape: packing.RowShape, count: int, rng: np
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=20_000, help="of each distribution, for the fill")
-    parser.add_argument("--million", type=int, default=1_000_000, help="examples to plan, for the time")
+    parser.add_argument(
+        "--examples", type=int, default=20_000, help="of each distribution, for the fill"
+    )
+    parser.add_argument(
+        "--million", type=int, default=1_000_000, help="examples to plan, for the time"
+    )
     options = parser.parse_args()
     result, seconds = {}, []
     columns = ("window_fill", "token_fill", "padded_window_fill", "padded_token_fill", "row_tokens")
@@ -117,8 +141,16 @@ def main() -> None:
         shape = packing.suggest(sizes, row_windows)
         result[name] = fills(sizes, shape)
         seconds.append(plan_seconds(sizes, shape, options.million, rng) * 1e6 / options.million)
-        print(f"{name:12}" + "".join(f"{result[name][column]:20.4g}" for column in columns) + f"{seconds[-1]:20.2f}", flush=True)
-    result = {name: {key: round(float(value), 4) for key, value in values.items()} for name, values in result.items()}
+        print(
+            f"{name:12}"
+            + "".join(f"{result[name][column]:20.4g}" for column in columns)
+            + f"{seconds[-1]:20.2f}",
+            flush=True,
+        )
+    result = {
+        name: {key: round(float(value), 4) for key, value in values.items()}
+        for name, values in result.items()
+    }
     print(json.dumps(result | {"plan_seconds_per_million": round(max(seconds), 2)}))
 
 

@@ -34,18 +34,29 @@ import numpy as np
 import optax
 from absl import flags
 
-from configs import common
-from fastslm_jax import audio, chips, cli, decode_steps, devices, experiment, flops, optim, plan, steps, training
+from fastslm_jax import chips, cli, devices, flops
+from fastslm_jax import config as config_lib
 from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.checkpoint import Checkpoints
 from fastslm_jax.data import packing, prompts
 from fastslm_jax.errors import UserError
-from fastslm_jax.models import xla_attention
+from fastslm_jax.inference import programs
+from fastslm_jax.models import blockwise_attention, log_mel
 from fastslm_jax.models.fastslm import largest_divisor
+from fastslm_jax.plan import compile as plan
+from fastslm_jax.training import build as training
+from fastslm_jax.training import experiment, optim
+from fastslm_jax.training import step as steps
+from fastslm_jax.training.checkpoint import Checkpoints
 
 FLAGS = flags.FLAGS
 WINDOW_BATCH = 4  # windows in the encoder at a time, at most, beside PyTorch
-FULL_SIZE_FIGURES = ("step seconds", "MFU", "audio seconds per second", "peak GiB", "PyTorch over JAX")
+FULL_SIZE_FIGURES = (
+    "step seconds",
+    "MFU",
+    "audio seconds per second",
+    "peak GiB",
+    "PyTorch over JAX",
+)
 
 
 def define_flags() -> None:
@@ -61,10 +72,14 @@ class Bench:
 
     def __init__(self, config, params=None):
         self.config, self.setup = config, experiment.build(config)
-        self.model, self.encoder = self.setup.model, self.setup.prompt_encoder()
-        self.params = params or experiment.init_params(self.setup, config.model.base_dtype, one_device(), config.seed)
+        self.model, self.encoder = self.setup.model, self.setup.prompt_tokenizer()
+        self.params = params or experiment.init_params(
+            self.setup, config.model.base_dtype, one_device(), config.seed
+        )
 
-    def batch(self, rows: list[list[tuple[float, int]]], shape: packing.RowShape) -> dict[str, np.ndarray]:
+    def batch(
+        self, rows: list[list[tuple[float, int]]], shape: packing.RowShape
+    ) -> dict[str, np.ndarray]:
         """Rows of examples (seconds, tokens of the answer) → arrays."""
         rng, packed = np.random.default_rng(0), []
         for row in rows:
@@ -74,18 +89,32 @@ class Bench:
                 num_speech = self.model.window.count(len(samples)) * self.model.tokens_per_window
                 prompt = self.encoder.encode("asr", None, None, num_speech)
                 tokens = np.concatenate([prompt.tokens, rng.integers(1, 1000, answer)])
-                mask = np.concatenate([np.zeros(len(prompt.tokens)), np.ones(answer)]).astype(np.float32)
-                parts.append((prompts.Encoded(tokens, mask, prompt.speech_start, num_speech), samples))
-            packed.append(packing.assemble(parts, shape, self.model.window, self.model.tokens_per_window))
+                mask = np.concatenate([np.zeros(len(prompt.tokens)), np.ones(answer)]).astype(
+                    np.float32
+                )
+                parts.append(
+                    (prompts.Encoded(tokens, mask, prompt.speech_start, num_speech), samples)
+                )
+            packed.append(
+                packing.assemble(parts, shape, self.model.window, self.model.tokens_per_window)
+            )
         return {name: np.stack([row[name] for row in packed]) for name in packed[0]}
 
-    def step(self, shape: packing.RowShape, loss_chunk: int, trainable=common.TRAINABLE):
+    def step(self, shape: packing.RowShape, loss_chunk: int, trainable=config_lib.TRAINABLE):
         """(step function of state, frozen and batch; state, frozen)."""
         mask = optim.trainable_mask(sorted(self.params), trainable)
-        trained, frozen = ({path: leaf for path, leaf in self.params.items() if mask[path] == side} for side in (True, False))
+        trained, frozen = (
+            {path: leaf for path, leaf in self.params.items() if mask[path] == side}
+            for side in (True, False)
+        )
         _, optimizer = training.make_optimizer(self.config)
         function = functools.partial(
-            steps.train_step, model=self.model, optimizer=optimizer, seed=0, label_slots=shape.labels, loss_chunk=loss_chunk
+            steps.train_step,
+            model=self.model,
+            optimizer=optimizer,
+            seed=0,
+            label_slots=shape.labels,
+            loss_chunk=loss_chunk,
         )
         return function, steps.TrainState.create(trained, optimizer), frozen
 
@@ -112,7 +141,10 @@ def in_turns(*sides) -> list[dict]:
             jax.block_until_ready(call())
             if repeat:  # the first warms up
                 side.append(time.perf_counter() - started)
-    return [{"seconds": float(np.median(side)), "gib": gib} for side, (_, gib) in zip(times, sides, strict=True)]
+    return [
+        {"seconds": float(np.median(side)), "gib": gib}
+        for side, (_, gib) in zip(times, sides, strict=True)
+    ]
 
 
 def whole_loss(model, params, batch) -> jax.Array:
@@ -140,26 +172,41 @@ def packed_against_padded(bench: Bench) -> list[dict]:
     for s, labels in examples:
         windows = window.count(round(s * SAMPLE_RATE))
         sizes.append(packing.Size(windows, prompt + windows * per_window + labels, labels))
-    longest = packing.RowShape(*(max(getattr(size, field) for size in sizes) for field in ("windows", "tokens", "labels")))
+    longest = packing.RowShape(
+        *(max(getattr(size, field) for size in sizes) for field in ("windows", "tokens", "labels"))
+    )
     shape = packing.RowShape(2 * longest.windows, 2 * longest.tokens, 2 * longest.labels)
     rows = [[examples[i] for i in row] for row in packing.pack(sizes, shape)]
     packed = bench.compile(*bench.step(shape, FLAGS.loss_chunk), bench.batch(rows, shape))
-    padded = bench.compile(*bench.step(longest, FLAGS.loss_chunk), bench.batch([[example] for example in examples], longest))
+    padded = bench.compile(
+        *bench.step(longest, FLAGS.loss_chunk),
+        bench.batch([[example] for example in examples], longest),
+    )
     return in_turns(packed, padded)
 
 
 def chunked_against_whole(bench: Bench) -> list[dict]:
     """Gradients of the HFQ-Former and LoRA on one long row, by either loss."""
     shape, batch = long_row(bench)
-    mask = optim.trainable_mask(sorted(bench.params), common.TRAINABLE)
-    trained, frozen = ({path: leaf for path, leaf in bench.params.items() if mask[path] == side} for side in (True, False))
+    mask = optim.trainable_mask(sorted(bench.params), config_lib.TRAINABLE)
+    trained, frozen = (
+        {path: leaf for path, leaf in bench.params.items() if mask[path] == side}
+        for side in (True, False)
+    )
     losses = {
-        "chunked": lambda params, batch: chunked_loss(bench.model, params, batch, shape, FLAGS.loss_chunk),
+        "chunked": lambda params, batch: chunked_loss(
+            bench.model, params, batch, shape, FLAGS.loss_chunk
+        ),
         "whole": lambda params, batch: whole_loss(bench.model, params, batch),
     }
     return in_turns(
         *(
-            bench.compile(jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)), trained, frozen, batch)
+            bench.compile(
+                jax.grad(lambda t, f, b, loss=loss: loss(optim.merge(t, f), b)),
+                trained,
+                frozen,
+                batch,
+            )
             for loss in losses.values()
         )
     )
@@ -169,7 +216,10 @@ def split_against_everything(bench: Bench) -> list[dict]:
     shape, batch = long_row(bench)
     everything = ((r".*positions", False), (r".*", True))
     return in_turns(
-        *(bench.compile(*bench.step(shape, FLAGS.loss_chunk, table), batch) for table in (common.TRAINABLE, everything))
+        *(
+            bench.compile(*bench.step(shape, FLAGS.loss_chunk, table), batch)
+            for table in (config_lib.TRAINABLE, everything)
+        )
     )
 
 
@@ -178,15 +228,25 @@ def attention_against_jax(bench: Bench) -> list[dict]:
     llm, (shape, _) = bench.model.llm, long_row(bench, FLAGS.minutes)
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (llm.num_heads, llm.num_kv_heads, llm.num_kv_heads)
-    inputs = [jax.random.normal(key, (1, shape.tokens, n, llm.head_dim)) for key, n in zip(keys, heads, strict=True)]
-    mask = xla_attention.causal_mask(None, 0, shape.tokens)[:, None]
+    inputs = [
+        jax.random.normal(key, (1, shape.tokens, n, llm.head_dim))
+        for key, n in zip(keys, heads, strict=True)
+    ]
+    mask = blockwise_attention.causal_mask(None, 0, shape.tokens)[:, None]
 
     def gradients(attend):
         return jax.grad(lambda *inputs: jnp.sum(jnp.sin(attend(*inputs))), argnums=(0, 1, 2))
 
     return in_turns(
-        bench.compile(gradients(functools.partial(xla_attention.attention, is_causal=True)), *inputs),
-        bench.compile(gradients(functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")), *inputs),
+        bench.compile(
+            gradients(functools.partial(blockwise_attention.attention, is_causal=True)), *inputs
+        ),
+        bench.compile(
+            gradients(
+                functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
+            ),
+            *inputs,
+        ),
     )
 
 
@@ -194,7 +254,9 @@ def long_row(bench: Bench, minutes: float = 3.0):
     """One recording that fills a row, with three answer tokens a second."""
     seconds = 60 * minutes
     labels, windows = int(3 * seconds), bench.model.window.count(round(seconds * SAMPLE_RATE))
-    prompt = len(bench.encoder.encode("asr", None, None, windows * bench.model.tokens_per_window).tokens)
+    prompt = len(
+        bench.encoder.encode("asr", None, None, windows * bench.model.tokens_per_window).tokens
+    )
     shape = packing.RowShape(windows, -(-(prompt + labels) // 128) * 128, labels)
     return shape, bench.batch([[(seconds, labels)]], shape)
 
@@ -214,13 +276,19 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
     torch.set_num_threads(devices.cores())
     config, paths = bench.config, experiment.saved_paths(bench.params, bench.config.trainable)
     checkpoints = Checkpoints(scratch / "run")
-    meta = {"config": json.loads(config.to_json_best_effort()), "row": 0, "bases": bench.setup.fingerprints()}
+    meta = {
+        "config": json.loads(config.to_json_best_effort()),
+        "row": 0,
+        "bases": bench.setup.fingerprints(),
+    }
     checkpoints.save(1, {path: bench.params[path] for path in paths}, {"step": jnp.int32(1)}, meta)
     checkpoints.wait()
     checkpoints.close()
     exporting.export(scratch / "run", scratch / "hf", "hf")
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    model = AutoModel.from_pretrained(scratch / "hf", trust_remote_code=True, dtype=dtype).to(device)
+    model = AutoModel.from_pretrained(scratch / "hf", trust_remote_code=True, dtype=dtype).to(
+        device
+    )
     model.requires_grad_(False)
     model.hfq_former.requires_grad_(True)
     for name, parameter in model.named_parameters():
@@ -229,7 +297,9 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
     seconds = 60 * FLAGS.minutes
     shape, batch = long_row(bench, FLAGS.minutes)
     group = largest_divisor(shape.windows, bench.model.window_batch or shape.windows)
-    waveform = np.random.default_rng(0).normal(0, 3000, round(seconds * SAMPLE_RATE)).astype(np.int16)
+    waveform = (
+        np.random.default_rng(0).normal(0, 3000, round(seconds * SAMPLE_RATE)).astype(np.int16)
+    )
     waveform = torch.from_numpy(waveform.astype(np.float32) / 32768).to(device)
     length = int((batch["segment_ids"][0] > 0).sum())
     tokens = torch.from_numpy(batch["tokens"][0, :length].astype(np.int64)).to(device)
@@ -241,7 +311,9 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
     def speech():
         with torch.no_grad():
             windows = model.windows(waveform).to(model.dtype)
-            features = torch.cat([model.encoder(part).last_hidden_state for part in windows.split(group)])
+            features = torch.cat(
+                [model.encoder(part).last_hidden_state for part in windows.split(group)]
+            )
         return model.hfq_former(features).flatten(0, 1)
 
     def forward_and_backward():
@@ -250,7 +322,9 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         embeddings = model.llm.get_input_embeddings()(tokens)
         embeddings = torch.where(slots[:, None] >= 0, found[slots.clamp(min=0)], embeddings)
         hidden = model.llm.model(inputs_embeds=embeddings[None]).last_hidden_state[0]
-        loss = torch.nn.functional.cross_entropy(model.llm.lm_head(hidden[mask]).float(), labels[mask])
+        loss = torch.nn.functional.cross_entropy(
+            model.llm.lm_head(hidden[mask]).float(), labels[mask]
+        )
         loss.backward()
         return loss.item()
 
@@ -259,11 +333,18 @@ def against_torch(bench: Bench, scratch: pathlib.Path, device: str) -> dict[str,
         if device != "cpu":
             torch.cuda.synchronize()
 
-    params, inputs = optim.merge(bench.params, {}), [batch[name][0] for name in ("audio", "window_frames", "window_recording")]
-    inputs.append(np.full(len(inputs[0]), audio.LOWEST, np.float32))
+    params, inputs = (
+        optim.merge(bench.params, {}),
+        [batch[name][0] for name in ("audio", "window_frames", "window_recording")],
+    )
+    inputs.append(np.full(len(inputs[0]), log_mel.LOWEST, np.float32))
     rows = {
-        "long example": in_turns(bench.compile(*bench.step(shape, FLAGS.loss_chunk), batch), (forward_and_backward, None)),
-        "encoding": in_turns((lambda: decode_steps.encode(bench.model, params, *inputs, mesh=None), None), (encode, None)),
+        "long example": in_turns(
+            bench.compile(*bench.step(shape, FLAGS.loss_chunk), batch), (forward_and_backward, None)
+        ),
+        "encoding": in_turns(
+            (lambda: programs.encode(bench.model, params, *inputs, mesh=None), None), (encode, None)
+        ),
     }
     if device != "cpu":
         rows["long example"][1]["gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -277,7 +358,7 @@ def full_size(scratch: pathlib.Path) -> dict:
     """One 15-minute row of FastSLM-4B, random weights, bfloat16, on the GPU at hand."""
     import full_size_step
 
-    config = common.full_size()
+    config = config_lib.full_size()
     config.base.whisper, config.base.llm = str(scratch / "whisper"), str(scratch / "llm")
     full_size_step.write_bases(scratch, full_size_step.WHISPER, full_size_step.QWEN3)
     config.model.window_batch = 6
@@ -292,7 +373,11 @@ def full_size(scratch: pathlib.Path) -> dict:
         "MFU": minimum / result["seconds"] / chip.peak_flops if chip else None,
         "audio seconds per second": 900 / result["seconds"],
         "peak GiB": stats.get("peak_bytes_in_use", 0) / 2**30,
-    } | ({"PyTorch over JAX": ratio(*against_torch(bench, scratch, "cuda")["long example"])} if FLAGS.torch else {})
+    } | (
+        {"PyTorch over JAX": ratio(*against_torch(bench, scratch, "cuda")["long example"])}
+        if FLAGS.torch
+        else {}
+    )
 
 
 def ratio(ours: dict, other: dict, field: str = "seconds") -> float | None:
@@ -300,27 +385,37 @@ def ratio(ours: dict, other: dict, field: str = "seconds") -> float | None:
 
 
 def main(_):
-    report = {"device": jax.devices()[0].device_kind, "cpus": devices.cores(), "minutes": FLAGS.minutes}
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "cpus": devices.cores(),
+        "minutes": FLAGS.minutes,
+    }
     has_gpu = jax.default_backend() == "gpu"
     if FLAGS.size == "full" and not has_gpu:
-        raise UserError("--size=full needs a GPU; on TPUs and without one see `python -m fastslm_jax.plan`")
+        raise UserError(
+            "--size=full needs a GPU; on TPUs and without one see `python -m fastslm_jax.plan`"
+        )
     rows = {}
     with tempfile.TemporaryDirectory(prefix="step.") as folder:
         scratch = pathlib.Path(folder)
         if FLAGS.size == "demo":
-            bench = Bench(common.small_size())
+            bench = Bench(config_lib.small_size())
             rows["packed / padded"] = packed_against_padded(bench)
             rows["chunked / whole loss"] = chunked_against_whole(bench)
             rows["frozen split / everything"] = split_against_everything(bench)
             rows["attention, ours / jax.nn's"] = attention_against_jax(bench)
             if FLAGS.torch:
-                config = common.small_size()
+                config = config_lib.small_size()
                 config.model.window_batch = WINDOW_BATCH
                 config.model.lora.dropout = 0.0  # the export has none
-                found = against_torch(Bench(config, bench.params), scratch, "cuda" if has_gpu else "cpu")
+                found = against_torch(
+                    Bench(config, bench.params), scratch, "cuda" if has_gpu else "cpu"
+                )
                 rows |= {f"{name}, JAX / PyTorch": pair for name, pair in found.items()}
         full = full_size(scratch) if FLAGS.size == "full" else dict.fromkeys(FULL_SIZE_FIGURES)
-    print(f"{'':<32}{'seconds':>10}{'against':>10}{'speed-up':>10}{'GiB':>8}{'against':>9}{'smaller':>9}")
+    print(
+        f"{'':<32}{'seconds':>10}{'against':>10}{'speed-up':>10}{'GiB':>8}{'against':>9}{'smaller':>9}"
+    )
 
     def shown(value, form):
         return "–" if value is None else format(value, form)
@@ -332,7 +427,9 @@ def main(_):
         print(f"{name:<32}" + "".join(f"{shown(*cell):>9}" for cell in (*cells, *memory)))
         report[name] = {"ours": ours, "against": other, "speed_up": faster, "memory_ratio": smaller}
     for name, value in full.items():
-        print(f"{'full size, bfloat16: ' + name:<48}{'GPU: not measured' if value is None else format(value, '.3f')}")
+        print(
+            f"{'full size, bfloat16: ' + name:<48}{'GPU: not measured' if value is None else format(value, '.3f')}"
+        )
     print(json.dumps(report | {"full_size": full}))
 
 

@@ -42,29 +42,52 @@ COLUMNS = (
 FLAGS = flags.FLAGS
 flags.DEFINE_list("stages", list(STAGES), "Names of configs.")
 flags.DEFINE_list("topologies", list(TOPOLOGIES), "Slices to plan for.")
-flags.DEFINE_enum("effort", "default", ["default", "O0", "O1", "O2", "O3"], "How hard the compiler tries (see `plan`).")
+flags.DEFINE_enum(
+    "effort",
+    "default",
+    ["default", "O0", "O1", "O2", "O3"],
+    "How hard the compiler tries (see `plan`).",
+)
 flags.DEFINE_bool("render", False, "Only writes the page from what is kept.")
 
 
 def command(stage: str, topology: str) -> list[str]:
     overrides = OVERRIDES[topology.partition(":")[0]]
     rows = f"--rows_per_chip={ROWS_PER_CHIP[stage]}"
-    return ["-m", "fastslm_jax.plan", f"--config=configs/{stage}.py", f"--topology={topology}", rows, *overrides]
+    return [
+        "-m",
+        "fastslm_jax.plan",
+        f"--config=configs/{stage}.py",
+        f"--topology={topology}",
+        rows,
+        *overrides,
+    ]
 
 
 def run(stage: str, topology: str) -> dict:
     arguments = [sys.executable, *command(stage, topology), f"--effort={FLAGS.effort}"]
     done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        return {"stage": stage, "topology": topology, "command": command(stage, topology), "failed": done.returncode}
-    return {"stage": stage, "command": command(stage, topology), **json.loads(done.stdout.splitlines()[-1])}
+        return {
+            "stage": stage,
+            "topology": topology,
+            "command": command(stage, topology),
+            "failed": done.returncode,
+        }
+    return {
+        "stage": stage,
+        "command": command(stage, topology),
+        **json.loads(done.stdout.splitlines()[-1]),
+    }
 
 
 def kept() -> dict[tuple[str, str], dict]:
     """{(stage, topology): result} of plans whose command is still the one that would run."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     results = {(r["stage"], r["topology"]): r for r in map(json.loads, lines)}
-    return {key: r for key, r in results.items() if "failed" not in r and r["command"] == command(*key)}
+    return {
+        key: r for key, r in results.items() if "failed" not in r and r["command"] == command(*key)
+    }
 
 
 def misses(r: dict) -> list[str]:
@@ -75,7 +98,8 @@ def misses(r: dict) -> list[str]:
         "memory": not r["fits"],
         "operations": ratio > LARGEST_RATIO.get(chip, float("inf")),
         "gathers": any(
-            gather["gib"] > 1.001 * r["largest_layer_gib"] and abs(gather["gib"] / r["embedding_gib"] - 1) > 0.001
+            gather["gib"] > 1.001 * r["largest_layer_gib"]
+            and abs(gather["gib"] / r["embedding_gib"] - 1) > 0.001
             for gather in r["gathers"]
         ),
         "collectives": chip == "v5p" and bounds["interconnect"] >= 0.2 * bounds["compute"],
@@ -122,12 +146,20 @@ def render(results: dict) -> str:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
-        *(row(stage, topology, results.get((stage, topology))) for stage in STAGES for topology in TOPOLOGIES),
+        *(
+            row(stage, topology, results.get((stage, topology)))
+            for stage in STAGES
+            for topology in TOPOLOGIES
+        ),
         "",
         "The commands:",
         "",
         "```",
-        *(" ".join(["python", *command(stage, topology)]) for stage in STAGES for topology in TOPOLOGIES),
+        *(
+            " ".join(["python", *command(stage, topology)])
+            for stage in STAGES
+            for topology in TOPOLOGIES
+        ),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -145,7 +177,9 @@ def main(_):
                 continue
             results[stage, topology] = result
             RESULTS.write_text("".join(json.dumps(r) + "\n" for r in results.values()))
-            print(f"{stage} {topology}: {', '.join(misses(result)) or 'all targets met'}", flush=True)
+            print(
+                f"{stage} {topology}: {', '.join(misses(result)) or 'all targets met'}", flush=True
+            )
     page = render(results)
     PAGE.write_text(page)
     print(page)
@@ -155,7 +189,11 @@ def main(_):
             {
                 "planned": len(results),
                 "of": len(wanted),
-                "missed": {f"{stage} {topology}": misses(r) for (stage, topology), r in results.items() if misses(r)},
+                "missed": {
+                    f"{stage} {topology}": misses(r)
+                    for (stage, topology), r in results.items()
+                    if misses(r)
+                },
             }
         )
     )

@@ -2,17 +2,17 @@
 
     python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1      (then :2, :3; `make demo` runs them all)
 
-The corpus is synthetic (python -m fastslm_jax.data.synthetic --out=runs/demo/corpus), the bases are under assets/.
+The corpus is synthetic (python -m fastslm_jax.demo.corpus --out=runs/demo/corpus), the bases are under assets/.
 """
 
-from configs import common
+from fastslm_jax import config as config_lib
 
 
 def get_config(arg: str = "1"):
     """arg: STAGE or STAGE,FOLDER, where the folder (runs/demo by default) holds corpus/, stage1/, …"""
     stage, _, folder = arg.partition(",")
     folder = folder or "runs/demo"
-    config = common.small_size()
+    config = config_lib.small_size()
     config.name = f"demo-stage{stage}"
     corpus = f"{folder}/corpus"
     config.data.dev = f"{corpus}/dev.jsonl"
@@ -22,32 +22,44 @@ def get_config(arg: str = "1"):
     # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank: the
     # decoder forgets how to keep its place in a long transcript (48 s: 9.3 % WER after stage 3 at 0.1, and 6.1 % at 0.03).
     lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
-    optimizer.learning_rate_ratios = ((r"llm/.*", lora), (r"hfq_former/detail_recovery_.*/out/.*", 0.1))
+    optimizer.learning_rate_ratios = (
+        (r"llm/.*", lora),
+        (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
+    )
     config.log_every, config.checkpoint_every, config.data.dev_utterances = 10, 100, 40
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}
-    config.token_replacement = 0.0 if stage == "1" else 0.04
+    config.input_token_noise = 0.0 if stage == "1" else 0.04
     if stage == "1":
         # Up to 24 s: a clip alone ends before its window does, so that the last tokens of a window would never hear a word.
         join = {"min_seconds": 8.0, "max_seconds": 23.0, "grouping": "random"}
-        config.data.train.asr = common.source(f"{corpus}/train.jsonl", ("asr",), 0.45)
-        config.data.train.spoken = common.source(f"{corpus}/train_transcripts.jsonl", ("asr",), 0.2)
-        config.data.train.joined = common.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
+        config.data.train.asr = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.45)
+        config.data.train.spoken = config_lib.source(
+            f"{corpus}/train_transcripts.jsonl", ("asr",), 0.2
+        )
+        config.data.train.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.batch_rows, config.steps, config.eval_every, config.checkpoint_every = 2, 720, 360, 150
+        config.global_batch_size, config.steps, config.eval_every, config.checkpoint_every = (
+            2,
+            720,
+            360,
+            150,
+        )
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
-        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), join=long)
+        config.data.train.long = config_lib.source(f"{corpus}/train.jsonl", ("asr",), join=long)
         config.data.row.update({"windows": 8, "tokens": 384, "labels": 224})
-        config.batch_rows, config.steps, config.eval_every = 1, 420, 210
+        config.global_batch_size, config.steps, config.eval_every = 1, 420, 210
         optimizer.learning_rate = 5e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
         for task, weight in (("asr", 0.05), ("ast", 0.14), ("ssum", 0.08), ("sqqa", 0.63)):
-            config.data.train[task] = common.source(f"{corpus}/train.jsonl", (task,), weight)
-        config.data.train.long = common.source(f"{corpus}/train.jsonl", ("asr",), 0.1, {**long, "max_seconds": 30.0})
+            config.data.train[task] = config_lib.source(f"{corpus}/train.jsonl", (task,), weight)
+        config.data.train.long = config_lib.source(
+            f"{corpus}/train.jsonl", ("asr",), 0.1, {**long, "max_seconds": 30.0}
+        )
         config.data.row.update({"windows": 8, "tokens": 448, "labels": 256})
-        config.batch_rows, config.steps, config.eval_every = 1, 900, 450
+        config.global_batch_size, config.steps, config.eval_every = 1, 900, 450
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:

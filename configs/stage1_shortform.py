@@ -7,16 +7,16 @@ of 8 windows holds up to 8 utterances; 64 rows a step are up to 4.3 hours of aud
 The paper gives no optimiser settings: these are a starting point.
 """
 
-from configs import common
+from fastslm_jax import config as config_lib
 
 
 def get_config():
-    config = common.full_size()
+    config = config_lib.full_size()
     config.name = "stage1-shortform"
-    config.data.train.asr = common.source("data/asr/train.jsonl", ("asr",))
+    config.data.train.asr = config_lib.source("data/asr/train.jsonl", ("asr",))
     config.data.dev = "data/asr/dev.jsonl"
     config.data.row.update({"windows": 8, "tokens": 1536, "labels": 1024})
-    config.batch_rows = 64
+    config.global_batch_size = 64
     config.mesh.update({"data": -1, "fsdp": 16})
     config.model.update({"remat": "attention,query,key,value,out", "window_batch": 4})
     config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000})

@@ -8,18 +8,18 @@ one long recording or several shorter ones; 64 rows are 16 hours of audio a step
 row each; other slices are planned with `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 """
 
-from configs import common
+from fastslm_jax import config as config_lib
 
 
 def get_config(grouping: str = "random"):
-    config = common.full_size()
+    config = config_lib.full_size()
     config.name = f"stage2-longform-{grouping}"
     config.init_from = "runs/stage1"
     join = {"min_seconds": 60.0, "max_seconds": 900.0, "grouping": grouping}
-    config.data.train.long = common.source("data/asr/train.jsonl", ("asr",), join=join)
+    config.data.train.long = config_lib.source("data/asr/train.jsonl", ("asr",), join=join)
     config.data.dev = "data/asr/dev_long.jsonl"
     config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
-    config.batch_rows = 64
+    config.global_batch_size = 64
     config.mesh.update({"data": -1, "fsdp": 16})
     config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 500})

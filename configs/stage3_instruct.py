@@ -3,21 +3,21 @@
 python train.py --config=configs/stage3_instruct.py --workdir=/mnt/shared/stage3 --config.init_from=/mnt/shared/stage2
 """
 
-from configs import common
+from fastslm_jax import config as config_lib
 
 
 def get_config():
-    config = common.full_size()
+    config = config_lib.full_size()
     config.name = "stage3-instruct"
     config.init_from = "runs/stage2"
     for task, weight in (("asr", 0.2), ("ast", 0.3), ("ssum", 0.2), ("sqqa", 0.2)):
-        config.data.train[task] = common.source("data/instruct/train.jsonl", (task,), weight)
+        config.data.train[task] = config_lib.source("data/instruct/train.jsonl", (task,), weight)
     join = {"min_seconds": 60.0, "max_seconds": 900.0, "grouping": "random"}
-    config.data.train.long = common.source("data/asr/train.jsonl", ("asr",), 0.1, join)
+    config.data.train.long = config_lib.source("data/asr/train.jsonl", ("asr",), 0.1, join)
     config.data.dev = "data/instruct/dev.jsonl"
     config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     config.data.row.update({"windows": 30, "tokens": 6144, "labels": 4608})
-    config.batch_rows = 64
+    config.global_batch_size = 64
     config.mesh.update({"data": -1, "fsdp": 16})
     config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
     config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 500})

@@ -19,10 +19,21 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            _ = flags.FLAGS.config.keys()  # a config file that is missing is noticed only when it is looked at
+            _ = (
+                flags.FLAGS.config.keys()
+            )  # a config file that is missing is noticed only when it is looked at
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:  # all that ml_collections raises
-        lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        OSError,
+        ValueError,
+    ) as error:  # all that ml_collections raises
+        lines = [
+            line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()
+        ]
         told = lines[-1:] if any("Traceback" in line for line in lines) else lines
         raise UserError(f"flags: {' '.join(told)[:300]}") from None
 
@@ -43,15 +54,21 @@ def _is_worth_saying(record) -> bool:
 def _thread_failed(arguments) -> None:
     """Of a library's thread: one line. What it was to do fails where its result is asked for."""
     lines = str(arguments.exc_value).splitlines() or [arguments.exc_type.__name__]
-    logging.warning("%s: %s", arguments.thread.name if arguments.thread else "thread", lines[0][:300])
+    logging.warning(
+        "%s: %s", arguments.thread.name if arguments.thread else "thread", lines[0][:300]
+    )
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command. `main` raises UserError for what the user can mend."""
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    cache = os.environ.get("FASTSLM_COMPILATION_CACHE", os.path.expanduser("~/.cache/fastslm_jax/xla"))
-    if cache:  # compiled programs are kept between runs; FASTSLM_COMPILATION_CACHE= switches that off
+    cache = os.environ.get(
+        "FASTSLM_COMPILATION_CACHE", os.path.expanduser("~/.cache/fastslm_jax/xla")
+    )
+    if (
+        cache
+    ):  # compiled programs are kept between runs; FASTSLM_COMPILATION_CACHE= switches that off
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     logging.set_verbosity(logging.INFO)
@@ -68,7 +85,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             if error.errno not in DISK_FULL:
                 raise
             where = error.filename or "the output"
-            fail(f"{where}: {os.strerror(error.errno)}; make room and run the same command again: it goes on from what is saved")
+            fail(
+                f"{where}: {os.strerror(error.errno)}; make room and run the same command again: it goes on from what is saved"
+            )
 
     def parser(argv):
         try:

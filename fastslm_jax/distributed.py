@@ -17,12 +17,18 @@ from fastslm_jax.errors import UserError
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster is not detected.")
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where the cluster is not detected."
+    )
     flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Number of this process from 0 on, with --coordinator.")
+    flags.DEFINE_integer(
+        "process_id", None, "Number of this process from 0 on, with --coordinator."
+    )
 
 
-def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
     """Joins the processes of a run; without a cluster there is one. Call it before anything that uses a device.
 
     Raises:
@@ -31,16 +37,22 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     given = [coordinator, num_processes, process_id]
     if any(value is not None for value in given):
         if any(value is None for value in given):
-            raise UserError("--coordinator, --num_processes and --process_id go together: give all three, or none on a cluster")
+            raise UserError(
+                "--coordinator, --num_processes and --process_id go together: give all three, or none on a cluster"
+            )
         if not 0 <= process_id < num_processes or ":" not in coordinator:
             raise UserError(
                 f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: the coordinator is "
                 "HOST:PORT, processes are numbered from 0"
             )
         try:
-            jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate")
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+            )
         except RuntimeError as error:
-            raise UserError(f"--coordinator={coordinator}: the processes did not find each other ({error})") from None
+            raise UserError(
+                f"--coordinator={coordinator}: the processes did not find each other ({error})"
+            ) from None
     elif os.environ.get("JAX_PLATFORMS", "") != "cpu":
         try:
             jax.distributed.initialize()
@@ -59,7 +71,10 @@ def rows_of_process(mesh: Mesh) -> tuple[int, int]:
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(-1, mesh.devices.shape[-1])  # [data × fsdp, tensor]
-    places = {process: frozenset(np.flatnonzero((owners == process).any(axis=1))) for process in np.unique(owners).tolist()}
+    places = {
+        process: frozenset(np.flatnonzero((owners == process).any(axis=1)))
+        for process in np.unique(owners).tolist()
+    }
     groups = sorted(set(places.values()), key=min)
     if sum(map(len, groups)) != len(owners) or len(set(map(len, groups))) != 1:
         raise UserError(
@@ -83,4 +98,6 @@ class Preemption:
 
     def reached(self, step: int) -> bool:
         """Is this the step to save and stop at? All processes must ask at every step."""
-        return self._signalled or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+        return self._signalled or (
+            jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+        )

@@ -50,7 +50,11 @@ def _count_equation(equation) -> int:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        return (
+            2
+            * math.prod(equation.outvars[0].aval.shape)
+            * math.prod(left[axis] for axis in contracted)
+        )
     if name == "conv_general_dilated":
         kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
@@ -62,9 +66,13 @@ def _count_equation(equation) -> int:
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):
-        raise UncountableError("a while loop holds matrix products, and how often it runs is not part of the program; use scan")
+        raise UncountableError(
+            "a while loop holds matrix products, and how often it runs is not part of the program; use scan"
+        )
     if name == "shard_map":  # its body is what one device does
-        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        return sum(inner) * math.prod(
+            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+        )
     return sum(inner)
 
 
@@ -83,7 +91,14 @@ def _count_kernel(equation) -> int:
     """
     params = equation.params
     name = str(params["name"])
-    kernel = next((kind for kind in ("fwd", "dq", "dkv") if name.startswith("splash_mha") and f"_{kind}_" in name), None)
+    kernel = next(
+        (
+            kind
+            for kind in ("fwd", "dq", "dkv")
+            if name.startswith("splash_mha") and f"_{kind}_" in name
+        ),
+        None,
+    )
     if kernel is None:
         raise UncountableError(f"the kernel {name} has no formula; add one to fastslm_jax/flops.py")
     # Operands: two tables of blocks, q, k, v, segment ids of queries and keys, and for a causal mask the queries' positions;
@@ -94,7 +109,9 @@ def _count_kernel(equation) -> int:
     context = equation.invars[3].aval.shape[-2]
     suffix = "" if kernel == "fwd" else f"_{kernel}"
     blocks = json.loads(dict(params["metadata"])["xprof_metadata"])
-    scores = visited_scores(length, context, blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"], is_causal)
+    scores = visited_scores(
+        length, context, blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"], is_causal
+    )
     if kernel == "dkv" and len(equation.outvars) == 5:
         kernel = "dkv_fused"
     return SPLASH_PRODUCTS[kernel] * 2 * scores * head_dim * num_heads * math.prod(batch)
@@ -121,7 +138,9 @@ def minimum(model: FastSLM, row: RowShape, rows: int = 1) -> dict[str, int]:
     gradients. Every slot of a row is taken: one recording over all windows and tokens, and `row.labels` labels.
     """
     window = _encoder_minimum(model) | _hfq_former_minimum(model)
-    of_row = {name: row.windows * operations for name, operations in window.items()} | _decoder_minimum(model, row)
+    of_row = {
+        name: row.windows * operations for name, operations in window.items()
+    } | _decoder_minimum(model, row)
     return {name: rows * operations for name, operations in of_row.items()}
 
 
@@ -132,7 +151,7 @@ def _encoder_minimum(model: FastSLM) -> dict[str, int]:
     bins = audio.N_FFT // 2 + 1
     block = 2 * length * (4 * width * width + 2 * width * encoder.mlp_dim)
     return {
-        "log-mel": 2 * frames * (audio.N_FFT * 2 * bins + bins * encoder.num_mels),
+        "log-mel": 2 * frames * (audio.N_FFT // 2 * 2 * bins + bins * encoder.num_mels),
         "encoder convolutions": 2 * 3 * (frames * encoder.num_mels + length * width) * width,
         "encoder projections": encoder.num_layers * block,
         "encoder attention": encoder.num_layers * 2 * 2 * length * length * width,
@@ -156,7 +175,9 @@ def _hfq_former_minimum(model: FastSLM) -> dict[str, int]:
     compressors = 3 * 2 * (2 * scores * width + (tokens + distilled) * width * width)
 
     features, layers = sum(levels), former.detail_recovery_layers
-    projections = 3 * 2 * distilled * 6 * width * width  # all four of self-attention, query and out of cross-attention
+    projections = (
+        3 * 2 * distilled * 6 * width * width
+    )  # all four of self-attention, query and out of cross-attention
     key_value = 2 * 2 * (3 * features - levels[0]) * width * width
     attention = 3 * 2 * 2 * distilled * (distilled + features) * width
     return {

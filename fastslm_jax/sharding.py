@@ -20,7 +20,10 @@ ROWS = PartitionSpec(("data", "fsdp"))  # batches: rows over both axes
 # and MLP columns.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"llm/(embed_tokens|lm_head)", PartitionSpec("tensor", "fsdp")),
-    (r".*/layers/(.*/)?(query|key|value|gate|up|mlp_in)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (
+        r".*/layers/(.*/)?(query|key|value|gate|up|mlp_in)/kernel",
+        PartitionSpec(None, "fsdp", "tensor"),
+    ),
     (r".*/layers/(.*/)?(out|down|mlp_out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r".*/lora_a", PartitionSpec(None, "fsdp", None)),
     (r".*/lora_b", PartitionSpec(None, None, "fsdp")),
@@ -33,8 +36,12 @@ PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 # gathered over fsdp where they are used: left to itself, XLA may gather activations instead, which are far larger.
 ACTIVATION_TABLE: tuple[tuple[str, str | tuple[str, ...]], ...] = (
     ("rows", ("data", "fsdp")),
-    *((f"{name}_columns", "tensor") for name in ("query", "key", "value", "gate", "up", "mlp_in")),  # what a projection gives
-    *((f"{name}_inputs", "tensor") for name in ("out", "down", "mlp_out")),  # what a projection takes
+    *(
+        (f"{name}_columns", "tensor") for name in ("query", "key", "value", "gate", "up", "mlp_in")
+    ),  # what a projection gives
+    *(
+        (f"{name}_inputs", "tensor") for name in ("out", "down", "mlp_out")
+    ),  # what a projection takes
 )
 
 
@@ -44,11 +51,16 @@ def activations_on(mesh: Mesh | None):
     if mesh is None or mesh.size == 1:
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(ACTIVATION_TABLE):
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        nn.logical_axis_rules(ACTIVATION_TABLE),
+    ):
         yield
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices; one axis may be −1 and takes what the others leave. Several TPU slices lie along `data`, so that
     only gradients cross the network between them.
 
@@ -69,26 +81,43 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     shape = {axis: len(devices) // fixed if size == -1 else size for axis, size in asked.items()}
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape["data"] % slices:
-        raise UserError(f"config.mesh {shape}: data must be a multiple of the {slices} slices, which lie along it")
+        raise UserError(
+            f"config.mesh {shape}: data must be a multiple of the {slices} slices, which lie along it"
+        )
     if slices == 1:
-        return jax.make_mesh(tuple(shape.values()), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        return jax.make_mesh(
+            tuple(shape.values()),
+            AXES,
+            devices=devices,
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        )
     within = (shape["data"] // slices, shape["fsdp"], shape["tensor"])
-    ordered = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+    )
     return Mesh(ordered, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def nearest_mesh(asked: Mapping[str, int], devices: int) -> dict[str, int]:
     """The sizes that multiply to `devices` and are nearest to those asked for (−1: any), by their ratios."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    shapes = [(a, b, devices // (a * b)) for a in divisors for b in divisors if devices % (a * b) == 0]
+    shapes = [
+        (a, b, devices // (a * b)) for a in divisors for b in divisors if devices % (a * b) == 0
+    ]
 
     def distance(shape):
-        return sum(abs(math.log(size / wanted)) for size, wanted in zip(shape, asked.values(), strict=True) if wanted > 0)
+        return sum(
+            abs(math.log(size / wanted))
+            for size, wanted in zip(shape, asked.values(), strict=True)
+            if wanted > 0
+        )
 
     return dict(zip(AXES, min(shapes, key=distance), strict=True))
 
 
-def parameter_shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(
+    leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, NamedSharding]:
     """{path: sharding} by PARAMETER_TABLE.
 
     Raises:
@@ -96,9 +125,13 @@ def parameter_shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) 
     """
     shardings = {}
     for path, leaf in leaves.items():
-        spec = next((spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path)), None)
+        spec = next(
+            (spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path)), None
+        )
         if spec is None:
-            raise UserError(f"parameter {path} {leaf.shape} matches no pattern of sharding.PARAMETER_TABLE; add one")
+            raise UserError(
+                f"parameter {path} {leaf.shape} matches no pattern of sharding.PARAMETER_TABLE; add one"
+            )
         names = [name for name in spec if name is not None]
         if len(names) > len(set(names)):
             raise UserError(
@@ -122,7 +155,7 @@ def check_batch(global_rows: int, accumulate: int, mesh: Mesh) -> None:
     if global_rows % (shards * accumulate):
         nearest = max(1, round(global_rows / (shards * accumulate))) * shards * accumulate
         raise UserError(
-            f"config.batch_rows={global_rows} does not divide over data × fsdp = {shards} devices in {accumulate} micro-batches; "
+            f"config.global_batch_size={global_rows} does not divide over data × fsdp = {shards} devices in {accumulate} micro-batches; "
             f"the nearest that does is {nearest}"
         )
 
@@ -130,14 +163,19 @@ def check_batch(global_rows: int, accumulate: int, mesh: Mesh) -> None:
 def nearest_divisors(number: int, near: int) -> list[int]:
     """The divisors of a number next to `near`, below and above. Example: of 24, next to 5 → [4, 6]."""
     divisors = [size for size in range(1, number + 1) if number % size == 0]
-    below, above = [size for size in divisors if size <= near][-1:], [size for size in divisors if size > near][:1]
+    below, above = (
+        [size for size in divisors if size <= near][-1:],
+        [size for size in divisors if size > near][:1],
+    )
     return below + above
 
 
 def bytes_per_device(tree) -> int:
     """What arrays (or ShapeDtypeStructs with shardings) take of the fullest device."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -148,7 +186,9 @@ def device_memory(mesh: Mesh) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check_capacity(parts: Mapping[str, int], capacity: int | None, fits_with: Callable[[], str]) -> None:
+def check_capacity(
+    parts: Mapping[str, int], capacity: int | None, fits_with: Callable[[], str]
+) -> None:
     """Ends a run that cannot fit before anything is loaded or compiled.
 
     Args:
@@ -168,4 +208,7 @@ def check_capacity(parts: Mapping[str, int], capacity: int | None, fits_with: Ca
 def shard_batch(batch: Mapping, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows → global arrays, rows over data × fsdp."""
     sharding = NamedSharding(mesh, ROWS)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax.data import packing, prompts, sentences, synthetic
+from fastslm_jax.data import packing, prompts
+from fastslm_jax.demo import corpus as synthetic
+from fastslm_jax.demo import sentences
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.layers import sinusoids
@@ -47,7 +49,9 @@ def tokenizer_folder(tmp_path_factory):
     )
     texts = [example.text for example in sentences.text_examples("train", 0, 100)]
     tokenizer.train_from_iterator([*texts, "user\n", "assistant\n"] * 2, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -58,8 +62,8 @@ def tokenizer_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def encoder(tokenizer_folder) -> prompts.PromptEncoder:
-    return prompts.PromptEncoder(prompts.load_tokenizer(tokenizer_folder, VOCAB_ROWS))
+def encoder(tokenizer_folder) -> prompts.PromptTokenizer:
+    return prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_folder, VOCAB_ROWS))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +92,9 @@ def params(model) -> dict:
         return rng.normal(1.0 if path.endswith("/scale") else 0.0, 0.1, leaf.shape)
 
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
-    return unflatten_dict({path: jnp.asarray(draw(path, leaf), jnp.float32) for path, leaf in leaves.items()}, sep="/")
+    return unflatten_dict(
+        {path: jnp.asarray(draw(path, leaf), jnp.float32) for path, leaf in leaves.items()}, sep="/"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +107,9 @@ def make_part(encoder, model):
     """make_part(seconds, answer, seed) → (ids, samples) of an example, noise for speech, as `packing.assemble` takes them."""
 
     def make(seconds: float, answer: str, seed: int = 0, task: str = "asr"):
-        samples = np.random.default_rng(seed).normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
+        samples = (
+            np.random.default_rng(seed).normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
+        )
         num_speech = model.window.count(len(samples)) * model.tokens_per_window
         return encoder.encode(task, "write", answer, num_speech), samples
 

@@ -12,7 +12,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (  # tiny programs that run a few times: most of the time would go into compiling them well
+os.environ[
+    "XLA_FLAGS"
+] = (  # tiny programs that run a few times: most of the time would go into compiling them well
     f"--xla_force_host_platform_device_count={4 if sys.argv[3:] else 8} --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false"
 )
@@ -25,8 +27,8 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from configs import common
-from fastslm_jax import distributed, optim, sharding, steps
+from fastslm_jax import config as config_lib
+from fastslm_jax import distributed, sharding
 from fastslm_jax.data import packing
 from fastslm_jax.data.prompts import Encoded
 from fastslm_jax.models.fastslm import FastSLM
@@ -34,9 +36,17 @@ from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
+from fastslm_jax.training import optim
+from fastslm_jax.training import step as steps
 
 OUT, ARGUMENTS = pathlib.Path(sys.argv[1]), sys.argv[2:]
-MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
+MESHES = {
+    "1": (1, 1, 1),
+    "8x1x1": (8, 1, 1),
+    "1x8x1": (1, 8, 1),
+    "1x4x2": (1, 4, 2),
+    "2x2x2": (2, 2, 2),
+}
 STEPS, ROWS = 20, 8
 SHAPE = packing.RowShape(windows=3, tokens=40, labels=24)
 # What stands in a row, by stage: (seconds, tokens of the answer) of each example.
@@ -64,7 +74,9 @@ def make_params(model: FastSLM) -> dict[str, np.ndarray]:
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     draws = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
     return {
-        path: draw * (leaves[path].shape[-2] ** -0.5) if path.endswith("/kernel") else path.endswith("/scale") + 0.1 * draw
+        path: draw * (leaves[path].shape[-2] ** -0.5)
+        if path.endswith("/kernel")
+        else path.endswith("/scale") + 0.1 * draw
         for path, draw in draws.items()
     }
 
@@ -76,11 +88,24 @@ def make_batch(model: FastSLM, stage: str, step: int) -> dict[str, np.ndarray]:
     for number in range(ROWS):
         parts = []
         for seconds, answer in STAGES[stage](number):
-            samples = None if seconds is None else rng.normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
-            num_speech = 0 if samples is None else model.window.count(len(samples)) * model.tokens_per_window
-            tokens = 1 + (np.arange(3 + num_speech + answer) + number) % 5  # something to learn within twenty steps
+            samples = (
+                None
+                if seconds is None
+                else rng.normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
+            )
+            num_speech = (
+                0 if samples is None else model.window.count(len(samples)) * model.tokens_per_window
+            )
+            tokens = (
+                1 + (np.arange(3 + num_speech + answer) + number) % 5
+            )  # something to learn within twenty steps
             mask = np.arange(len(tokens)) >= 3 + num_speech
-            parts.append((Encoded(tokens, mask.astype(np.float32), 1 if num_speech else -1, num_speech), samples))
+            parts.append(
+                (
+                    Encoded(tokens, mask.astype(np.float32), 1 if num_speech else -1, num_speech),
+                    samples,
+                )
+            )
         rows.append(packing.assemble(parts, SHAPE, model.window, model.tokens_per_window))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -88,14 +113,26 @@ def make_batch(model: FastSLM, stage: str, step: int) -> dict[str, np.ndarray]:
 def run(name: str, mesh: jax.sharding.Mesh) -> None:
     model = make_model()
     params = make_params(model)
-    mask = optim.trainable_mask(sorted(params), common.TRAINABLE)
+    mask = optim.trainable_mask(sorted(params), config_lib.TRAINABLE)
     shardings = sharding.parameter_shardings(params, mesh)
-    params = {path: jax.make_array_from_callback(leaf.shape, shardings[path], leaf.__getitem__) for path, leaf in params.items()}
-    trained, frozen = ({path: leaf for path, leaf in params.items() if mask[path] == side} for side in (True, False))
+    params = {
+        path: jax.make_array_from_callback(leaf.shape, shardings[path], leaf.__getitem__)
+        for path, leaf in params.items()
+    }
+    trained, frozen = (
+        {path: leaf for path, leaf in params.items() if mask[path] == side}
+        for side in (True, False)
+    )
     optimizer = optim.make_optimizer("adamw", optax.constant_schedule(3e-3), b1=0.9, clip_norm=0.0)
     step_fn = jax.jit(
         functools.partial(
-            steps.train_step, model=model, optimizer=optimizer, seed=0, label_slots=SHAPE.labels, loss_chunk=8, mesh=mesh
+            steps.train_step,
+            model=model,
+            optimizer=optimizer,
+            seed=0,
+            label_slots=SHAPE.labels,
+            loss_chunk=8,
+            mesh=mesh,
         )
     )
     create = jax.jit(functools.partial(steps.TrainState.create, optimizer=optimizer))
@@ -109,7 +146,11 @@ def run(name: str, mesh: jax.sharding.Mesh) -> None:
             state, metrics = step_fn(state, frozen, sharding.shard_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
             if step == 0:  # Adam's first moments are a tenth of the gradients
-                moments = next(leaf.mu for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(leaf))
+                moments = next(
+                    leaf.mu
+                    for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam)
+                    if is_adam(leaf)
+                )
                 out |= {f"{stage}|{path}": 10 * whole(leaf) for path, leaf in moments.items()}
         out[stage] = np.array(losses)
     if jax.process_index() == 0:
@@ -121,7 +162,9 @@ def is_adam(leaf) -> bool:
 
 
 def whole(leaf: jax.Array) -> np.ndarray:
-    return np.asarray(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(
+        leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    )
 
 
 def main():

@@ -17,13 +17,21 @@ from fastslm_jax.errors import UserError
 )
 def test_topologies(text, chip, shape, slices, count):
     topology = chips.parse_topology(text)
-    assert (topology.chip.name, topology.shape, topology.slices, topology.chips) == (chip, shape, slices, count)
+    assert (topology.chip.name, topology.shape, topology.slices, topology.chips) == (
+        chip,
+        shape,
+        slices,
+        count,
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v9:4x4", r"--topology=v9:4x4: v9 is no chip with a table in chips.py; write for example v5e:4x4, v5p:4x4x4"),
+        (
+            "v9:4x4",
+            r"--topology=v9:4x4: v9 is no chip with a table in chips.py; write for example v5e:4x4, v5p:4x4x4",
+        ),
         ("v5e", r"--topology=v5e: sizes are written like v5e:4x4; slices are 1x1, 2x2"),
         ("v5e:4x0", "sizes are written like v5e:4x4"),
         ("v5p:4x4", "v5p has slices of 3 axes, and after them their number"),

@@ -12,18 +12,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fastslm_jax import audio, bases
-from fastslm_jax.convert import engine, exporting, importing, layouts
-from fastslm_jax.convert.tensors import SafetensorsSource
-from fastslm_jax.decode import Generator, slot_bucket
-from fastslm_jax.lanes import CHUNK, Prompt
+from fastslm_jax import audio
+from fastslm_jax.convert import exporting, importing
+from fastslm_jax.inference.batching import CHUNK, Prompt
+from fastslm_jax.inference.generator import Generator, bucketed_length
+from fastslm_jax.models import log_mel
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder
+from fastslm_jax.weights import engine, layouts, pretrained
+from fastslm_jax.weights.tensors import SafetensorsSource
 
-GOLDEN = pathlib.Path(os.environ.get("FASTSLM_GOLDEN", pathlib.Path(__file__).parents[2] / "shared/golden"))
-pytestmark = pytest.mark.skipif(not (GOLDEN / "cases.json").exists(), reason=f"no golden folder at {GOLDEN}")
+GOLDEN = pathlib.Path(
+    os.environ.get("FASTSLM_GOLDEN", pathlib.Path(__file__).parents[2] / "shared/golden")
+)
+pytestmark = pytest.mark.skipif(
+    not (GOLDEN / "cases.json").exists(), reason=f"no golden folder at {GOLDEN}"
+)
 CASES = json.loads((GOLDEN / "cases.json").read_text()) if (GOLDEN / "cases.json").exists() else []
 each_case = pytest.mark.parametrize("case", CASES, ids=[case["file"] for case in CASES])
 TOLERANCE = 2e-4  # of the tensor's own maximum
@@ -34,12 +40,22 @@ def model_and_params():
     config = json.loads((GOLDEN / "config.json").read_text())
     width, lora = config["speech_dim"], config["lora"]
     encoder = WhisperEncoder(
-        width, config["encoder_layers"], config["encoder_heads"], 4 * width, config["n_mels"], config["n_audio_ctx"]
+        width,
+        config["encoder_layers"],
+        config["encoder_heads"],
+        4 * width,
+        config["n_mels"],
+        config["n_audio_ctx"],
     )
     hfq_former = HFQFormer(
-        config["llm"]["hidden_size"], tuple(config["stage_tokens"]), config["compression_size"], config["detail_recovery_layers"]
+        config["llm"]["hidden_size"],
+        tuple(config["stage_tokens"]),
+        config["compression_size"],
+        config["detail_recovery_layers"],
     )
-    llm = bases.qwen3_from_config(config["llm"], lora=LoRA(lora["r"], lora["alpha"], lora["dropout"]))
+    llm = pretrained.qwen3_from_config(
+        config["llm"], lora=LoRA(lora["r"], lora["alpha"], lora["dropout"])
+    )
     model = FastSLM(encoder, hfq_former, llm)
     layout = layouts.released(len(config["stage_tokens"]), config["detail_recovery_layers"])
     ignore = layouts.RELEASED_IGNORED_WHEN_TIED if llm.tied_embeddings else ()
@@ -62,14 +78,18 @@ def assert_close(actual, expected, name, tolerance=TOLERANCE):
 def encode_window(model, params, mel):
     """mel [1, frames, bands] → features, speech tokens, and what lies between by its name."""
     features = model.encoder.apply({"params": params["encoder"]}, mel)
-    tokens, state = model.hfq_former.apply({"params": params["hfq_former"]}, features, mutable="intermediates")
+    tokens, state = model.hfq_former.apply(
+        {"params": params["hfq_former"]}, features, mutable="intermediates"
+    )
     return features, tokens, {name: value for name, (value,) in state["intermediates"].items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens, slots, speech):
     embeddings = model.splice(params, tokens, slots, speech)
-    hidden, _ = model.llm.apply({"params": params["llm"]}, embeddings, jnp.arange(tokens.shape[1])[None])
+    hidden, _ = model.llm.apply(
+        {"params": params["llm"]}, embeddings, jnp.arange(tokens.shape[1])[None]
+    )
     return model.logits(params, hidden)[0]
 
 
@@ -80,7 +100,12 @@ def speech_side(case, model, params):
     """(mel [windows, frames, bands], features, speech tokens, intermediates) of a case, windows along the first axis."""
     if case["file"] not in _speech:
         windows, frames = model.window.cut(load_file(GOLDEN / case["file"])["audio"])
-        mel = audio.log_mel(windows[None], frames[None], np.zeros((1, len(windows)), np.int32), model.encoder.num_mels)[0]
+        mel = log_mel.log_mel(
+            windows[None],
+            frames[None],
+            np.zeros((1, len(windows)), np.int32),
+            model.encoder.num_mels,
+        )[0]
         parts = [encode_window(model, params, mel[i : i + 1]) for i in range(len(mel))]
         _speech[case["file"]] = mel, *jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     return _speech[case["file"]]
@@ -94,7 +119,9 @@ def spliced(case, ids, model, params):
     room = longest + max(len(one["input_ids"]) + len(one["greedy_ids"]) for one in golden)
     (at,) = np.flatnonzero(np.asarray(ids) == audio_token_id())
     num_speech = speech.shape[1]
-    tokens = np.concatenate([ids[:at], np.zeros(num_speech, np.int32), ids[at + 1 :]]).astype(np.int32)
+    tokens = np.concatenate([ids[:at], np.zeros(num_speech, np.int32), ids[at + 1 :]]).astype(
+        np.int32
+    )
     slots = np.full((1, room), -1, np.int32)
     slots[0, at : at + num_speech] = np.arange(num_speech)
     padded = np.pad(speech, ((0, 0), (0, longest - num_speech), (0, 0)))
@@ -138,7 +165,9 @@ def test_logits_and_loss(case, model_and_params):
     logits = golden_logits(case, golden["input_ids"], *model_and_params)
     assert_close(logits, golden["logits"], "logits")
     log_probs = jax.nn.log_softmax(logits[:-1])
-    loss = -np.mean([log_probs[i, label] for i, label in enumerate(golden["labels"][1:]) if label != -100])
+    loss = -np.mean(
+        [log_probs[i, label] for i, label in enumerate(golden["labels"][1:]) if label != -100]
+    )
     assert_close(loss, golden["loss"], "loss")
 
 
@@ -151,8 +180,12 @@ def test_greedy_tokens(case, model_and_params):
     tokens, slots, speech, length = spliced(case, prompt, *model_and_params)
     at = int(np.flatnonzero(slots[0] == 0)[0])
     decoded = Prompt(tokens[0, :length], speech[0, : slots.max() + 1], at, len(expected))
-    generator = Generator(*model_and_params, types.SimpleNamespace(end_id=-1), detect_loops=False)
-    ((_, new, reason, _),) = generator.run([(0.0, decoded)], rows=1, slots=slot_bucket(length + len(expected) + CHUNK))
+    generator = Generator(
+        *model_and_params, types.SimpleNamespace(end_id=-1), detect_repetition=False
+    )
+    ((_, new, reason, _),) = generator.run(
+        [(0.0, decoded)], rows=1, slots=bucketed_length(length + len(expected) + CHUNK)
+    )
     assert (new, reason) == (expected.tolist(), "budget")
     logits = golden_logits(case, np.concatenate([prompt, expected]), *model_and_params)
     np.testing.assert_array_equal(np.argmax(logits[length - 1 : -1], axis=-1), expected)
@@ -170,7 +203,10 @@ def imported(tmp_path_factory):
 
 def test_import_then_export_is_bit_equal(imported, tmp_path):
     exporting.export(imported, tmp_path / "released", "released")
-    before, after = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "released/model.safetensors")
+    before, after = (
+        load_file(GOLDEN / "model.safetensors"),
+        load_file(tmp_path / "released/model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert (after[key].dtype, after[key].shape) == (value.dtype, value.shape), key
@@ -186,12 +222,21 @@ def test_pytorch_folder(merge_lora, imported, model_and_params, tmp_path):
     model = AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     for case in CASES:
         golden = load_file(GOLDEN / case["file"])
-        ids, prompt, waveform = (torch.from_numpy(golden[name]) for name in ("input_ids", "input_ids", "audio"))
+        ids, prompt, waveform = (
+            torch.from_numpy(golden[name]) for name in ("input_ids", "input_ids", "audio")
+        )
         with torch.no_grad():
             logits = model(ids, waveform).logits[0].numpy()
-        assert_close(logits, golden_logits(case, golden["input_ids"], *model_and_params), case["file"], tolerance=1e-4)
+        assert_close(
+            logits,
+            golden_logits(case, golden["input_ids"], *model_and_params),
+            case["file"],
+            tolerance=1e-4,
+        )
         prompt = prompt[: int(golden["prompt_len"])]
-        new = model.generate_ids(prompt, waveform, max_new_tokens=len(golden["greedy_ids"]), eos_token_id=None)
+        new = model.generate_ids(
+            prompt, waveform, max_new_tokens=len(golden["greedy_ids"]), eos_token_id=None
+        )
         assert new.tolist() == golden["greedy_ids"].tolist()
 
 
@@ -207,12 +252,19 @@ def test_peft_adapter(imported, model_and_params, tmp_path):
         golden = load_file(GOLDEN / case["file"])
         ids = golden["input_ids"]
         tokens, slots, speech, length = spliced(case, ids, model, params)
-        embeddings = torch.from_numpy(np.array(model.splice(params, tokens, slots, speech)[:, :length]))
+        embeddings = torch.from_numpy(
+            np.array(model.splice(params, tokens, slots, speech)[:, :length])
+        )
         with torch.no_grad():
             logits = adapted(inputs_embeds=embeddings).logits[0].numpy()
         assert_close(logits, golden_logits(case, ids, model, params), case["file"], tolerance=1e-4)
         prompt = embeddings[:, : length - len(ids) + int(golden["prompt_len"])]
-        options = {"max_new_tokens": len(golden["greedy_ids"]), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": len(golden["greedy_ids"]),
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         mask = torch.ones(prompt.shape[:2], dtype=torch.long)
         new = adapted.generate(inputs_embeds=prompt, attention_mask=mask, **options)[0]
         assert new.tolist() == golden["greedy_ids"].tolist()

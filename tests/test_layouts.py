@@ -29,7 +29,11 @@ def results(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, out, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [sys.executable, SCRIPT, out, *command],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for command in commands
     ]
@@ -53,7 +57,9 @@ def test_a_layout_trains_as_one_device_does(results, name, stage):
     gradients = [key for key in one if key.startswith(f"{stage}|")]
     assert len(gradients) > 40
     for key in gradients:
-        np.testing.assert_allclose(other[key], one[key], atol=1e-5 * np.abs(one[key]).max(), rtol=0, err_msg=key)
+        np.testing.assert_allclose(
+            other[key], one[key], atol=1e-5 * np.abs(one[key]).max(), rtol=0, err_msg=key
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -28,7 +28,10 @@ def test_meshes(axes, shape):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": 3}, r"\{'data': 3, 'fsdp': 1, 'tensor': 1\} does not fit 8 devices; its sizes must multiply to that number"),
+        (
+            {"data": 3},
+            r"\{'data': 3, 'fsdp': 1, 'tensor': 1\} does not fit 8 devices; its sizes must multiply to that number",
+        ),
         ({"data": -1, "fsdp": 3}, "does not fit 8 devices"),
         ({"data": -1, "fsdp": -1}, "one at most is -1"),
         ({"data": 0}, "sizes are positive"),
@@ -60,7 +63,9 @@ def test_slices_lie_along_data():
     mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, devices=devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
-    with pytest.raises(UserError, match="data must be a multiple of the 2 slices, which lie along it"):
+    with pytest.raises(
+        UserError, match="data must be a multiple of the 2 slices, which lie along it"
+    ):
         sharding.make_mesh(data=1, fsdp=8, devices=devices)
 
 
@@ -72,7 +77,9 @@ def mesh():
 def test_the_table_covers_the_model_and_every_pattern_is_needed(params, mesh):
     shardings = sharding.parameter_shardings(flatten_dict(params, sep="/"), mesh)
     assert set(shardings) == set(flatten_dict(params, sep="/"))
-    assert {spec for _, spec in sharding.PARAMETER_TABLE} == {placed.spec for placed in shardings.values()}
+    assert {spec for _, spec in sharding.PARAMETER_TABLE} == {
+        placed.spec for placed in shardings.values()
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,10 @@ def test_parameters_that_do_not_fit_are_named(mesh):
     def place(path, shape):
         sharding.parameter_shardings({path: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)
 
-    with pytest.raises(UserError, match=r"parameter llm/gadget \(3,\) matches no pattern of sharding.PARAMETER_TABLE; add one"):
+    with pytest.raises(
+        UserError,
+        match=r"parameter llm/gadget \(3,\) matches no pattern of sharding.PARAMETER_TABLE; add one",
+    ):
         place("llm/gadget", (3,))
     message = (
         r"parameter llm/layers/query/kernel \(2, 7, 64\): dimension 1 does not divide over fsdp=2; "
@@ -121,13 +131,16 @@ def test_parameters_that_do_not_fit_are_named(mesh):
 def test_a_table_with_two_dimensions_on_one_axis_is_refused(mesh, monkeypatch):
     monkeypatch.setattr(sharding, "PARAMETER_TABLE", ((r".*", P(None, "fsdp", "fsdp")),))
     leaf = jax.ShapeDtypeStruct((2, 8, 64), np.float32)
-    with pytest.raises(UserError, match=r"parameter llm/gate \(2, 8, 64\): .* puts two of its dimensions on one mesh axis"):
+    with pytest.raises(
+        UserError,
+        match=r"parameter llm/gate \(2, 8, 64\): .* puts two of its dimensions on one mesh axis",
+    ):
         sharding.parameter_shardings({"llm/gate": leaf}, mesh)
 
 
 def test_batches_must_divide(mesh):
     sharding.check_batch(8, accumulate=2, mesh=mesh)
-    message = r"batch_rows=7 does not divide over data × fsdp = 4 devices in 2 micro-batches; the nearest that does is 8"
+    message = r"global_batch_size=7 does not divide over data × fsdp = 4 devices in 2 micro-batches; the nearest that does is 8"
     with pytest.raises(UserError, match=message):
         sharding.check_batch(7, accumulate=2, mesh=mesh)
 
@@ -143,7 +156,9 @@ def test_rows_lie_over_data_and_fsdp(mesh):
 
 
 def test_bytes_of_the_fullest_device(mesh):
-    spread = jax.ShapeDtypeStruct((2, 32, 64), np.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp", "tensor")))
+    spread = jax.ShapeDtypeStruct(
+        (2, 32, 64), np.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    )
     everywhere = jax.ShapeDtypeStruct((10,), np.int16, sharding=jax.NamedSharding(mesh, P()))
     assert sharding.bytes_per_device({"a": spread, "b": [everywhere]}) == 4 * 2 * 16 * 32 + 20
 
@@ -159,7 +174,9 @@ def test_what_does_not_fit_is_listed():
     )
 
 
-@pytest.mark.parametrize(("number", "near", "divisors"), [(24, 5, [4, 6]), (24, 6, [6, 8]), (7, 8, [7]), (7, 0, [1])])
+@pytest.mark.parametrize(
+    ("number", "near", "divisors"), [(24, 5, [4, 6]), (24, 6, [6, 8]), (7, 8, [7]), (7, 0, [1])]
+)
 def test_nearest_divisors(number, near, divisors):
     assert sharding.nearest_divisors(number, near) == divisors
 
@@ -176,8 +193,12 @@ def test_a_projection_gathers_its_weights_and_leaves_rows_where_they_are():
 
     lies = [NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp", "tensor"))]
     compiled = jax.jit(apply, in_shardings=lies).lower(x, kernel).compile()
-    assert compiled.output_shardings.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3)
+    assert compiled.output_shardings.is_equivalent_to(
+        NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3
+    )
     gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert len(gathered) == 1
     assert "f32[32,8]" in gathered[0]  # the kernel, whole over fsdp, half of its columns
-    np.testing.assert_array_equal(jax.jit(apply, in_shardings=lies)(x, kernel), np.full((8, 4, 16), 32.0))
+    np.testing.assert_array_equal(
+        jax.jit(apply, in_shardings=lies)(x, kernel), np.full((8, 4, 16), 32.0)
+    )

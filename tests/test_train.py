@@ -37,7 +37,16 @@ def run(folder):
 
     def build_once(config, setup, mesh):
         """Runs whose step is the same share one, so that it is traced once."""
-        fields = ("model", "optimizer", "trainable", "steps", "seed", "batch_rows", "accumulate", "loss_chunk")
+        fields = (
+            "model",
+            "optimizer",
+            "trainable",
+            "steps",
+            "seed",
+            "global_batch_size",
+            "accumulate",
+            "loss_chunk",
+        )
         key = (str([config[field] for field in fields]), str(config.data.row), mesh)
         if key not in programs:
             programs[key] = build(config, setup, mesh)
@@ -52,7 +61,11 @@ def run(folder):
         with config.unlocked():
             config.update_from_flattened_dict(changes or {})
         given = dict.fromkeys(("coordinator", "num_processes", "process_id"))
-        patch.setattr(train, "FLAGS", types.SimpleNamespace(config=config.lock(), workdir=str(workdir), **given))
+        patch.setattr(
+            train,
+            "FLAGS",
+            types.SimpleNamespace(config=config.lock(), workdir=str(workdir), **given),
+        )
         handler = signal.getsignal(signal.SIGTERM)
         try:
             train.main(None)
@@ -107,14 +120,18 @@ def on_batch(monkeypatch, number: int, act) -> None:
 
 
 def test_what_is_measured(undisturbed):
-    first, *lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    first, *lines = [
+        json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()
+    ]
     assert first["compile_seconds"] > 0
     assert [line["step"] for line in lines] == [2, 3, 4, 5, 6]
     for line in lines:
         assert line["recompilations"] == line["skipped"] == 0
         assert line["compile_seconds"] == first["compile_seconds"]
         assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_max"]
-        assert line["tokens_per_second"] == pytest.approx(line["token_fill"] * 2 * 128 / line["step_seconds"], rel=1e-3)
+        assert line["tokens_per_second"] == pytest.approx(
+            line["token_fill"] * 2 * 128 / line["step_seconds"], rel=1e-3
+        )
         assert line["flops_per_second"] > 0
         assert 0 <= line["data_wait_fraction"] <= 1
         assert "mfu" not in line  # nobody says what a CPU's peak is
@@ -134,7 +151,9 @@ def test_mfu_is_a_part_of_the_peak_of_all_chips():
 
 
 def test_sigterm_saves_and_the_run_goes_on(run, undisturbed, tmp_path, monkeypatch, said):
-    on_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))  # drawn before the third step
+    on_batch(
+        monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )  # drawn before the third step
     assert sorted(run(tmp_path)) == [1, 2, 3]
     assert "SIGTERM: saved step 3, stopping; run the same command to go on" in said
     assert (tmp_path / "checkpoints/3").is_dir()
@@ -143,13 +162,18 @@ def test_sigterm_saves_and_the_run_goes_on(run, undisturbed, tmp_path, monkeypat
 
 
 def test_a_corrupt_checkpoint_is_passed_over(run, undisturbed, at_step_4, said):
-    largest = max((at_step_4 / "checkpoints/4/params").rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
+    largest = max(
+        (at_step_4 / "checkpoints/4/params").rglob("*"),
+        key=lambda file: file.stat().st_size * file.is_file(),
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert run(at_step_4) == tiny_experiment.losses(undisturbed)
     (line,) = (line for line in said if "cannot be read" in line)
-    assert line.startswith(f"checkpoint {at_step_4}/checkpoints/4 cannot be read, trying the one before: ")
+    assert line.startswith(
+        f"checkpoint {at_step_4}/checkpoints/4 cannot be read, trying the one before: "
+    )
     assert (at_step_4 / "checkpoints/4.torn").is_dir()
 
 
@@ -181,14 +205,20 @@ def test_changes_are_named_on_resume(run, folder, at_step_4, tmp_path, said):
     manifest.write_text("".join(lines[:-1]))
     run(at_step_4, {"data.train.noise.path": str(manifest), "data.prefetch": 3})
     assert "config.data.prefetch was 2 when the run began, it is now 3" in said
-    assert "config.data.train.noise: its manifest has changed since the run began, rows are others from here on" in said
+    assert (
+        "config.data.train.noise: its manifest has changed since the run began, rows are others from here on"
+        in said
+    )
 
 
 def test_another_base_is_refused(run, folder, at_step_4, tmp_path):
     shutil.copytree(folder / "llm", tmp_path / "llm")
     config = tmp_path / "llm/config.json"
     config.write_text(config.read_text().replace("4096", "8192"))
-    with pytest.raises(UserError, match=r"checkpoints/4: was trained on another llm base \(\w+; config.base.llm is now \w+\)"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/4: was trained on another llm base \(\w+; config.base.llm is now \w+\)",
+    ):
         run(at_step_4, {"base.llm": str(tmp_path / "llm")})
 
 
@@ -197,7 +227,11 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
 
     def broken(*args, **options):
         for step, batch in enumerate(batches(*args, **options), start=1):
-            yield batch if step in (1, 3) else batch | {"lora_gate": np.full_like(batch["lora_gate"], np.nan)}
+            yield (
+                batch
+                if step in (1, 3)
+                else batch | {"lora_gate": np.full_like(batch["lora_gate"], np.nan)}
+            )
 
     monkeypatch.setattr(train.pipeline, "batches", broken)
     with pytest.raises(UserError) as raised:
@@ -221,20 +255,40 @@ ERRORS = {
     ),
     "indivisible batch": (
         {"accumulate": 4},
-        "config.batch_rows=2 does not divide over data × fsdp = 1 devices in 4 micro-batches",
+        "config.global_batch_size=2 does not divide over data × fsdp = 1 devices in 4 micro-batches",
     ),
     "unknown trainable pattern": (
         {"trainable": ((r"decoder/.*", True), (r".*", False))},
         "pattern 'decoder/.*' of config.trainable decides no parameter; remove it or mend it",
     ),
-    "row too small": ({"data.row.tokens": 16}, "a row has 4, 16 and 48 (24 of 24 clips fit no row): raise config.data.row"),
-    "missing base": ({"base.llm": "/nowhere/llm"}, "/nowhere/llm: no such folder; give a folder with config.json"),
-    "unknown attention": ({"model.attention": "flash"}, "config.model.attention=flash is not one of auto, xla, splash"),
-    "unknown remat": ({"model.remat": "gates"}, "config.model.remat=gates: 'gates' is none of none, full, dots, or names out of"),
-    "unroll": ({"model.unroll": 0}, "config.model.unroll=0: how many layers a turn of the loop over layers holds, 1 at least"),
-    "window groups": ({"model.window_batch": 3}, "config.model.window_batch=3 does not divide the 4 windows of config.data.row"),
-    "profile": ({"profile": "4"}, "config.profile=4 is not FIRST:LAST, two step numbers such as 5:8"),
-    "missing stage": ({"init_from": "/nowhere/stage1"}, "/nowhere/stage1: holds no checkpoints; train there first"),
+    "row too small": (
+        {"data.row.tokens": 16},
+        "a row has 4, 16 and 48 (24 of 24 clips fit no row): raise config.data.row",
+    ),
+    "missing base": (
+        {"base.llm": "/nowhere/llm"},
+        "/nowhere/llm: no such folder; give a folder with config.json",
+    ),
+    "unknown attention": (
+        {"model.attention": "flash"},
+        "config.model.attention=flash is not one of auto, xla, splash",
+    ),
+    "unknown remat": (
+        {"model.remat": "gates"},
+        "config.model.remat=gates: 'gates' is none of none, full, dots, or names out of",
+    ),
+    "window groups": (
+        {"model.window_batch": 3},
+        "config.model.window_batch=3 does not divide the 4 windows of config.data.row",
+    ),
+    "profile": (
+        {"profile": "4"},
+        "config.profile=4 is not FIRST:LAST, two step numbers such as 5:8",
+    ),
+    "missing stage": (
+        {"init_from": "/nowhere/stage1"},
+        "/nowhere/stage1: holds no checkpoints; train there first",
+    ),
 }
 
 
@@ -253,4 +307,6 @@ def test_too_little_memory_is_said_before_anything_is_loaded(run, tmp_path, monk
     monkeypatch.setattr(train.experiment, "init_params", lambda *_: pytest.fail("it went on"))
     with pytest.raises(UserError) as raised:
         run(tmp_path)
-    assert str(raised.value).startswith("config.mesh: a device needs at least 0.00 GiB (frozen parameters 0.00, trained")
+    assert str(raised.value).startswith(
+        "config.mesh: a device needs at least 0.00 GiB (frozen parameters 0.00, trained"
+    )

@@ -8,9 +8,10 @@ import pytest
 import soundfile
 from absl import flags
 
-from fastslm_jax import audio, spans, transcribe
-from fastslm_jax.decode import Generator
+from fastslm_jax import audio, transcribe
 from fastslm_jax.errors import UserError
+from fastslm_jax.inference import long_form
+from fastslm_jax.inference.generator import Generator
 
 RATE = 16_000
 
@@ -24,7 +25,9 @@ def options(*given):
 
 def tone(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
     t = np.arange(round(seconds * rate)) / rate
-    return np.stack([0.3 * np.sin(2 * np.pi * (300 + 200 * c) * t) for c in range(channels)], axis=1)
+    return np.stack(
+        [0.3 * np.sin(2 * np.pi * (300 + 200 * c) * t) for c in range(channels)], axis=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,19 @@ def answered(model, params, encoder, monkeypatch, capsys):
 
 
 def test_json_of_a_folder(answered, folder):
-    records = [json.loads(line) for line in answered(folder, "--format=json", "--batch_size=4").splitlines()]
+    records = [
+        json.loads(line)
+        for line in answered(folder, "--format=json", "--batch_size=4").splitlines()
+    ]
     by_name = {record["file"].rsplit("/", 1)[1]: record for record in records}
-    assert sorted(by_name) == ["exact.wav", "narrow.mp3", "over.wav", "short.flac", "stereo.wav", "under.wav"]
+    assert sorted(by_name) == [
+        "exact.wav",
+        "narrow.mp3",
+        "over.wav",
+        "short.flac",
+        "stereo.wav",
+        "under.wav",
+    ]
     for record in records:
         assert record["seconds"] - record["covered_seconds"] < 0.01
         assert record["speech_tokens"] == 3 * record["windows"]
@@ -76,13 +89,18 @@ def test_json_of_a_folder(answered, folder):
 def test_text_has_names_when_there_are_several(answered, folder):
     one = answered(folder / "short.flac")
     lines = answered(folder / "short.flac", folder / "stereo.wav").splitlines()
-    assert [line.split("\t")[0] for line in lines] == [str(folder / "short.flac"), str(folder / "stereo.wav")]
+    assert [line.split("\t")[0] for line in lines] == [
+        str(folder / "short.flac"),
+        str(folder / "stereo.wav"),
+    ]
     assert lines[0].split("\t")[1] == one.rstrip("\n")
 
 
 def test_streamed_text_is_the_text(answered, folder):
     file = folder / "stereo.wav"
-    assert answered(file, "--stream", "--max_new_tokens=20") == answered(file, "--nostream", "--max_new_tokens=20")
+    assert answered(file, "--stream", "--max_new_tokens=20") == answered(
+        file, "--nostream", "--max_new_tokens=20"
+    )
 
 
 def test_standard_input(answered, folder, monkeypatch):
@@ -95,14 +113,27 @@ def test_standard_input(answered, folder, monkeypatch):
 
 
 def test_files_of_answers(answered, folder, tmp_path):
-    assert answered(folder / "stereo.wav", folder / "exact.wav", "--format=srt", f"--out={tmp_path}/new", "--span=5") == ""
+    assert (
+        answered(
+            folder / "stereo.wav",
+            folder / "exact.wav",
+            "--format=srt",
+            f"--out={tmp_path}/new",
+            "--span=5",
+        )
+        == ""
+    )
     lines = (tmp_path / "new/exact.srt").read_text().splitlines()
     assert lines[0] == "1"
     assert lines[1].startswith("00:00:00,000 --> 00:00:0")
     assert (tmp_path / "new/stereo.srt").exists()
 
 
-SEGMENTS = [spans.Segment(0, 61.5, "anna left", "eos"), spans.Segment(61.5, 62, "", "eos"), spans.Segment(62, 3700, "bye", "eos")]
+SEGMENTS = [
+    long_form.TranscriptSegment(0, 61.5, "anna left", "eos"),
+    long_form.TranscriptSegment(61.5, 62, "", "eos"),
+    long_form.TranscriptSegment(62, 3700, "bye", "eos"),
+]
 
 
 def test_subtitles():
@@ -163,18 +194,26 @@ def test_what_cannot_be_read_is_refused_first(name, tmp_path, folder, monkeypatc
         ((), "no audio file named"),
         (("{empty}",), "no audio file in this folder"),
         (("{folder}", "--format=srt"), "6 files need --out=FOLDER"),
-        (("{folder}/short.flac", "{folder}/short.flac", "--out=x"), "two of the audio files have the same name"),
+        (
+            ("{folder}/short.flac", "{folder}/short.flac", "--out=x"),
+            "two of the audio files have the same name",
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(arguments, message, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe, "load", never)
     with pytest.raises(UserError, match=message):
-        transcribe.main(*options(*(argument.format(folder=folder, empty=tmp_path) for argument in arguments)))
+        transcribe.main(
+            *options(*(argument.format(folder=folder, empty=tmp_path) for argument in arguments))
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--span=x",), "--span=x: give auto, none, or seconds"), (("--stream", "--format=json"), "--stream: is for one file")],
+    [
+        (("--span=x",), "--span=x: give auto, none, or seconds"),
+        (("--stream", "--format=json"), "--stream: is for one file"),
+    ],
 )
 def test_flags_that_do_not_go_together(arguments, message, answered, folder):
     with pytest.raises(UserError, match=message):

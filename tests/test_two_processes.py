@@ -14,7 +14,14 @@ import tiny_experiment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHANGES = {"mesh.fsdp": 2, "mesh.data": 2, "batch_rows": 4, "steps": 8, "eval_every": 4, "data.dev_utterances": 3}
+CHANGES = {
+    "mesh.fsdp": 2,
+    "mesh.data": 2,
+    "global_batch_size": 4,
+    "steps": 8,
+    "eval_every": 4,
+    "data.dev_utterances": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,10 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[s
         "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
     }
     command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}"]
-    command += [f"--config.data.dev={folder}/train.jsonl", *(f"--config.{field}={value}" for field, value in CHANGES.items())]
+    command += [
+        f"--config.data.dev={folder}/train.jsonl",
+        *(f"--config.{field}={value}" for field, value in CHANGES.items()),
+    ]
     extra = [[]]
     if processes > 1:
         with socket.socket() as free:
@@ -41,7 +51,10 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[s
         shared = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
         extra = [[*shared, f"--process_id={number}"] for number in range(processes)]
     with open(f"{workdir}.log", "ab") as log:
-        return [subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log) for flags in extra]
+        return [
+            subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log)
+            for flags in extra
+        ]
 
 
 def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
@@ -56,7 +69,9 @@ def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
 def lines(workdir: pathlib.Path, field: str) -> dict[int, float]:
     """{step: value} of metrics.jsonl."""
     file = workdir / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""  # a line may be being written
+    whole = (
+        file.read_text().rpartition("\n")[0] if file.exists() else ""
+    )  # a line may be being written
     found = [json.loads(line) for line in whole.splitlines()]
     return {line["step"]: line[field] for line in found if field in line}
 
@@ -67,7 +82,11 @@ def test_two_processes_are_stopped_and_one_goes_on(folder, tmp_path):
 
     processes = start(folder, stopped, processes=2)
     deadline = time.time() + 240
-    while 4 not in lines(stopped, "dev/wer") and time.time() < deadline and all(p.poll() is None for p in processes):
+    while (
+        4 not in lines(stopped, "dev/wer")
+        and time.time() < deadline
+        and all(p.poll() is None for p in processes)
+    ):
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # a scheduler need not tell all of them
     finish(processes, stopped)

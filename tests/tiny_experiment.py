@@ -11,9 +11,9 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from configs import common
-from fastslm_jax import experiment
-from fastslm_jax.convert import engine, layouts
+from fastslm_jax import config as config_lib
+from fastslm_jax.training import experiment
+from fastslm_jax.weights import engine, layouts
 
 TOKENIZER = pathlib.Path(__file__).parents[1] / "assets/demo_llm"
 WORDS = "anna bought two red lamps in vienna on friday".split()
@@ -44,18 +44,25 @@ LLM_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 def get_config(folder: str) -> ConfigDict:
     """For a folder that `write` has filled. `train.py --config=FOLDER/config.py` gets the same."""
-    config = common.full_size()
+    config = config_lib.full_size()
     config.name = "tiny"
     config.base.whisper, config.base.llm = f"{folder}/whisper", f"{folder}/llm"
-    config.model.update({"stage_tokens": (4, 4), "compression_size": 3, "detail_recovery_layers": 1})
+    config.model.update(
+        {"stage_tokens": (4, 4), "compression_size": 3, "detail_recovery_layers": 1}
+    )
     config.model.update({"remat": "none", "dtype": "float32", "base_dtype": "float32"})
     config.model.lora.update({"rank": 4, "dropout": 0.1})
     config.data.update({"workers": 0, "prefetch": 2})
-    config.data.train.noise = common.source(f"{folder}/train.jsonl", ("asr",))
+    config.data.train.noise = config_lib.source(f"{folder}/train.jsonl", ("asr",))
     config.data.row.update({"windows": 4, "tokens": 128, "labels": 48})
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 2})
-    config.batch_rows, config.steps, config.loss_chunk = 2, 6, 16
-    config.log_every, config.eval_every, config.checkpoint_every, config.keep_checkpoints = 1, 1000, 2, 3
+    config.global_batch_size, config.steps, config.loss_chunk = 2, 6, 16
+    config.log_every, config.eval_every, config.checkpoint_every, config.keep_checkpoints = (
+        1,
+        1000,
+        2,
+        3,
+    )
     return config
 
 
@@ -72,10 +79,14 @@ def write(folder: pathlib.Path) -> None:
     leaves = experiment.abstract_params(model, "float32")
     leaves = {path: leaf for path, leaf in leaves.items() if experiment.is_base(path)}
     draws = {
-        path: (path.endswith("/scale") + 0.15 * rng.normal(size=leaf.shape)).astype(np.float32) for path, leaf in leaves.items()
+        path: (path.endswith("/scale") + 0.15 * rng.normal(size=leaf.shape)).astype(np.float32)
+        for path, leaf in leaves.items()
     }
     tree = unflatten_dict(draws, sep="/")
-    save_file(dict(engine.store(tree["encoder"], layouts.hf_whisper())), folder / "whisper/model.safetensors")
+    save_file(
+        dict(engine.store(tree["encoder"], layouts.hf_whisper())),
+        folder / "whisper/model.safetensors",
+    )
     save_file(dict(engine.store(tree["llm"], layouts.hf_qwen3())), folder / "llm/model.safetensors")
 
     lines = []
@@ -83,7 +94,14 @@ def write(folder: pathlib.Path) -> None:
         samples = rng.normal(0, 0.1, 8000 + 1300 * number).astype(np.float32)
         soundfile.write(folder / f"{number}.wav", samples, 16_000)
         text = " ".join(WORDS[: 1 + number % 8])
-        lines.append({"audio_filepath": f"{number}.wav", "duration": len(samples) / 16_000, "text": text, "task": "asr"})
+        lines.append(
+            {
+                "audio_filepath": f"{number}.wav",
+                "duration": len(samples) / 16_000,
+                "text": text,
+                "task": "asr",
+            }
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     here = pathlib.Path(__file__).parent
     (folder / "config.py").write_text(

@@ -32,24 +32,46 @@ REQUIRED = {"import": ("from", "out"), "export": ("workdir", "layout", "out"), "
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     options = {"flag_values": flag_values}
     flags.DEFINE_string(
-        "from", None, "Released state_dict (.pt or .safetensors), a folder with it, or a PyTorch folder.", **options
+        "from",
+        None,
+        "Released state_dict (.pt or .safetensors), a folder with it, or a PyTorch folder.",
+        **options,
     )
     flags.DEFINE_string("out", None, "Folder to write; it must not exist.", **options)
-    flags.DEFINE_string("llm", None, "Hub id or folder with the language model's config.json and tokenizer.", **options)
-    flags.DEFINE_float("lora_alpha", None, "LoRA's alpha, which no tensor tells (default: config.json's, or 64).", **options)
+    flags.DEFINE_string(
+        "llm",
+        None,
+        "Hub id or folder with the language model's config.json and tokenizer.",
+        **options,
+    )
+    flags.DEFINE_float(
+        "lora_alpha",
+        None,
+        "LoRA's alpha, which no tensor tells (default: config.json's, or 64).",
+        **options,
+    )
     flags.DEFINE_string("workdir", None, "Working directory to export.", **options)
     flags.DEFINE_integer("step", None, "Checkpoint to export (default: the newest).", **options)
     flags.DEFINE_string("layout", None, "released, peft or hf.", **options)
     flags.DEFINE_bool("merge_lora", False, "hf: add LoRA into the weights.", **options)
     flags.DEFINE_bool("pt", False, "released: write model.pt too.", **options)
-    flags.DEFINE_string("audio", None, "File that logits are compared on (default: a fixed synthetic signal).", **options)
-    flags.DEFINE_bool("torch", True, "Let PyTorch folders give their logits through PyTorch.", **options)
+    flags.DEFINE_string(
+        "audio",
+        None,
+        "File that logits are compared on (default: a fixed synthetic signal).",
+        **options,
+    )
+    flags.DEFINE_bool(
+        "torch", True, "Let PyTorch folders give their logits through PyTorch.", **options
+    )
 
 
 def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
     command, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if command not in FLAGS_OF:
-        raise UserError(f"{command or 'nothing'}: is not one of import, export, check; usage: {' | '.join(USAGE.split(chr(10)))}")
+        raise UserError(
+            f"{command or 'nothing'}: is not one of import, export, check; usage: {' | '.join(USAGE.split(chr(10)))}"
+        )
     for name in set().union(*FLAGS_OF.values()) - FLAGS_OF[command]:
         if flag_values[name].present:
             raise UserError(
@@ -73,18 +95,33 @@ def convert(command: str, values: dict) -> None:
     """Imports or exports, and prints the JSON object."""
     started = time.time()
     if command == "import":
-        given = importing.import_checkpoint(values["from"], values["out"], llm=values["llm"], lora_alpha=values["lora_alpha"])
+        given = importing.import_checkpoint(
+            values["from"], values["out"], llm=values["llm"], lora_alpha=values["lora_alpha"]
+        )
         layout, tensors = given.kind, len(given.source.keys())
-        print(f"{values['from']} → {values['out']}: checkpoint of step 0, bases/whisper and bases/llm", flush=True)
+        print(
+            f"{values['from']} → {values['out']}: checkpoint of step 0, bases/whisper and bases/llm",
+            flush=True,
+        )
     else:
         layout = values["layout"]
         tensors = len(
             exporting.export(
-                values["workdir"], values["out"], layout, step=values["step"], merge_lora=values["merge_lora"], pt=values["pt"]
+                values["workdir"],
+                values["out"],
+                layout,
+                step=values["step"],
+                merge_lora=values["merge_lora"],
+                pt=values["pt"],
             )
         )
         print(f"{values['workdir']} → {values['out']}: {layout}", flush=True)
-    figures = {"layout": layout, "tensors": tensors, "seconds": round(time.time() - started, 2), "peak_rss_gib": _peak_rss_gib()}
+    figures = {
+        "layout": layout,
+        "tensors": tensors,
+        "seconds": round(time.time() - started, 2),
+        "peak_rss_gib": _peak_rss_gib(),
+    }
     print(json.dumps(figures), flush=True)
 
 
@@ -94,7 +131,9 @@ def run_check(first: str, second: str, values: dict) -> None:
     Raises:
         UserError: the two are not of one shape.
     """
-    result = checking.check(first, second, audio_file=values["audio"], llm=values["llm"], torch=values["torch"])
+    result = checking.check(
+        first, second, audio_file=values["audio"], llm=values["llm"], torch=values["torch"]
+    )
     groups = result.pop("groups")
     print(f"{'part':<12}{'tensors':>9}  largest difference")
     for name in sorted(groups, key=checking.GROUPS.index):
@@ -117,7 +156,9 @@ def run_check(first: str, second: str, values: dict) -> None:
         ("misshapen", "has two shapes"),
     ):
         if result[kind]:
-            raise UserError(f"{first} and {second} differ: tensor {result[kind][0]} {where} ({len(result[kind])} such)")
+            raise UserError(
+                f"{first} and {second} differ: tensor {result[kind][0]} {where} ({len(result[kind])} such)"
+            )
 
 
 def _peak_rss_gib() -> float:

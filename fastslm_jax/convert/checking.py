@@ -14,11 +14,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from fastslm_jax import audio
-from fastslm_jax.convert import engine, layouts, stored
+from fastslm_jax.convert import stored
 from fastslm_jax.convert.exporting import MODELING
-from fastslm_jax.convert.tensors import Tensor
 from fastslm_jax.data import prompts
 from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.weights import engine, layouts
+from fastslm_jax.weights.tensors import Tensor
 
 GROUPS = ("encoder", "hfq_former", "llm", "lora", "other")
 
@@ -52,7 +53,9 @@ def check(
     result = {
         "missing": [a[name].key for name in sorted(set(a) - set(b))],
         "extra": [b[name].key for name in sorted(set(b) - set(a))],
-        "misshapen": [b[name].key for name in sorted(set(a) & set(b)) if a[name].shape != b[name].shape],
+        "misshapen": [
+            b[name].key for name in sorted(set(a) & set(b)) if a[name].shape != b[name].shape
+        ],
     }
     groups = {}
     for name in sorted(set(a) & set(b)):
@@ -62,10 +65,16 @@ def check(
     result["max_abs_difference"] = max((largest for _, largest in groups.values()), default=None)
     result["max_abs_logit_difference"] = None
     if not any(result[kind] for kind in ("missing", "extra", "misshapen")):
-        samples = synthetic_signal() if audio_file is None else audio.read_audio(audio_file).astype(np.float32) / 32768.0
-        ids = prompt_encoder(sides[0]).prompt_ids("asr")
+        samples = (
+            synthetic_signal()
+            if audio_file is None
+            else audio.read_audio(audio_file).astype(np.float32) / 32768.0
+        )
+        ids = prompt_tokenizer(sides[0]).prompt_ids("asr")
         runs = [run_torch if torch and _mayrun_torch(side) else run_jax for side in sides]
-        logits = [run(_opened(side, llm), samples, ids) for run, side in zip(runs, sides, strict=True)]
+        logits = [
+            run(_opened(side, llm), samples, ids) for run, side in zip(runs, sides, strict=True)
+        ]
         result["max_abs_logit_difference"] = float(np.abs(logits[0] - logits[1]).max())
         result["max_abs_logit"] = float(np.abs(logits[0]).max())
         result["logits_by"] = ["torch" if run is run_torch else "jax" for run in runs]
@@ -76,9 +85,12 @@ def synthetic_signal(seconds: float = 7.0) -> np.ndarray:
     """Tones that swell and fade over noise: float32 samples in [-1, 1], always the same."""
     t = np.arange(round(seconds * audio.SAMPLE_RATE)) / audio.SAMPLE_RATE
     tones = sum(
-        np.sin(2 * np.pi * (f * t + 20 * np.sin(t))) * (1 + np.sin(2 * np.pi * r * t)) for f, r in ((220, 3), (700, 5), (2500, 2))
+        np.sin(2 * np.pi * (f * t + 20 * np.sin(t))) * (1 + np.sin(2 * np.pi * r * t))
+        for f, r in ((220, 3), (700, 5), (2500, 2))
     )
-    return (0.04 * tones + 0.003 * np.random.default_rng(0).standard_normal(len(t))).astype(np.float32)
+    return (0.04 * tones + 0.003 * np.random.default_rng(0).standard_normal(len(t))).astype(
+        np.float32
+    )
 
 
 def _named(side: stored.Stored) -> dict[str, Tensor]:
@@ -101,7 +113,10 @@ def _named(side: stored.Stored) -> dict[str, Tensor]:
     }[side.kind]
     if side.model.llm.tied_embeddings and found.get("llm/lm_head", ("",))[0] == tied_copy:
         del found["llm/lm_head"]
-    return found | {name: Tensor(name, side.source.shape(name), np.dtype(np.float32), lambda: np.zeros(())) for name in unknown}
+    return found | {
+        name: Tensor(name, side.source.shape(name), np.dtype(np.float32), lambda: np.zeros(()))
+        for name in unknown
+    }
 
 
 def _lazy(name: str, leaf, layer: int | None) -> Tensor:
@@ -131,17 +146,25 @@ def _opened(side: stored.Stored, llm: str | None) -> stored.Stored:
 
 def materialize(side: stored.Stored) -> dict:
     """The parameter tree on the default device, in the types it is stored in."""
-    leaves = {path: leaf.read() if isinstance(leaf, engine.StoredLeaf) else leaf for path, leaf in side.leaves.items()}
+    leaves = {
+        path: leaf.read() if isinstance(leaf, engine.StoredLeaf) else leaf
+        for path, leaf in side.leaves.items()
+    }
     return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
-def prompt_encoder(side: stored.Stored) -> prompts.PromptEncoder:
-    return prompts.PromptEncoder(prompts.load_tokenizer(side.tokenizer, side.model.llm.vocab_size))
+def prompt_tokenizer(side: stored.Stored) -> prompts.PromptTokenizer:
+    return prompts.PromptTokenizer(
+        prompts.load_tokenizer(side.tokenizer, side.model.llm.vocab_size)
+    )
 
 
 def _in_float32(model: FastSLM) -> FastSLM:
     parts = {"encoder": {"remat": "none"}, "hfq_former": {}, "llm": {"remat": "none"}}
-    clones = {name: getattr(model, name).clone(dtype=jnp.float32, **options) for name, options in parts.items()}
+    clones = {
+        name: getattr(model, name).clone(dtype=jnp.float32, **options)
+        for name, options in parts.items()
+    }
     return dataclasses.replace(model, window_batch=0, **clones)
 
 
@@ -153,11 +176,15 @@ def _embed(model: FastSLM, params: dict, tokens, slots, windows, frames) -> jax.
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(model: FastSLM, params: dict, embeddings: jax.Array) -> jax.Array:
-    hidden, _ = model.llm.apply({"params": params["llm"]}, embeddings, jnp.arange(embeddings.shape[1])[None])
+    hidden, _ = model.llm.apply(
+        {"params": params["llm"]}, embeddings, jnp.arange(embeddings.shape[1])[None]
+    )
     return model.logits(params, hidden)
 
 
-def _prompt_embeddings(model: FastSLM, params: dict, audio_id: int, samples: np.ndarray, ids: Sequence[int]) -> jax.Array:
+def _prompt_embeddings(
+    model: FastSLM, params: dict, audio_id: int, samples: np.ndarray, ids: Sequence[int]
+) -> jax.Array:
     at = list(ids).index(audio_id)
     windows, frames = model.window.cut(samples)
     num_speech = len(windows) * model.tokens_per_window
@@ -169,14 +196,18 @@ def _prompt_embeddings(model: FastSLM, params: dict, audio_id: int, samples: np.
 
 def prompt_embeddings(side: stored.Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     """A prompt with its speech tokens in place, as the language model takes it: [1, tokens, d] float32."""
-    encoder = prompt_encoder(side)
-    return np.array(_prompt_embeddings(_in_float32(side.model), materialize(side), encoder.audio_id, samples, ids))
+    encoder = prompt_tokenizer(side)
+    return np.array(
+        _prompt_embeddings(
+            _in_float32(side.model), materialize(side), encoder.audio_id, samples, ids
+        )
+    )
 
 
 def run_jax(side: stored.Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     """Logits [tokens, vocabulary] of a prompt, computed in float32."""
     model, params = _in_float32(side.model), materialize(side)
-    embeddings = _prompt_embeddings(model, params, prompt_encoder(side).audio_id, samples, ids)
+    embeddings = _prompt_embeddings(model, params, prompt_tokenizer(side).audio_id, samples, ids)
     return np.asarray(_logits(model, params, embeddings)[0])
 
 

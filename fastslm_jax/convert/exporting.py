@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from fastslm_jax import audio
-from fastslm_jax.convert import engine, importing, layouts, stored
-from fastslm_jax.convert.tensors import (
+from fastslm_jax.convert import importing, stored
+from fastslm_jax.data import prompts
+from fastslm_jax.errors import UserError
+from fastslm_jax.weights import engine, layouts
+from fastslm_jax.weights.tensors import (
     ConversionError,
     SafetensorsSource,
     Tensor,
@@ -18,8 +21,6 @@ from fastslm_jax.convert.tensors import (
     write_safetensors,
     write_sharded,
 )
-from fastslm_jax.data import prompts
-from fastslm_jax.errors import UserError
 
 LAYOUTS = ("released", "peft", "hf")
 MODELING = pathlib.Path(__file__).with_name("modeling_fastslm.py")
@@ -44,7 +45,9 @@ def export(
         raise UserError(f"--pt: is for --layout=released; {layout} is read from safetensors")
     given = stored.open_workdir(workdir, step)
     if layout != "hf" and not given.has_lora:
-        raise UserError(f"{workdir}: has no LoRA (config.model.lora.rank is 0), {layout} needs it; use --layout=hf")
+        raise UserError(
+            f"{workdir}: has no LoRA (config.model.lora.rank is 0), {layout} needs it; use --layout=hf"
+        )
     write = {"released": write_released, "peft": write_peft, "hf": write_hf}[layout]
     with finished_folder(out) as folder:
         tensors = write(folder, given.merged() if merge_lora else given)
@@ -98,7 +101,9 @@ def write_released(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
         "audio_padding": options.audio_padding,
     }
     stored.save_json(folder / "config.json", config)
-    prompts.load_tokenizer(given.tokenizer, given.model.llm.vocab_size).save_pretrained(folder / "tokenizer")
+    prompts.load_tokenizer(given.tokenizer, given.model.llm.vocab_size).save_pretrained(
+        folder / "tokenizer"
+    )
     return tensors
 
 
@@ -107,7 +112,9 @@ def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
     try:
         import torch
     except ImportError:
-        raise ConversionError("--pt needs PyTorch; pip install torch, or use the safetensors file") from None
+        raise ConversionError(
+            "--pt needs PyTorch; pip install torch, or use the safetensors file"
+        ) from None
     source = SafetensorsSource(weights)
 
     def tensor(key):
@@ -126,7 +133,11 @@ def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
 
 def write_peft(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
     """An adapter for the language model. It holds the LoRA only: the HFQ-Former is no part of Qwen3."""
-    lora = {path.removeprefix("llm/"): leaf for path, leaf in given.leaves.items() if path.endswith(("/lora_a", "/lora_b"))}
+    lora = {
+        path.removeprefix("llm/"): leaf
+        for path, leaf in given.leaves.items()
+        if path.endswith(("/lora_a", "/lora_b"))
+    }
     tensors = engine.tensors(lora, layouts.peft_lora())
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     options = given.config.model.lora
@@ -152,17 +163,28 @@ def write_peft(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
 def write_hf(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
     """A folder that needs PyTorch and transformers, and nothing of this package."""
     options = given.config.model
-    tensors = engine.tensors(given.leaves, layouts.hf_fastslm(len(options.stage_tokens), options.detail_recovery_layers))
+    tensors = engine.tensors(
+        given.leaves, layouts.hf_fastslm(len(options.stage_tokens), options.detail_recovery_layers)
+    )
     files = write_sharded(folder, tensors)
     text_config = {
-        name: value for name, value in given.llm_config.items() if name not in ("torch_dtype", "dtype", "_name_or_path")
+        name: value
+        for name, value in given.llm_config.items()
+        if name not in ("torch_dtype", "dtype", "_name_or_path")
     }
     config = {
         "model_type": "fastslm",
         "architectures": ["FastSLM"],
-        "auto_map": {"AutoConfig": "modeling_fastslm.FastSLMConfig", "AutoModel": "modeling_fastslm.FastSLM"},
+        "auto_map": {
+            "AutoConfig": "modeling_fastslm.FastSLMConfig",
+            "AutoModel": "modeling_fastslm.FastSLM",
+        },
         "dtype": options.dtype,
-        "audio_config": {name: value for name, value in importing.whisper_config(given).items() if name != "architectures"},
+        "audio_config": {
+            name: value
+            for name, value in importing.whisper_config(given).items()
+            if name != "architectures"
+        },
         "text_config": text_config,
         "stage_tokens": list(options.stage_tokens),
         "compression_size": options.compression_size,
@@ -201,7 +223,11 @@ def write_hf(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
 
 def model_card(given: stored.Stored, files: int) -> str:
     model, options = given.model, given.config.model
-    named = [name for name in (given.config.base.whisper, given.config.base.llm) if not os.path.isdir(name)]
+    named = [
+        name
+        for name in (given.config.base.whisper, given.config.base.llm)
+        if not os.path.isdir(name)
+    ]
     bases = "".join(f"- {name}\n" for name in named)
     lora = (
         f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is separate and is off for prompts without audio, "

@@ -13,7 +13,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, WhisperConfig
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    WhisperConfig,
+)
 from transformers.audio_utils import mel_filter_bank
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -43,8 +49,16 @@ class FastSLMConfig(PretrainedConfig):
         self, audio_config=None, text_config=None, stage_tokens=(80, 80, 80), compression_size=50, detail_recovery_layers=2,
         head_dim=64, lora_rank=0, lora_alpha=64.0, audio_padding="released", **kwargs,
     ):  # fmt: skip
-        self.audio_config = audio_config if isinstance(audio_config, WhisperConfig) else WhisperConfig(**(audio_config or {}))
-        self.text_config = text_config if isinstance(text_config, Qwen3Config) else Qwen3Config(**(text_config or {}))
+        self.audio_config = (
+            audio_config
+            if isinstance(audio_config, WhisperConfig)
+            else WhisperConfig(**(audio_config or {}))
+        )
+        self.text_config = (
+            text_config
+            if isinstance(text_config, Qwen3Config)
+            else Qwen3Config(**(text_config or {}))
+        )
         self.stage_tokens, self.compression_size = tuple(stage_tokens), compression_size
         self.detail_recovery_layers, self.head_dim = detail_recovery_layers, head_dim
         self.lora_rank, self.lora_alpha, self.audio_padding = lora_rank, lora_alpha, audio_padding
@@ -54,7 +68,9 @@ class FastSLMConfig(PretrainedConfig):
 
 def attend(query, key, value, num_heads):
     """Multi-head attention on [b, t, d], [b, s, d], [b, s, d] → [b, t, d]."""
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (
+        x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
@@ -68,7 +84,9 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
 
     def forward(self, x, context):
-        return self.out(attend(self.query(x), self.key(context), self.value(context), self.num_heads))
+        return self.out(
+            attend(self.query(x), self.key(context), self.value(context), self.num_heads)
+        )
 
 
 class Compressor(nn.Module):
@@ -86,7 +104,11 @@ class Compressor(nn.Module):
     def forward(self, x):
         query = self.query_norm(self.query) + self.query_positions
         value = self.context_norm(x)
-        return self.out(attend(query.expand(len(x), -1, -1), value + self.context_positions, value, self.num_heads))
+        return self.out(
+            attend(
+                query.expand(len(x), -1, -1), value + self.context_positions, value, self.num_heads
+            )
+        )
 
 
 class Downsampler(nn.Module):
@@ -109,7 +131,10 @@ class DetailRecovery(nn.Module):
     def __init__(self, width, num_heads):
         super().__init__()
         self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attention, self.cross_attention = Attention(width, num_heads), Attention(width, num_heads)
+        self.self_attention, self.cross_attention = (
+            Attention(width, num_heads),
+            Attention(width, num_heads),
+        )
 
     def forward(self, x, features):
         hidden = self.self_norm(x)
@@ -128,9 +153,15 @@ class HFQFormer(nn.Module):
         while len(lengths) < len(stages):
             lengths.append((lengths[-1] + 1) // 2)
         self.downsamplers = nn.ModuleList(Downsampler(width) for _ in stages[1:])
-        self.compressors = nn.ModuleList(Compressor(n, t, width, num_heads) for n, t in zip(stages, lengths, strict=True))
-        self.semantic_distillation = Compressor(config.compression_size, sum(stages), width, num_heads)
-        self.detail_recovery = nn.ModuleList(DetailRecovery(width, num_heads) for _ in range(config.detail_recovery_layers))
+        self.compressors = nn.ModuleList(
+            Compressor(n, t, width, num_heads) for n, t in zip(stages, lengths, strict=True)
+        )
+        self.semantic_distillation = Compressor(
+            config.compression_size, sum(stages), width, num_heads
+        )
+        self.detail_recovery = nn.ModuleList(
+            DetailRecovery(width, num_heads) for _ in range(config.detail_recovery_layers)
+        )
         self.projection = nn.Linear(width, config.text_config.hidden_size)
 
     def forward(self, features):
@@ -149,7 +180,10 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base, rank, scale):
         super().__init__(base.in_features, base.out_features, bias=False)
-        self.lora_A, self.lora_B = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A, self.lora_B = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
         self.scale, self.enabled = scale, True
 
     def forward(self, x):
@@ -173,7 +207,11 @@ class FastSLM(PreTrainedModel):
                     for name in LORA_TARGETS:
                         if hasattr(block, name):
                             scale = config.lora_alpha / config.lora_rank
-                            setattr(block, name, LoRALinear(getattr(block, name), config.lora_rank, scale))
+                            setattr(
+                                block,
+                                name,
+                                LoRALinear(getattr(block, name), config.lora_rank, scale),
+                            )
         self._tokenizer = None
         self.post_init()
 
@@ -185,10 +223,26 @@ class FastSLM(PreTrainedModel):
     def log_mel(self, waveform):
         """Samples [n] at 16 kHz → log-mel [bands, frames] of the whole recording; its maximum is the recording's."""
         num_mels = self.config.audio_config.num_mel_bins
-        filters = mel_filter_bank(N_FFT // 2 + 1, num_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        filters = mel_filter_bank(
+            N_FFT // 2 + 1,
+            num_mels,
+            0.0,
+            SAMPLE_RATE / 2,
+            SAMPLE_RATE,
+            norm="slaney",
+            mel_scale="slaney",
+        )
         filters = torch.from_numpy(filters).to(waveform.device, torch.float32)
         window = torch.hann_window(N_FFT, device=waveform.device)
-        spectrum = torch.stft(waveform, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+        spectrum = torch.stft(
+            waveform,
+            N_FFT,
+            HOP,
+            window=window,
+            center=True,
+            pad_mode="reflect",
+            return_complex=True,
+        )
         mel = (filters.T @ spectrum[:, :-1].abs().square()).clamp(min=1e-10).log10()
         return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
 
@@ -197,11 +251,15 @@ class FastSLM(PreTrainedModel):
         frames = 2 * self.config.audio_config.max_source_positions
         waveform = torch.as_tensor(waveform, dtype=torch.float32, device=self.device)
         if waveform.dim() != 1:
-            raise ValueError(f"the waveform has shape {tuple(waveform.shape)}; one channel of samples at 16 kHz is needed")
+            raise ValueError(
+                f"the waveform has shape {tuple(waveform.shape)}; one channel of samples at 16 kHz is needed"
+            )
         waveform = F.pad(waveform, (0, max(0, SAMPLE_RATE - len(waveform))))  # one second at least
         count = math.ceil(len(waveform) // HOP / frames)
         if self.config.audio_padding == "whisper":
-            mel = self.log_mel(F.pad(waveform, (0, max(0, count * frames * HOP - len(waveform)))))[:, : count * frames]
+            mel = self.log_mel(F.pad(waveform, (0, max(0, count * frames * HOP - len(waveform)))))[
+                :, : count * frames
+            ]
         else:
             mel = self.log_mel(waveform)
             mel = F.pad(mel, (0, count * frames - mel.shape[1]))
@@ -211,14 +269,18 @@ class FastSLM(PreTrainedModel):
     def speech_tokens(self, waveform, batch_size=8):
         """Samples [n] → speech tokens [windows · compression_size, llm width]."""
         parts = self.windows(waveform).to(self.dtype).split(batch_size)
-        return torch.cat([self.hfq_former(self.encoder(part).last_hidden_state).flatten(0, 1) for part in parts])
+        return torch.cat(
+            [self.hfq_former(self.encoder(part).last_hidden_state).flatten(0, 1) for part in parts]
+        )
 
     # ---------------------------------------------------------------------------------------------------- prompt and text
 
     @property
     def tokenizer(self):
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config.text_config)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self.config._name_or_path, config=self.config.text_config
+            )
         return self._tokenizer
 
     def prompt_ids(self, task="asr", instruction=None):
@@ -229,7 +291,9 @@ class FastSLM(PreTrainedModel):
             content = f"{token}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction or words}"
         turns = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
+        return torch.tensor(
+            self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device
+        )
 
     def embed(self, input_ids, speech=None):
         """Ids [t] → embeddings [1, t', d]; speech tokens take the place of <|AUDIO|>."""
@@ -238,7 +302,9 @@ class FastSLM(PreTrainedModel):
             at = (input_ids == self.tokenizer.convert_tokens_to_ids(AUDIO)).nonzero()
             if len(at) != 1:
                 raise ValueError(f"the prompt holds {AUDIO} {len(at)} times; it is needed once")
-            embeddings = torch.cat([embeddings[: at[0, 0]], speech.to(embeddings.dtype), embeddings[at[0, 0] + 1 :]])
+            embeddings = torch.cat(
+                [embeddings[: at[0, 0]], speech.to(embeddings.dtype), embeddings[at[0, 0] + 1 :]]
+            )
         return embeddings[None]
 
     def use_lora(self, enabled):
@@ -257,13 +323,21 @@ class FastSLM(PreTrainedModel):
     def generate_ids(self, input_ids, waveform=None, **generation):
         """New ids [n] after a prompt; keywords are those of `generate`. by default greedy, and the limit grows with the audio."""
         self.use_lora(waveform is not None)
-        embeddings = self.embed(input_ids, None if waveform is None else self.speech_tokens(waveform))
+        embeddings = self.embed(
+            input_ids, None if waveform is None else self.speech_tokens(waveform)
+        )
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
         ids = self.tokenizer
         seconds = 0 if waveform is None else len(waveform) / SAMPLE_RATE
-        defaults = {"do_sample": False, "max_new_tokens": max(512, 64 + int(6 * seconds)), "pad_token_id": ids.pad_token_id}
+        defaults = {
+            "do_sample": False,
+            "max_new_tokens": max(512, 64 + int(6 * seconds)),
+            "pad_token_id": ids.pad_token_id,
+        }
         defaults["eos_token_id"] = ids.convert_tokens_to_ids("<|im_end|>")
-        return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, **(defaults | generation))[0]
+        return self.llm.generate(
+            inputs_embeds=embeddings, attention_mask=mask, **(defaults | generation)
+        )[0]
 
     def transcribe(self, waveform, task="asr", instruction=None, **generation):
         """Samples [n] at 16 kHz → text."""

@@ -36,9 +36,13 @@ class LongForm:
         if self.grouping not in GROUPINGS:
             raise UserError(f"grouping {self.grouping!r} is not one of {', '.join(GROUPINGS)}")
         if self.distribution not in DISTRIBUTIONS:
-            raise UserError(f"distribution {self.distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+            raise UserError(
+                f"distribution {self.distribution!r} is not one of {', '.join(DISTRIBUTIONS)}"
+            )
         if not 0 < self.min_seconds <= self.max_seconds:
-            raise UserError(f"long-form lengths {self.min_seconds} … {self.max_seconds} s are not a range")
+            raise UserError(
+                f"long-form lengths {self.min_seconds} … {self.max_seconds} s are not a range"
+            )
         if len(self.gap_seconds) != 2 or not 0 <= self.gap_seconds[0] <= self.gap_seconds[1]:
             raise UserError(f"gaps of {self.gap_seconds} s are not a range")
 
@@ -66,15 +70,23 @@ def single_examples(source: int, num_clips: int, rng: np.random.Generator) -> li
     return [Example(source, (clip,)) for clip in rng.permutation(num_clips).tolist()]
 
 
-def _order(index: Sequence[Utterance], plan: LongForm, rng: np.random.Generator, vectors) -> list[list[int]]:
+def _order(
+    index: Sequence[Utterance], plan: LongForm, rng: np.random.Generator, vectors
+) -> list[list[int]]:
     """Runs of clips that may be joined, in the order in which they are."""
     if plan.grouping == "random":
         return [rng.permutation(len(index)).tolist()]
     if plan.grouping == "semantic":
-        return [semantic.order(semantic.vectors([u.text for u in index]) if vectors is None else vectors, rng)]
+        return [
+            semantic.order(
+                semantic.vectors([u.text for u in index]) if vectors is None else vectors, rng
+            )
+        ]
     groups: dict[str, list[int]] = {}
     for clip, utterance in enumerate(index):
-        groups.setdefault(utterance.speaker if plan.grouping == "speaker" else utterance.recording, []).append(clip)
+        groups.setdefault(
+            utterance.speaker if plan.grouping == "speaker" else utterance.recording, []
+        ).append(clip)
     runs = [groups[name] for name in sorted(groups)]
     if plan.grouping == "speaker":
         runs = [rng.permutation(run).tolist() for run in runs]
@@ -105,18 +117,27 @@ def joined_examples(
     for run in _order(index, plan, rng, vectors):
         clips, gaps, length, samples, count, target = [], [], 0.0, 0, 0, plan.draw(rng)
         for clip in run:
-            gap, more = rng.uniform(*plan.gap_seconds) if clips else 0.0, 0 if tokens is None else tokens[clip]
+            gap, more = (
+                rng.uniform(*plan.gap_seconds) if clips else 0.0,
+                0 if tokens is None else tokens[clip],
+            )
             clip_seconds, clip_samples = index[clip].seconds, index[clip].num_samples
             if clips and (
                 length + gap + clip_seconds > target
-                or not takes(clips[0], samples + round(gap * SAMPLE_RATE) + clip_samples, count + more)
+                or not takes(
+                    clips[0], samples + round(gap * SAMPLE_RATE) + clip_samples, count + more
+                )
             ):
                 examples.append(Example(source, tuple(clips), tuple(gaps)))
                 clips, gaps, length, samples, count, gap = [], [], 0.0, 0, 0, 0.0
                 target = plan.draw(rng)
             clips.append(clip)
             gaps.append(round(gap * SAMPLE_RATE))
-            length, samples, count = length + gap + clip_seconds, samples + gaps[-1] + clip_samples, count + more
+            length, samples, count = (
+                length + gap + clip_seconds,
+                samples + gaps[-1] + clip_samples,
+                count + more,
+            )
         if clips:
             examples.append(Example(source, tuple(clips), tuple(gaps)))
     return examples

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastslm_jax import audio
 from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.data import store
+from fastslm_jax.data.ingest import store
 from fastslm_jax.data.prompts import TASKS
 from fastslm_jax.errors import UserError
 
@@ -79,7 +79,10 @@ def _seconds(value, name: str, where: str) -> float:
 
 def _segments(values, where: str) -> tuple[Segment, ...]:
     try:
-        segments = tuple(Segment(float(value["start"]), float(value["end"]), str(value["text"])) for value in values or ())
+        segments = tuple(
+            Segment(float(value["start"]), float(value["end"]), str(value["text"]))
+            for value in values or ()
+        )
     except (TypeError, ValueError, KeyError):
         raise ManifestError(where, "segments is not a list of {start, end, text}") from None
     times = [time for segment in segments for time in (segment.start, segment.end)]
@@ -101,7 +104,9 @@ def parse_json(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise ManifestError(where, f"not JSON ({error.msg})", "broken_json") from None
     except (UnicodeEncodeError, RecursionError) as error:
-        raise ManifestError(where, f"not JSON that can be written again ({type(error).__name__})", "broken_json") from None
+        raise ManifestError(
+            where, f"not JSON that can be written again ({type(error).__name__})", "broken_json"
+        ) from None
     if not isinstance(fields, dict):
         raise ManifestError(where, "not a JSON object", "broken_json")
     return fields
@@ -117,15 +122,24 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
     if missing:
         raise ManifestError(where, f"no {missing[0]!r}; a line has at least {', '.join(_REQUIRED)}")
     for key in ("audio_filepath", "text", "answer", "prompt", "lang"):
-        if not isinstance(fields.get(key, ""), str) and not (key == "prompt" and fields[key] is None):
+        if not isinstance(fields.get(key, ""), str) and not (
+            key == "prompt" and fields[key] is None
+        ):
             raise ManifestError(where, f"{key} {fields[key]!r} is not text")
     path = (root / fields["audio_filepath"]).resolve()
     if not path.is_relative_to(root):
-        raise ManifestError(where, f"{fields['audio_filepath']} lies outside the manifest's folder {root}", "outside_root")
+        raise ManifestError(
+            where,
+            f"{fields['audio_filepath']} lies outside the manifest's folder {root}",
+            "outside_root",
+        )
     task, answer = fields.get("task", "asr"), fields.get("answer", fields["text"])
     if task not in TASKS:
         raise ManifestError(where, f"task {task!r} is not one of {', '.join(TASKS)}")
-    seconds, offset = _seconds(fields["duration"], "duration", where), _seconds(fields.get("offset") or 0.0, "offset", where)
+    seconds, offset = (
+        _seconds(fields["duration"], "duration", where),
+        _seconds(fields.get("offset") or 0.0, "offset", where),
+    )
     if not (0 < seconds < math.inf and 0 <= offset < math.inf):
         raise ManifestError(where, f"duration {seconds} or offset {offset} is not possible")
     if not answer.strip():
@@ -149,7 +163,9 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
 def _read_lines(path: pathlib.Path) -> list[Utterance]:
     root = path.parent.resolve()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # and at nothing else: JSON text may hold other line separators
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # and at nothing else: JSON text may hold other line separators
     except UnicodeDecodeError as error:
         raise ManifestError(path, f"not UTF-8 ({error.reason} at byte {error.start})") from None
     utterances = []
@@ -199,7 +215,9 @@ def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Ut
     utterances = _read_folder(path) if path.is_dir() else _read_lines(path)
     utterances = [utterance for utterance in utterances if not tasks or utterance.task in tasks]
     if not utterances:
-        raise ManifestError(path, "no utterances" + (f" of task {', '.join(tasks)}" if tasks else ""))
+        raise ManifestError(
+            path, "no utterances" + (f" of task {', '.join(tasks)}" if tasks else "")
+        )
     for file in {utterance.path for utterance in utterances}:
         if not os.path.isfile(file):
             raise ManifestError(path, f"audio file {file} is missing")
@@ -219,11 +237,15 @@ def read_clip(utterance: Utterance) -> np.ndarray:
     """
     start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
     if utterance.record >= 0:
-        clip = store.read_record(utterance.path, utterance.record)[1][start : start + utterance.num_samples]
+        clip = store.read_record(utterance.path, utterance.record)[1][
+            start : start + utterance.num_samples
+        ]
     else:
         clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
     missing = utterance.num_samples - len(clip)
     if abs(missing) > SAMPLE_RATE // 100:
         held = len(clip) / SAMPLE_RATE
-        raise audio.AudioError(f"{utterance.path}: holds {held:.2f} s, its manifest says {utterance.seconds:.2f} s")
+        raise audio.AudioError(
+            f"{utterance.path}: holds {held:.2f} s, its manifest says {utterance.seconds:.2f} s"
+        )
     return np.pad(clip[: utterance.num_samples], (0, max(0, missing)))

@@ -38,10 +38,16 @@ class Size:
     labels: int
 
     def fits(self, shape: RowShape) -> bool:
-        return self.windows <= shape.windows and self.tokens <= shape.tokens and self.labels <= shape.labels
+        return (
+            self.windows <= shape.windows
+            and self.tokens <= shape.tokens
+            and self.labels <= shape.labels
+        )
 
 
-def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 64) -> list[list[int]]:
+def pack(
+    sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 64
+) -> list[list[int]]:
     """Best-fit packing in the given order: each example goes to the fullest open row that takes it. Rows are listed as they were
     opened; an example keeps to the neighbourhood in which it was drawn, since at most `open_rows` stay open.
 
@@ -54,7 +60,9 @@ def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 6
         PackingError: an example larger than a row.
     """
     if not isinstance(sizes, np.ndarray):
-        sizes = np.array([(size.windows, size.tokens, size.labels) for size in sizes], np.int64).reshape(-1, 3)
+        sizes = np.array(
+            [(size.windows, size.tokens, size.labels) for size in sizes], np.int64
+        ).reshape(-1, 3)
     total = (shape.windows, shape.tokens, shape.labels)
     too_large = np.flatnonzero((sizes > total).any(axis=1))
     if len(too_large):
@@ -66,7 +74,9 @@ def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 6
     rows: list[list[int]] = []
     # Open rows as (free windows, free tokens, place, free labels, row), the fullest first: the first that takes an example is the
     # one to choose, and those without enough windows are skipped by bisection. A place without a row has nothing free.
-    opened: list[tuple[int, int, int, int, list[int]]] = [(0, 0, place, 0, []) for place in range(open_rows)]
+    opened: list[tuple[int, int, int, int, list[int]]] = [
+        (0, 0, place, 0, []) for place in range(open_rows)
+    ]
     for number, (windows, tokens, labels) in enumerate(sizes.tolist()):
         at = bisect.bisect_left(opened, (windows, tokens))
         while at < open_rows and (opened[at][1] < tokens or opened[at][3] < labels):
@@ -81,7 +91,9 @@ def pack(sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 6
             free_windows, free_tokens, free_labels = total
             rows.append(row)
         row.append(number)
-        bisect.insort(opened, (free_windows - windows, free_tokens - tokens, place, free_labels - labels, row))
+        bisect.insort(
+            opened, (free_windows - windows, free_tokens - tokens, place, free_labels - labels, row)
+        )
     return rows
 
 
@@ -93,11 +105,16 @@ def suggest(sizes: np.ndarray, windows: int, spare: float = 0.05) -> RowShape:
     tokens, labels = (max(int(np.ceil(full[i] * (1 + spare))), int(largest[i])) for i in (1, 2))
     tokens = -(-tokens // 64) * 64
     # Labels vary more than tokens, of which most are speech; slots for them are only worth the logits' memory.
-    return RowShape(max(windows, int(largest[0])), tokens, min(tokens, -(-int(1.2 * labels) // 64) * 64))
+    return RowShape(
+        max(windows, int(largest[0])), tokens, min(tokens, -(-int(1.2 * labels) // 64) * 64)
+    )
 
 
 def assemble(
-    parts: Sequence[tuple[Encoded, np.ndarray]], shape: RowShape, spec: WindowSpec, tokens_per_window: int
+    parts: Sequence[tuple[Encoded, np.ndarray]],
+    shape: RowShape,
+    spec: WindowSpec,
+    tokens_per_window: int,
 ) -> dict[str, np.ndarray]:
     """Builds a row from its examples' ids and int16 samples (no samples for an example without audio).
 
@@ -114,7 +131,10 @@ def assemble(
         "loss_mask": np.zeros(shape.tokens, np.float32),
         "lora_gate": np.zeros(shape.tokens, np.float32),
     }
-    row |= {name: np.zeros(shape.tokens, np.int32) for name in ("tokens", "labels", "segment_ids", "position_ids")}
+    row |= {
+        name: np.zeros(shape.tokens, np.int32)
+        for name in ("tokens", "labels", "segment_ids", "position_ids")
+    }
     window, at = 0, 0
     for segment, (encoded, samples) in enumerate(parts, start=1):
         length = len(encoded.tokens)
@@ -127,9 +147,15 @@ def assemble(
         if encoded.num_speech:
             windows, frames = spec.cut(samples)
             slots = slice(window, window + len(windows))
-            row["audio"][slots], row["window_frames"][slots], row["window_recording"][slots] = windows, frames, segment
+            row["audio"][slots], row["window_frames"][slots], row["window_recording"][slots] = (
+                windows,
+                frames,
+                segment,
+            )
             start = at + encoded.speech_start
-            row["speech_slot"][start : start + encoded.num_speech] = window * tokens_per_window + np.arange(encoded.num_speech)
+            row["speech_slot"][start : start + encoded.num_speech] = (
+                window * tokens_per_window + np.arange(encoded.num_speech)
+            )
             row["lora_gate"][part] = 1.0
             window += len(windows)
         at += length

@@ -10,7 +10,17 @@ import numpy as np
 from fastslm_jax.errors import UserError
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
-ADDED_TOKENS = (AUDIO, AUDIO_BOS, AUDIO_EOS, "<|EN|>", "<|KO|>", "<|ASR|>", "<|AST|>", "<|SSUM|>", "<|SQQA|>")
+ADDED_TOKENS = (
+    AUDIO,
+    AUDIO_BOS,
+    AUDIO_EOS,
+    "<|EN|>",
+    "<|KO|>",
+    "<|ASR|>",
+    "<|AST|>",
+    "<|SSUM|>",
+    "<|SQQA|>",
+)
 TASKS = {"asr": "<|ASR|>", "ast": "<|AST|>", "ssum": "<|SSUM|>", "sqqa": "<|SQQA|>"}
 INSTRUCTIONS = {
     "asr": "Transcribe the audio clip into text.",
@@ -36,11 +46,15 @@ def load_tokenizer(folder: str | os.PathLike, vocab_rows: int | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise PromptError(f"{folder}: no tokenizer to be read there ({str(error).splitlines()[0]})") from None
+        raise PromptError(
+            f"{folder}: no tokenizer to be read there ({str(error).splitlines()[0]})"
+        ) from None
     tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
     if vocab_rows is not None and max(ids) >= vocab_rows:
-        raise PromptError(f"{folder}: the added tokens reach id {max(ids)}, the model has {vocab_rows} embedding rows")
+        raise PromptError(
+            f"{folder}: the added tokens reach id {max(ids)}, the model has {vocab_rows} embedding rows"
+        )
     if tokenizer.chat_template is None:
         raise PromptError(f"{folder}: the tokenizer has no chat template")
     return tokenizer
@@ -61,7 +75,7 @@ class Encoded:
     num_speech: int
 
 
-class PromptEncoder:
+class PromptTokenizer:
     """Turns examples into ids. Prompts are few, so their ids are kept. Can be pickled, for worker processes."""
 
     def __init__(self, tokenizer):
@@ -100,8 +114,14 @@ class PromptEncoder:
         """Ids of an answer and its end. The parts of a joined answer are encoded one by one, each after a space, so that their
         counts add up whatever the tokenizer does at the seams (Qwen's and other byte-level ones give the ids of the whole text).
         """
-        parts = [answer] if isinstance(answer, str) else [answer[0], *(f" {part}" for part in answer[1:])]
-        return [id for ids in self.tokenizer(parts, add_special_tokens=False)["input_ids"] for id in ids] + [self.end_id]
+        parts = (
+            [answer]
+            if isinstance(answer, str)
+            else [answer[0], *(f" {part}" for part in answer[1:])]
+        )
+        return [
+            id for ids in self.tokenizer(parts, add_special_tokens=False)["input_ids"] for id in ids
+        ] + [self.end_id]
 
     def answer_length(self, answer: str) -> int:
         """Tokens of an answer without its end."""
@@ -119,13 +139,21 @@ class PromptEncoder:
         """Changes when the tokenizer counts otherwise."""
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
-    def encode(self, task: str | None, instruction: str | None, answer: str | Sequence[str] | None, num_speech: int) -> Encoded:
+    def encode(
+        self,
+        task: str | None,
+        instruction: str | None,
+        answer: str | Sequence[str] | None,
+        num_speech: int,
+    ) -> Encoded:
         """The prompt, and its answer (or the parts of a joined one) unless it is None."""
         prompt = np.asarray(self.prompt_ids(task, instruction), np.int32)
         speech_start = -1
         if task is not None:
             speech_start = int(np.flatnonzero(prompt == self.audio_id)[0])
-            prompt = np.concatenate([prompt[:speech_start], np.zeros(num_speech, np.int32), prompt[speech_start + 1 :]])
+            prompt = np.concatenate(
+                [prompt[:speech_start], np.zeros(num_speech, np.int32), prompt[speech_start + 1 :]]
+            )
         target = np.asarray([] if answer is None else self.answer_ids(answer), np.int32)
         return Encoded(
             tokens=np.concatenate([prompt, target]),

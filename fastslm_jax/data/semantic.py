@@ -26,13 +26,17 @@ def vectors(texts: Sequence[str]) -> scipy.sparse.csr_array:
             counts.append(count)
         ends.append(len(columns))
     shape = (len(texts), max(1, len(words)))
-    matrix = scipy.sparse.csr_array((np.array(counts, np.float32), np.array(columns, np.int64), np.array(ends)), shape)
+    matrix = scipy.sparse.csr_array(
+        (np.array(counts, np.float32), np.array(columns, np.int64), np.array(ends)), shape
+    )
     frequency = np.bincount(matrix.indices, minlength=shape[1])
     tells = (frequency >= 2) & (frequency <= max(2, _MAX_SHARE * len(texts)))
     weights = np.where(tells, np.log((1 + len(texts)) / (1 + frequency)), 0.0).astype(np.float32)
     matrix = matrix @ scipy.sparse.diags_array(weights)
     norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)))
-    matrix = (scipy.sparse.diags_array((1 / np.where(norms > 0, norms, 1)).astype(np.float32)) @ matrix).tocsr()
+    matrix = (
+        scipy.sparse.diags_array((1 / np.where(norms > 0, norms, 1)).astype(np.float32)) @ matrix
+    ).tocsr()
     matrix.eliminate_zeros()
     return matrix
 

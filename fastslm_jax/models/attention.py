@@ -26,11 +26,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.models import xla_attention
+from fastslm_jax.models import blockwise_attention
 
 NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn")
 BLOCKS = (512, 384, 256, 128)  # of splash attention: the largest that divides the padded length
-CHOICES: collections.Counter[str] = collections.Counter()  # "kernel, shapes[, reason]" → times traced
+CHOICES: collections.Counter[str] = (
+    collections.Counter()
+)  # "kernel, shapes[, reason]" → times traced
 
 
 @flax.struct.dataclass
@@ -45,7 +47,7 @@ class KernelError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Attend:
+class AttentionKernel:
     """Scaled dot-product attention, called as attend(query, key, value, mask).
 
     kernel: one of NAMES but "auto" (see `choose`).
@@ -57,7 +59,9 @@ class Attend:
     fall_back: bool = False
     mesh: Mesh | None = None
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None = None) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None = None
+    ) -> jax.Array:
         """query [b, t, n, h], key and value [b, s, k, h] → [b, t, n, h].
 
         Raises:
@@ -73,9 +77,13 @@ class Attend:
             return self._splash(query, key, value, mask)
         within = None if mask is None else mask.segment_ids
         if kernel == "xla":
-            return xla_attention.attention(query, key, value, is_causal=mask is not None, segment_ids=within)
+            return blockwise_attention.attention(
+                query, key, value, is_causal=mask is not None, segment_ids=within
+            )
         same = None if within is None else (within[:, None, :, None] == within[:, None, None, :])
-        out = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn")
+        out = jax.nn.dot_product_attention(
+            query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn"
+        )
         return checkpoint_name(out, "attention")
 
     def _refusal(self, query: jax.Array, key: jax.Array) -> str:
@@ -111,12 +119,20 @@ class Attend:
         def ids(size, total):
             given = getattr(mask, "segment_ids", None)
             given = jnp.zeros((query.shape[0], size), jnp.int32) if given is None else given
-            return jnp.pad(given, ((0, 0), (0, total - size)), constant_values=-1)  # padding sees padding only
+            return jnp.pad(
+                given, ((0, 0), (0, total - size)), constant_values=-1
+            )  # padding sees padding only
 
         def local(query, key, value, q_ids, kv_ids):
             shape = (padded, kv_padded)
-            mask_of_head = splash.CausalMask(shape) if isinstance(mask, CausalSegments) else splash.FullMask(shape)
-            block_q, block_kv = (next(size for size in BLOCKS if total % size == 0) for total in shape)
+            mask_of_head = (
+                splash.CausalMask(shape)
+                if isinstance(mask, CausalSegments)
+                else splash.FullMask(shape)
+            )
+            block_q, block_kv = (
+                next(size for size in BLOCKS if total % size == 0) for total in shape
+            )
             kernel = splash.make_splash_mha(
                 splash.MultiHeadMask([mask_of_head] * query.shape[1]),
                 # One fused kernel for the backward pass: five matrix products instead of seven.
@@ -131,10 +147,18 @@ class Attend:
             return jax.vmap(kernel)(query, key, value, splash.SegmentIds(q_ids, kv_ids))
 
         scaled = query * jnp.asarray(query.shape[3] ** -0.5, query.dtype)
-        arrays = (pad(scaled, padded), pad(key, kv_padded), pad(value, kv_padded), ids(length, padded), ids(kv_length, kv_padded))
+        arrays = (
+            pad(scaled, padded),
+            pad(key, kv_padded),
+            pad(value, kv_padded),
+            ids(length, padded),
+            ids(kv_length, kv_padded),
+        )
         if self.mesh is not None:
             shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            rows = ("data", "fsdp") if query.shape[0] % shards == 0 else None  # a small batch of an evaluation runs everywhere
+            rows = (
+                ("data", "fsdp") if query.shape[0] % shards == 0 else None
+            )  # a small batch of an evaluation runs everywhere
             of_heads, of_ids = PartitionSpec(rows, "tensor"), PartitionSpec(rows)
             local = jax.shard_map(
                 local,
@@ -146,7 +170,7 @@ class Attend:
         return local(*arrays)[:, :, :length].swapaxes(1, 2)
 
 
-def choose(name: str, platform: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> Attend:
+def choose(name: str, platform: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> AttentionKernel:
     """config.model.attention → the kernel for a platform ("cpu", "tpu" or "gpu") and a type of computation.
 
     Raises:
@@ -158,8 +182,10 @@ def choose(name: str, platform: str, dtype: jnp.dtype, mesh: Mesh | None = None)
         is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
         on_tpu = "splash" if mesh is not None or jax.device_count() == 1 else "xla"
         kernel = {"tpu": on_tpu, "gpu": "cudnn" if is_half else "xla"}.get(platform, "xla")
-        return Attend(kernel, fall_back=True, mesh=mesh if kernel == "splash" else None)
+        return AttentionKernel(kernel, fall_back=True, mesh=mesh if kernel == "splash" else None)
     needs = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
     if needs != platform:
-        raise UserError(f"config.model.attention={name} runs on {needs}, here is {platform}; choose auto or xla")
-    return Attend(name, mesh=mesh if name.startswith("splash") else None)
+        raise UserError(
+            f"config.model.attention={name} runs on {needs}, here is {platform}; choose auto or xla"
+        )
+    return AttentionKernel(name, mesh=mesh if name.startswith("splash") else None)

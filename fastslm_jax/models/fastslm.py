@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fastslm_jax import audio
+from fastslm_jax.models import log_mel
 from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.query_init import temporal_query_init
 from fastslm_jax.models.qwen3 import Qwen3
-from fastslm_jax.models.time_start import time_start
 from fastslm_jax.models.whisper import WhisperEncoder
 
 
@@ -22,7 +23,7 @@ class FastSLM:
     window_batch: windows of a row that go through the encoder at a time, at most (0: all), which bounds its memory. Groups are
         equal: of 30 windows, a window_batch of 8 takes 6 at a time. The HFQ-Former goes in the same groups, and runs again in the
         backward pass, unless the decoder's remat is "none".
-    start: of the HFQ-Former: "normal" (the authors' small random queries) or "time" (see `time_start`).
+    query_init: "normal" (small random queries, as the authors) or "temporal" (see `query_init`).
     """
 
     encoder: WhisperEncoder
@@ -30,7 +31,7 @@ class FastSLM:
     llm: Qwen3
     window_batch: int = 0
     audio_padding: str = "released"
-    start: str = "normal"
+    query_init: str = "normal"
 
     @property
     def window(self) -> audio.WindowSpec:
@@ -50,16 +51,20 @@ class FastSLM:
         hfq_former = self.hfq_former.init(hfq_rng, features)["params"]
         return {
             "encoder": self.encoder.init(encoder_rng, mel)["params"],
-            "hfq_former": time_start(hfq_former, hfq_rng) if self.start == "time" else hfq_former,
+            "hfq_former": temporal_query_init(hfq_former, hfq_rng)
+            if self.query_init == "temporal"
+            else hfq_former,
             "llm": llm["params"],
         }
 
-    def speech_tokens(self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array) -> jax.Array:
+    def speech_tokens(
+        self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array
+    ) -> jax.Array:
         """Cut windows [rows, windows, samples] → speech tokens [rows, windows · tokens_per_window, llm width].
 
-        See `audio.log_mel` for the arguments. Windows are mapped over the second axis, so rows stay on their devices.
+        See `log_mel.log_mel` for the arguments. Windows are mapped over the second axis, so rows stay on their devices.
         """
-        mel = audio.log_mel(windows, valid_frames, recording, self.encoder.num_mels)
+        mel = log_mel.log_mel(windows, valid_frames, recording, self.encoder.num_mels)
         return self.speech_tokens_from_mel(params, mel)
 
     def speech_tokens_from_mel(self, params: dict, mel: jax.Array) -> jax.Array:
@@ -68,11 +73,15 @@ class FastSLM:
         group = largest_divisor(count, self.window_batch or count)
 
         def encode(windows):  # [rows, group, frames, mels] → [rows, group, t, d]
-            features = self.encoder.apply({"params": params["encoder"]}, windows.reshape(-1, *windows.shape[2:]))
+            features = self.encoder.apply(
+                {"params": params["encoder"]}, windows.reshape(-1, *windows.shape[2:])
+            )
             return features.reshape(rows, group, *features.shape[1:])
 
         def compress(features):  # [rows, group, t, d] → [rows, group · tokens, llm width]
-            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features.reshape(-1, *features.shape[2:]))
+            tokens = self.hfq_former.apply(
+                {"params": params["hfq_former"]}, features.reshape(-1, *features.shape[2:])
+            )
             return tokens.reshape(rows, -1, tokens.shape[-1])
 
         if group == count:
@@ -80,13 +89,17 @@ class FastSLM:
         # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
         features = jax.lax.map(encode, chunks)
-        if self.llm.remat == "none":  # nothing is computed again: activations of all windows are kept
+        if (
+            self.llm.remat == "none"
+        ):  # nothing is computed again: activations of all windows are kept
             features = jnp.moveaxis(features, 0, 1)
             return compress(features.reshape(rows, count, *features.shape[3:]))
         tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), features)
         return jnp.moveaxis(tokens, 0, 1).reshape(rows, count * self.tokens_per_window, -1)
 
-    def splice(self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None) -> jax.Array:
+    def splice(
+        self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None
+    ) -> jax.Array:
         """Token embeddings [rows, length, d], with speech[row, slot] wherever speech_slot ≥ 0.
 
         A gather inside the row: nothing crosses devices when rows are sharded.
@@ -95,11 +108,15 @@ class FastSLM:
         if speech is None:
             return embeddings
         gathered = jnp.take_along_axis(speech, jnp.maximum(speech_slot, 0)[:, :, None], axis=1)
-        return jnp.where(speech_slot[:, :, None] >= 0, gathered.astype(embeddings.dtype), embeddings)
+        return jnp.where(
+            speech_slot[:, :, None] >= 0, gathered.astype(embeddings.dtype), embeddings
+        )
 
     def hidden(self, params: dict, batch: dict, dropout_rng: jax.Array | None = None) -> jax.Array:
         """A batch of packed rows (see `data.packing`) → hidden states [rows, length, d]. LoRA dropout acts if it has a key."""
-        speech = self.speech_tokens(params, batch["audio"], batch["window_frames"], batch["window_recording"])
+        speech = self.speech_tokens(
+            params, batch["audio"], batch["window_frames"], batch["window_recording"]
+        )
         embeddings = self.splice(params, batch["tokens"], batch["speech_slot"], speech)
         llm = self.llm if dropout_rng is None else self.llm.clone(deterministic=False)
         hidden, _ = llm.apply(

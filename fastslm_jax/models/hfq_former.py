@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, sinusoid_init, split_heads
 from fastslm_jax.models.lora import Projection
 
@@ -23,7 +23,7 @@ class Compressor(nn.Module):
 
     num_queries: int
     num_heads: int
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -31,12 +31,18 @@ class Compressor(nn.Module):
         batch, context, width = x.shape
         query = self.param("query", nn.initializers.normal(0.02), (self.num_queries, width))
         query = LayerNorm(dtype=self.dtype, name="query_norm")(query)
-        query = query + self.param("query_positions", sinusoid_init, (self.num_queries, width)).astype(self.dtype)
+        query = query + self.param(
+            "query_positions", sinusoid_init, (self.num_queries, width)
+        ).astype(self.dtype)
         value = LayerNorm(dtype=self.dtype, name="context_norm")(x)
-        key = value + self.param("context_positions", sinusoid_init, (context, width)).astype(self.dtype)
+        key = value + self.param("context_positions", sinusoid_init, (context, width)).astype(
+            self.dtype
+        )
         query = jnp.broadcast_to(query, (batch, *query.shape))
         out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value)))
-        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out.reshape(query.shape))
+        return Projection(width, use_bias=True, dtype=self.dtype, name="out")(
+            out.reshape(query.shape)
+        )
 
 
 class Downsampler(nn.Module):
@@ -56,7 +62,7 @@ class DetailRecovery(nn.Module):
     """Tokens attend to each other, then to the features of every level (not normalised). No MLP."""
 
     num_heads: int
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -65,7 +71,9 @@ class DetailRecovery(nn.Module):
             LayerNorm(dtype=self.dtype, name="self_norm")(x)
         )
         hidden = LayerNorm(dtype=self.dtype, name="cross_norm")(x)
-        return x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="cross_attention")(hidden, features)
+        return x + Attention(self.num_heads, self.attend, dtype=self.dtype, name="cross_attention")(
+            hidden, features
+        )
 
 
 class HFQFormer(nn.Module):
@@ -79,14 +87,16 @@ class HFQFormer(nn.Module):
     compression_size: int = 50
     detail_recovery_layers: int = 2
     head_dim: int = 64
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[-1]
         if width % self.head_dim:
-            raise ValueError(f"the HFQ-Former has heads of {self.head_dim}, which do not divide the encoder width {width}")
+            raise ValueError(
+                f"the HFQ-Former has heads of {self.head_dim}, which do not divide the encoder width {width}"
+            )
         num_heads = width // self.head_dim
 
         levels = [features.astype(self.dtype)]
@@ -94,16 +104,34 @@ class HFQFormer(nn.Module):
             levels.append(Downsampler(dtype=self.dtype, name=f"downsampler_{level}")(levels[-1]))
             self.sow("intermediates", f"stage{level}_features", levels[-1])
         stages = []
-        for level, (num_queries, x) in enumerate(zip(self.stage_tokens, levels, strict=True), start=1):
-            stages.append(Compressor(num_queries, num_heads, self.attend, dtype=self.dtype, name=f"compressor_{level}")(x))
+        for level, (num_queries, x) in enumerate(
+            zip(self.stage_tokens, levels, strict=True), start=1
+        ):
+            stages.append(
+                Compressor(
+                    num_queries,
+                    num_heads,
+                    self.attend,
+                    dtype=self.dtype,
+                    name=f"compressor_{level}",
+                )(x)
+            )
             self.sow("intermediates", f"stage{level}_tokens", stages[-1])
 
-        tokens = Compressor(self.compression_size, num_heads, self.attend, dtype=self.dtype, name="semantic_distillation")(
-            jnp.concatenate(stages, axis=1)
-        )
+        tokens = Compressor(
+            self.compression_size,
+            num_heads,
+            self.attend,
+            dtype=self.dtype,
+            name="semantic_distillation",
+        )(jnp.concatenate(stages, axis=1))
         self.sow("intermediates", "semantic_tokens", tokens)
         all_levels = jnp.concatenate(levels, axis=1)
         for layer in range(self.detail_recovery_layers):
-            tokens = DetailRecovery(num_heads, self.attend, dtype=self.dtype, name=f"detail_recovery_{layer}")(tokens, all_levels)
+            tokens = DetailRecovery(
+                num_heads, self.attend, dtype=self.dtype, name=f"detail_recovery_{layer}"
+            )(tokens, all_levels)
             self.sow("intermediates", f"detail_recovery_{layer}_tokens", tokens)
-        return Projection(self.output_width, use_bias=True, dtype=self.dtype, name="projection")(tokens)
+        return Projection(self.output_width, use_bias=True, dtype=self.dtype, name="projection")(
+            tokens
+        )

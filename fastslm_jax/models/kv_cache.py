@@ -36,9 +36,13 @@ class KVCache(struct.PyTreeNode):
     is_spread: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def empty(cls, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype) -> "KVCache":
+    def empty(
+        cls, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype
+    ) -> "KVCache":
         if slots % block_size(slots):
-            raise ValueError(f"a cache of {slots} slots: must be a multiple of the {block_size(slots)} that are read at a time")
+            raise ValueError(
+                f"a cache of {slots} slots: must be a multiple of the {block_size(slots)} that are read at a time"
+            )
         shape, is_int8 = (layers, rows, heads, slots, head_dim), jnp.dtype(dtype) == jnp.int8
         scales = [jnp.zeros(shape[:-1], jnp.float32) if is_int8 else None for _ in range(2)]
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales, jnp.int32(0))
@@ -60,7 +64,9 @@ class KVCache(struct.PyTreeNode):
         start = position_ids[:, 0]
         keys, key_scales = self._write(self.keys, self.key_scales, key, start)
         values, value_scales = self._write(self.values, self.value_scales, value, start)
-        cache = self.replace(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
+        cache = self.replace(
+            keys=keys, values=values, key_scales=key_scales, value_scales=value_scales
+        )
         return cache._read(query, position_ids), cache.replace(layer=self.layer + 1)
 
     def _write(self, store, scales, new, start):
@@ -69,7 +75,9 @@ class KVCache(struct.PyTreeNode):
             return self._place(store, new.astype(store.dtype), start), None
         scale = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1) / 127
         rounded = jnp.round(new.astype(jnp.float32) / jnp.maximum(scale, 1e-30)[..., None])
-        return self._place(store, rounded.astype(jnp.int8), start), self._place(scales, scale, start)
+        return self._place(store, rounded.astype(jnp.int8), start), self._place(
+            scales, scale, start
+        )
 
     def _place(self, store, new, start):
         """new [r, k, t(, h)] into store [l, b, k, s(, h)], slot start [r] on."""
@@ -96,7 +104,9 @@ class KVCache(struct.PyTreeNode):
 
             def part(row, rows):
                 shape = (1, rows, array.shape[2], size, *tail)
-                return jax.lax.dynamic_slice(array, (self.layer, row, 0, first, *(0 for _ in tail)), shape)[0]
+                return jax.lax.dynamic_slice(
+                    array, (self.layer, row, 0, first, *(0 for _ in tail)), shape
+                )[0]
 
             if self.rows is None:
                 return part(0, array.shape[1])
@@ -118,12 +128,20 @@ class KVCache(struct.PyTreeNode):
 
         def scores_of(first):
             keys = self._block(self.keys, self.key_scales, first, size, query.dtype)
-            scores = jnp.einsum("rkqh,rksh->rkqs", query, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+            scores = (
+                jnp.einsum("rkqh,rksh->rkqs", query, keys, preferred_element_type=jnp.float32)
+                * head_dim**-0.5
+            )
             return jnp.where(first + jnp.arange(size) <= last, scores, LOWEST)
 
         def weighted(weights, first):
             values = self._block(self.values, self.value_scales, first, size, query.dtype)
-            return jnp.einsum("rkqs,rksh->rkqh", weights.astype(query.dtype), values, preferred_element_type=jnp.float32)
+            return jnp.einsum(
+                "rkqs,rksh->rkqh",
+                weights.astype(query.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
 
         if self.slots == size:
             out = weighted(jax.nn.softmax(scores_of(0), axis=-1), 0)
@@ -139,8 +157,16 @@ class KVCache(struct.PyTreeNode):
 
             blocks = jnp.max(position_ids) // size + 1
             shape = query.shape[:3]
-            start = (jnp.full((*shape, 1), LOWEST), jnp.zeros((*shape, 1)), jnp.zeros(query.shape, jnp.float32))
+            start = (
+                jnp.full((*shape, 1), LOWEST),
+                jnp.zeros((*shape, 1)),
+                jnp.zeros(query.shape, jnp.float32),
+            )
             _, total, out = jax.lax.fori_loop(0, blocks, body, start)
             out = out / total
         out = out.reshape(rows, -1, groups, length, head_dim)
-        return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(rows, length, heads, head_dim).astype(query.dtype)
+        return (
+            jnp.transpose(out, (0, 3, 1, 2, 4))
+            .reshape(rows, length, heads, head_dim)
+            .astype(query.dtype)
+        )

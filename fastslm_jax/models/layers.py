@@ -11,12 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.lora import Projection
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
-SAVEABLE = ("attention", "query", "key", "value", "out", "gate", "up", "down", "mlp_in", "mlp_out")  # names for `remat`
-gelu = functools.partial(jax.nn.gelu, approximate=False)  # the exact (erf) one everywhere on the speech side
+SAVEABLE = (
+    "attention",
+    "query",
+    "key",
+    "value",
+    "out",
+    "gate",
+    "up",
+    "down",
+    "mlp_in",
+    "mlp_out",
+)  # names for `remat`
+gelu = functools.partial(
+    jax.nn.gelu, approximate=False
+)  # the exact (erf) one everywhere on the speech side
 
 
 def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
@@ -60,18 +73,25 @@ class Conv(nn.Module):
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0)))
         out_length = (length - 1) // self.stride + 1
         taps = [
-            jax.lax.slice_in_dim(padded, tap, tap + (out_length - 1) * self.stride + 1, self.stride, axis=1) for tap in range(3)
+            jax.lax.slice_in_dim(
+                padded, tap, tap + (out_length - 1) * self.stride + 1, self.stride, axis=1
+            )
+            for tap in range(3)
         ]
         columns = jnp.concatenate(taps, axis=-1).reshape(batch * out_length, 3 * width)
-        y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features) + bias.astype(self.dtype)
-        return nn.with_logical_constraint(y.reshape(batch, out_length, self.features), ("rows", None, None))
+        y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features) + bias.astype(
+            self.dtype
+        )
+        return nn.with_logical_constraint(
+            y.reshape(batch, out_length, self.features), ("rows", None, None)
+        )
 
 
 class Attention(nn.Module):
     """Projected multi-head attention: query, value and out with bias, key without (Whisper's convention)."""
 
     num_heads: int
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -82,18 +102,19 @@ class Attention(nn.Module):
         query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
         key = Projection(width, dtype=self.dtype, name="key")(context)
         value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
-        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value))).reshape(query.shape)
+        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value))).reshape(
+            query.shape
+        )
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 
 
-def remat(block: type[nn.Module], policy: str, unroll: int) -> type[nn.Module]:
+def remat(block: type[nn.Module], policy: str, scan_layers: bool) -> type[nn.Module]:
     """A block whose backward pass computes activations anew, except those that the policy keeps.
 
     policy: "none" keeps all of them (no rematerialisation), "full" keeps the block's input only, "dots" keeps results of matrix
     products without batch axes, and names such as "attention,gate,up" keep those results: of attention, or of the projections
     called so.
-    unroll: of the loop over the blocks. Where it is unrolled, XLA would otherwise find that the backward pass computes what the
-    forward pass has, and keep that.
+    scan_layers: whether the blocks run in a loop. Outside a loop, CSE would undo the rematerialization.
 
     Raises:
         UserError: a name that no layer has.
@@ -109,4 +130,4 @@ def remat(block: type[nn.Module], policy: str, unroll: int) -> type[nn.Module]:
                 f"{', '.join(SAVEABLE)}"
             )
         policies[policy] = jax.checkpoint_policies.save_only_these_names(*policy.split(","))
-    return nn.remat(block, prevent_cse=unroll > 1, policy=policies[policy])
+    return nn.remat(block, prevent_cse=not scan_layers, policy=policies[policy])

@@ -35,10 +35,15 @@ class Projection(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, lora_gate: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, lora_gate: jax.Array | None = None, deterministic: bool = True
+    ) -> jax.Array:
         """x [..., d_in], lora_gate [...] (1 where LoRA acts, 0 where the base must be untouched) → [..., features]."""
         width = x.shape[-1]
-        inputs, columns = f"{self.name}_inputs", f"{self.name}_columns"  # logical axes, see `sharding.ACTIVATION_TABLE`
+        inputs, columns = (
+            f"{self.name}_inputs",
+            f"{self.name}_columns",
+        )  # logical axes, see `sharding.ACTIVATION_TABLE`
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
         kernel = nn.with_logical_constraint(kernel, (inputs, columns))
         # One flat matrix product: XLA on CPU is twice as slow on operands of three dimensions.
@@ -52,7 +57,9 @@ class Projection(nn.Module):
             lora_a = nn.with_logical_constraint(lora_a, (inputs, None))
             lora_b = nn.with_logical_constraint(lora_b, (None, columns))
             adapted = nn.Dropout(self.lora.dropout)(flat, deterministic=deterministic)
-            delta = (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype) * self.lora.scale
+            delta = (
+                (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype) * self.lora.scale
+            )
             if lora_gate is not None:
                 delta *= lora_gate.reshape(-1, 1).astype(self.dtype)
             y += delta

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastslm_jax.models.attention import Attend, CausalSegments
+from fastslm_jax.models.attention import AttentionKernel, CausalSegments
 from fastslm_jax.models.kv_cache import KVCache
 from fastslm_jax.models.layers import remat
 from fastslm_jax.models.lora import LoRA, Projection
@@ -31,19 +31,31 @@ class RoPE:
     def inverse_frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Frequencies [head_dim / 2] in float32, and the factor on the cosines and sines."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = (1.0 / np.power(np.float32(self.theta), exponents, dtype=np.float32)).astype(np.float32)
+        frequencies = (1.0 / np.power(np.float32(self.theta), exponents, dtype=np.float32)).astype(
+            np.float32
+        )
         if self.factor == 1.0:
             return frequencies, 1.0
 
         def correction_dim(rotations: float) -> float:
-            return head_dim * math.log(self.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+            return (
+                head_dim
+                * math.log(self.original_max_positions / (rotations * 2 * math.pi))
+                / (2 * math.log(self.theta))
+            )
 
         low = max(math.floor(correction_dim(self.beta_fast)), 0)
         high = min(math.ceil(correction_dim(self.beta_slow)), head_dim - 1)
-        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+        ramp = np.clip(
+            (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
+        )
         extrapolated = 1 - ramp
         frequencies = frequencies / self.factor * (1 - extrapolated) + frequencies * extrapolated
-        scale = self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
+        scale = (
+            self.attention_factor
+            if self.attention_factor is not None
+            else 0.1 * math.log(self.factor) + 1.0
+        )
         return frequencies.astype(np.float32), scale
 
     def __call__(self, x: jax.Array, position_ids: jax.Array) -> jax.Array:
@@ -52,7 +64,9 @@ class RoPE:
         angles = position_ids[:, :, None, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate(
+            [first * cos - second * sin, second * cos + first * sin], axis=-1
+        ).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -80,7 +94,7 @@ class DecoderBlock(nn.Module):
     epsilon: float
     lora: LoRA
     deterministic: bool
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -99,7 +113,9 @@ class DecoderBlock(nn.Module):
         hidden = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         query = heads(project(self.num_heads * self.head_dim, "query")(hidden), self.num_heads)
         key = heads(project(self.num_kv_heads * self.head_dim, "key")(hidden), self.num_kv_heads)
-        value = heads(project(self.num_kv_heads * self.head_dim, "value")(hidden), self.num_kv_heads)
+        value = heads(
+            project(self.num_kv_heads * self.head_dim, "value")(hidden), self.num_kv_heads
+        )
         query = self.rope(RMSNorm(self.epsilon, self.dtype, name="query_norm")(query), position_ids)
         key = self.rope(RMSNorm(self.epsilon, self.dtype, name="key_norm")(key), position_ids)
         if cache is None:
@@ -109,7 +125,9 @@ class DecoderBlock(nn.Module):
         x = x + project(width, "out")(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim))
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
-        hidden = jax.nn.silu(project(self.mlp_dim, "gate")(hidden)) * project(self.mlp_dim, "up")(hidden)
+        hidden = jax.nn.silu(project(self.mlp_dim, "gate")(hidden)) * project(self.mlp_dim, "up")(
+            hidden
+        )
         return (x + project(width, "down")(hidden), cache), None
 
 
@@ -129,31 +147,29 @@ class Qwen3(nn.Module):
     lora: LoRA = LoRA()
     deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
     remat: str = "none"  # see `layers.remat`
-    unroll: int = 1  # layers that one turn of the loop over layers holds
-    attend: Attend = Attend()
-    separate_layers: bool = False  # see the function of that name
+    scan_layers: bool = True
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.embed_tokens = self.param("embed_tokens", nn.initializers.normal(0.02), (self.vocab_size, self.width))
-        if self.separate_layers:
-            self.head = self.param("head", nn.initializers.normal(0.02), (self.width, self.vocab_size))
-        elif not self.tied_embeddings:
-            self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width))
+        self.embed_tokens = self.param(
+            "embed_tokens", nn.initializers.normal(0.02), (self.vocab_size, self.width)
+        )
+        if not self.tied_embeddings:
+            self.lm_head = self.param(
+                "lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width)
+            )
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim)
         options = (self.rope, self.epsilon, self.lora, self.deterministic, self.attend, self.dtype)
-        if self.separate_layers:
-            self.layers = [DecoderBlock(*sizes, *options) for _ in range(self.num_layers)]
-        else:
-            stack = nn.scan(
-                remat(DecoderBlock, self.remat, self.unroll),
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-                length=self.num_layers,
-                unroll=self.unroll,
-            )
-            self.layers = stack(*sizes, *options)
+        stack = nn.scan(
+            remat(DecoderBlock, self.remat, self.scan_layers),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.num_layers,
+            unroll=1 if self.scan_layers else self.num_layers,
+        )
+        self.layers = stack(*sizes, *options)
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -162,10 +178,10 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] → float32 logits [..., v]."""
-        if self.separate_layers:
-            return jnp.einsum("...d,dv->...v", hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
         table = self.embed_tokens if self.tied_embeddings else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, table.astype(self.dtype), preferred_element_type=jnp.float32
+        )
 
     def __call__(
         self,
@@ -192,27 +208,11 @@ class Qwen3(nn.Module):
         if lora_gate is not None:
             lora_gate = jnp.broadcast_to(lora_gate, (batch, length))
         embeddings = nn.with_logical_constraint(embeddings.astype(self.dtype), ("rows", None, None))
-        carry = (embeddings, cache)
-        for layer in self.layers if self.separate_layers else [self.layers]:
-            carry, _ = layer(carry, position_ids, mask, lora_gate)
-        hidden, cache = carry
+        (hidden, cache), _ = self.layers((embeddings, cache), position_ids, mask, lora_gate)
         return self.final_norm(hidden), cache
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
         """An empty cache for `slots` positions of `batch` rows; dtype int8 takes half the memory of bfloat16."""
-        return KVCache.empty(self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype)
-
-
-def separate_layers(llm: Qwen3, params: dict) -> tuple[Qwen3, dict]:
-    """The same model with a module and parameters of its own for each layer, and its output head [d, v] as a matrix of its own.
-
-    In a scan over stacked weights, XLA on CPU copies a layer's weights out of the stack before it uses them: generation, which
-    reads each weight once a token, takes twice as long. A product of few rows with the table [v, d] takes four times as long as
-    one with the head.
-    """
-    if llm.separate_layers:
-        return llm, params
-    rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "lm_head")}
-    each = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(llm.num_layers)}
-    table = params["embed_tokens" if llm.tied_embeddings else "lm_head"]
-    return llm.clone(separate_layers=True), rest | each | {"head": jnp.transpose(table)}
+        return KVCache.empty(
+            self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype
+        )

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastslm_jax.models.attention import Attend
+from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.layers import Attention, Conv, LayerNorm, gelu, remat, sinusoid_init
 from fastslm_jax.models.lora import Projection
 
@@ -14,7 +14,7 @@ class EncoderBlock(nn.Module):
 
     num_heads: int
     mlp_dim: int
-    attend: Attend = Attend()
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -24,7 +24,9 @@ class EncoderBlock(nn.Module):
             LayerNorm(dtype=self.dtype, name="attention_norm")(x)
         )
         hidden = LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
-        hidden = gelu(Projection(self.mlp_dim, use_bias=True, dtype=self.dtype, name="mlp_in")(hidden))
+        hidden = gelu(
+            Projection(self.mlp_dim, use_bias=True, dtype=self.dtype, name="mlp_in")(hidden)
+        )
         x = x + Projection(width, use_bias=True, dtype=self.dtype, name="mlp_out")(hidden)
         return x, None
 
@@ -39,8 +41,8 @@ class WhisperEncoder(nn.Module):
     num_mels: int
     max_positions: int
     remat: str = "none"
-    unroll: int = 1  # layers that one turn of the loop over layers holds
-    attend: Attend = Attend()
+    scan_layers: bool = True
+    attend: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -51,10 +53,16 @@ class WhisperEncoder(nn.Module):
             )
         x = gelu(Conv(self.width, dtype=self.dtype, name="conv1")(mel))
         x = gelu(Conv(self.width, stride=2, dtype=self.dtype, name="conv2")(x))
-        x = x + self.param("positions", sinusoid_init, (self.max_positions, self.width)).astype(self.dtype)
-        block = remat(EncoderBlock, self.remat, self.unroll)
+        x = x + self.param("positions", sinusoid_init, (self.max_positions, self.width)).astype(
+            self.dtype
+        )
+        block = remat(EncoderBlock, self.remat, self.scan_layers)
         stack = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers, unroll=self.unroll
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.num_layers,
+            unroll=1 if self.scan_layers else self.num_layers,
         )
         x, _ = stack(self.num_heads, self.mlp_dim, self.attend, dtype=self.dtype, name="layers")(x)
         return LayerNorm(dtype=self.dtype, name="final_norm")(x)

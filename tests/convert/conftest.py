@@ -13,14 +13,15 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from configs import common
-from fastslm_jax import bases, cli, experiment
-from fastslm_jax.checkpoint import Checkpoints
+from fastslm_jax import cli
+from fastslm_jax import config as config_lib
 from fastslm_jax.convert import __main__ as command
-from fastslm_jax.convert import engine, layouts
 from fastslm_jax.data import prompts
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.layers import sinusoids
+from fastslm_jax.training import experiment
+from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.weights import engine, layouts, pretrained
 
 # Windows of 1 s with 3 speech tokens. The encoder has heads of 64, as every published one.
 WHISPER = {
@@ -85,7 +86,9 @@ def random_leaves(model, seed: int) -> dict[str, np.ndarray]:
         if path.endswith("positions"):
             leaves[path] = sinusoids(*leaf.shape)
         else:
-            leaves[path] = (1 + 0.2 * noise if path.endswith("scale") else 0.15 * noise).astype(np.float32)
+            leaves[path] = (1 + 0.2 * noise if path.endswith("scale") else 0.15 * noise).astype(
+                np.float32
+            )
     return leaves
 
 
@@ -97,11 +100,17 @@ def make_workdir(tokenizer_folder):
 
 def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **model_options):
     """Whisper in bfloat16, Qwen3 in float32."""
-    config = common.full_size()
+    config = config_lib.full_size()
     config.name = "small"
     config.base.whisper, config.base.llm = str(folder / "whisper"), str(folder / "llm")
     config.model.update(
-        {"stage_tokens": (4, 4, 5), "compression_size": 3, "dtype": "float32", "base_dtype": "float32", "remat": "none"}
+        {
+            "stage_tokens": (4, 4, 5),
+            "compression_size": 3,
+            "dtype": "float32",
+            "base_dtype": "float32",
+            "remat": "none",
+        }
     )
     config.model.lora.update({"rank": 4, "alpha": 8.0})
     config.model.update(model_options)
@@ -113,22 +122,34 @@ def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **mo
     prompts.load_tokenizer(tokenizer_folder).save_pretrained(folder / "llm")
     model = experiment.build(config, weights=False).model
     leaves = random_leaves(model, seed=0)
-    whisper = {path.removeprefix("encoder/"): leaf for path, leaf in leaves.items() if path.startswith("encoder/")}
+    whisper = {
+        path.removeprefix("encoder/"): leaf
+        for path, leaf in leaves.items()
+        if path.startswith("encoder/")
+    }
     tensors = {
-        key: value.astype(ml_dtypes.bfloat16) for key, value in engine.store(engine.unflatten(whisper), layouts.hf_whisper())
+        key: value.astype(ml_dtypes.bfloat16)
+        for key, value in engine.store(engine.unflatten(whisper), layouts.hf_whisper())
     }
     save_file(tensors, folder / "whisper/model.safetensors")
     qwen3 = {
-        path.removeprefix("llm/"): leaf for path, leaf in leaves.items() if path.startswith("llm/") and experiment.is_base(path)
+        path.removeprefix("llm/"): leaf
+        for path, leaf in leaves.items()
+        if path.startswith("llm/") and experiment.is_base(path)
     }
-    save_file(dict(engine.store(engine.unflatten(qwen3), layouts.hf_qwen3())), folder / "llm/model.safetensors")
+    save_file(
+        dict(engine.store(engine.unflatten(qwen3), layouts.hf_qwen3())),
+        folder / "llm/model.safetensors",
+    )
     checkpoints = Checkpoints(folder / "run")
     meta = {
         "config": json.loads(config.to_json_best_effort()),
         "row": 12,
-        "bases": {name: bases.fingerprint(folder / name) for name in ("whisper", "llm")},
+        "bases": {name: pretrained.fingerprint(folder / name) for name in ("whisper", "llm")},
     }
-    ours = {path: jnp.asarray(leaf) for path, leaf in leaves.items() if not experiment.is_base(path)}
+    ours = {
+        path: jnp.asarray(leaf) for path, leaf in leaves.items() if not experiment.is_base(path)
+    }
     checkpoints.save(3, ours, {"step": jnp.int32(3)}, meta)
     checkpoints.wait()
     checkpoints.close()

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file, save_file
 
-from fastslm_jax import audio
 from fastslm_jax.convert import checking, exporting, stored
-from fastslm_jax.convert.tensors import SafetensorsSource, write_sharded
-from fastslm_jax.decode import Generator, Request
+from fastslm_jax.inference.generator import Generator, Request
+from fastslm_jax.models import log_mel
+from fastslm_jax.weights.tensors import SafetensorsSource, write_sharded
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 1e-4  # of the largest logit
@@ -25,7 +25,7 @@ def here(workdir):
     """(prompt ids, logits, new tokens) of this package: with audio, and for a prompt of text alone."""
     given = stored.open_workdir(workdir)
     params = checking.materialize(given)
-    encoder = checking.prompt_encoder(given)
+    encoder = checking.prompt_tokenizer(given)
     generator = Generator(given.model, params, encoder)
     encoder.end_id = -1  # decode all tokens
     ids = encoder.prompt_ids("asr")
@@ -77,7 +77,9 @@ def test_auto_model_gives_the_same_logits_and_tokens(name, here, request):
     with torch.no_grad():
         logits = model(torch.tensor(here["ids"]), torch.from_numpy(WAVEFORM)).logits[0].numpy()
     assert_close(logits, here["logits"])
-    ids = model.generate_ids(model.prompt_ids("asr"), WAVEFORM, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    ids = model.generate_ids(
+        model.prompt_ids("asr"), WAVEFORM, max_new_tokens=NEW_TOKENS, eos_token_id=None
+    )
     assert tuple(ids.tolist()) == here["new"]
     text = model.transcribe(WAVEFORM, max_new_tokens=NEW_TOKENS)
     assert isinstance(text, str)
@@ -96,13 +98,23 @@ def test_the_folder_is_whole(hf_folder):
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     names = {path.name for path in hf_folder.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "generation_config.json"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    }
     code = (hf_folder / "modeling_fastslm.py").read_text()
     assert "jax" not in code.replace("fastslm_jax", "jax")
     tokenizer = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=True)
     assert tokenizer.convert_ids_to_tokens(list(range(300, 309)))[0] == "<|AUDIO|>"
     extractor = AutoFeatureExtractor.from_pretrained(hf_folder)
-    assert (extractor.feature_size, extractor.hop_length, extractor.sampling_rate) == (16, 160, 16_000)
+    assert (extractor.feature_size, extractor.hop_length, extractor.sampling_rate) == (
+        16,
+        160,
+        16_000,
+    )
     card = (hf_folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "3 tokens of each 1 s" in card
@@ -114,12 +126,20 @@ def test_whisper_padding_goes_with_the_folder(make_workdir, tmp_path):
     exporting.export(workdir, tmp_path / "hf", "hf")
     given = stored.open_workdir(workdir)
     windows, frames = given.model.window.cut(WAVEFORM)
-    expected = audio.log_mel(windows[None], frames[None], np.zeros((1, len(windows)), np.int32), 16)[0]
-    np.testing.assert_allclose(load(tmp_path / "hf").windows(WAVEFORM).transpose(1, 2).numpy(), expected, atol=1e-4)
+    expected = log_mel.log_mel(
+        windows[None], frames[None], np.zeros((1, len(windows)), np.int32), 16
+    )[0]
+    np.testing.assert_allclose(
+        load(tmp_path / "hf").windows(WAVEFORM).transpose(1, 2).numpy(), expected, atol=1e-4
+    )
 
 
 def test_shards_with_an_index(workdir, hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "write_sharded", lambda folder, tensors: write_sharded(folder, tensors, max_bytes=200_000))
+    monkeypatch.setattr(
+        exporting,
+        "write_sharded",
+        lambda folder, tensors: write_sharded(folder, tensors, max_bytes=200_000),
+    )
     exporting.export(workdir, tmp_path / "hf", "hf")
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     whole = load_file(hf_folder / "model.safetensors")
@@ -143,8 +163,12 @@ def test_merging_in_float32_then_rounding_to_the_base_type():
     }
     (merged,) = stored.merge_lora(leaves, scale=2.0).values()
     kernel, lora_a, lora_b = leaves.values()
-    expected = (kernel.astype(np.float32) + 2.0 * np.einsum("lir,lro->lio", lora_a, lora_b)).astype(np.float16)
-    np.testing.assert_allclose(merged.read().astype(np.float32), expected.astype(np.float32), rtol=1e-3)
+    expected = (kernel.astype(np.float32) + 2.0 * np.einsum("lir,lro->lio", lora_a, lora_b)).astype(
+        np.float16
+    )
+    np.testing.assert_allclose(
+        merged.read().astype(np.float32), expected.astype(np.float32), rtol=1e-3
+    )
     assert merged.dtype == np.float16
 
 
@@ -154,9 +178,14 @@ def test_import_of_a_pytorch_folder(name, convert, request, tmp_path):
     done = convert("import", f"--from={folder}", f"--out={tmp_path / 'in'}")
     assert done.code == 0, done.stderr
     assert done.json["layout"] == "hf"
-    again = convert("export", f"--workdir={tmp_path / 'in'}", "--layout=hf", f"--out={tmp_path / 'out'}")
+    again = convert(
+        "export", f"--workdir={tmp_path / 'in'}", "--layout=hf", f"--out={tmp_path / 'out'}"
+    )
     assert again.code == 0, again.stderr
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
 
@@ -168,7 +197,9 @@ def test_peft_adapter_on_the_hugging_face_model(here, workdir, convert, tmp_path
     import peft
     from transformers import Qwen3ForCausalLM
 
-    done = convert("export", f"--workdir={workdir}", "--layout=peft", f"--out={tmp_path / 'adapter'}")
+    done = convert(
+        "export", f"--workdir={workdir}", "--layout=peft", f"--out={tmp_path / 'adapter'}"
+    )
     assert done.code == 0, done.stderr
     base = Qwen3ForCausalLM.from_pretrained(workdir.parent / "llm")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -192,17 +223,26 @@ def test_peft_adapter_on_the_hugging_face_model(here, workdir, convert, tmp_path
 def test_lora_of_rank_0_has_no_adapter(make_workdir, convert, tmp_path):
     workdir = make_workdir(tmp_path / "small", lora={"rank": 0})
     for layout in ("peft", "released"):
-        done = convert("export", f"--workdir={workdir}", f"--layout={layout}", f"--out={tmp_path / 'out'}")
+        done = convert(
+            "export", f"--workdir={workdir}", f"--layout={layout}", f"--out={tmp_path / 'out'}"
+        )
         assert done.code == 2
         assert "has no LoRA" in done.stderr
-    assert convert("export", f"--workdir={workdir}", "--layout=hf", f"--out={tmp_path / 'out'}").code == 0
+    assert (
+        convert("export", f"--workdir={workdir}", "--layout=hf", f"--out={tmp_path / 'out'}").code
+        == 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
 def test_check_of_every_pair(convert, workdir, released, hf_folder, merged_folder):
-    for first, second in ((workdir, released), (released / "model.safetensors", hf_folder), (workdir, merged_folder)):
+    for first, second in (
+        (workdir, released),
+        (released / "model.safetensors", hf_folder),
+        (workdir, merged_folder),
+    ):
         done = convert("check", first, second)
         assert done.code == 0, done.stderr
         result = done.json
@@ -271,7 +311,10 @@ def test_a_changed_pytorch_folder_is_refused(convert, hf_folder, tmp_path):
     shutil.copytree(hf_folder, tmp_path / "hf")
     config = json.loads((hf_folder / "config.json").read_text())
     for change, message in (
-        ({"compression_size": 4}, "semantic_distillation.query has shape (3, 64), the model's is (4, 64)"),
+        (
+            {"compression_size": 4},
+            "semantic_distillation.query has shape (3, 64), the model's is (4, 64)",
+        ),
         ({"lora_rank": 0}, "lora_A.weight has no place in this model (28 such)"),
         ({"stage_tokens": None}, "config.json: not as exported"),
     ):

@@ -14,9 +14,10 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from fastslm_jax import experiment, sharding
-from fastslm_jax.checkpoint import Checkpoints
-from fastslm_jax.decode import Generator, Request
+from fastslm_jax import sharding
+from fastslm_jax.inference.generator import Generator, Request
+from fastslm_jax.training import experiment
+from fastslm_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -52,7 +53,9 @@ def test_import_then_export_is_bit_equal(convert, released, tmp_path):
     assert done.json["tensors"] == len(load_file(released / "model.safetensors"))
     assert done.json["seconds"] >= 0
     assert done.json["peak_rss_gib"] > 0
-    done = convert("export", f"--workdir={tmp_path / 'in'}", "--layout=released", f"--out={tmp_path / 'out'}")
+    done = convert(
+        "export", f"--workdir={tmp_path / 'in'}", "--layout=released", f"--out={tmp_path / 'out'}"
+    )
     assert done.code == 0, done.stderr
     assert done.json["tensors"] == len(load_file(released / "model.safetensors"))
     assert_same_file(released / "model.safetensors", tmp_path / "out/model.safetensors")
@@ -66,16 +69,39 @@ def test_pytorch_file(convert, workdir, released, tmp_path):
     """A lone .pt, as the authors give it: the language model is named apart, and the same tensors come back."""
     import torch
 
-    assert convert("export", f"--workdir={workdir}", "--layout=released", f"--out={tmp_path / 'out'}", "--pt").code == 0
+    assert (
+        convert(
+            "export",
+            f"--workdir={workdir}",
+            "--layout=released",
+            f"--out={tmp_path / 'out'}",
+            "--pt",
+        ).code
+        == 0
+    )
     lone = tmp_path / "Stage3_FastSLM.pt"
     (tmp_path / "out/model.pt").rename(lone)
     state = torch.load(lone, weights_only=True)
     assert state.keys() == load_file(released / "model.safetensors").keys()
     assert state["encoder.whisper.conv1.weight"].dtype == torch.bfloat16
-    done = convert("import", f"--from={lone}", f"--out={tmp_path / 'in'}", f"--llm={workdir.parent / 'llm'}", "--lora_alpha=8")
+    done = convert(
+        "import",
+        f"--from={lone}",
+        f"--out={tmp_path / 'in'}",
+        f"--llm={workdir.parent / 'llm'}",
+        "--lora_alpha=8",
+    )
     assert done.code == 0, done.stderr
     assert json.loads((tmp_path / "in/config.json").read_text())["model"]["lora"]["alpha"] == 8.0
-    assert convert("export", f"--workdir={tmp_path / 'in'}", "--layout=released", f"--out={tmp_path / 'again'}").code == 0
+    assert (
+        convert(
+            "export",
+            f"--workdir={tmp_path / 'in'}",
+            "--layout=released",
+            f"--out={tmp_path / 'again'}",
+        ).code
+        == 0
+    )
     assert_same_file(released / "model.safetensors", tmp_path / "again/model.safetensors")
 
 
@@ -84,12 +110,25 @@ def test_trained_leaves_of_another_type_come_back_in_it(convert, released, tmp_p
     source = tmp_path / "half"
     source.mkdir()
     tensors = load_file(released / "model.safetensors")
-    save_file({key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}, source / "model.safetensors")
+    save_file(
+        {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()},
+        source / "model.safetensors",
+    )
     (source / "config.json").write_text((released / "config.json").read_text())
     (source / "tokenizer").symlink_to(released / "tokenizer")
     assert convert("import", f"--from={source}", f"--out={tmp_path / 'in'}").code == 0
-    assert json.loads((tmp_path / "in/config.json").read_text())["model"]["base_dtype"] == "bfloat16"
-    assert convert("export", f"--workdir={tmp_path / 'in'}", "--layout=released", f"--out={tmp_path / 'out'}").code == 0
+    assert (
+        json.loads((tmp_path / "in/config.json").read_text())["model"]["base_dtype"] == "bfloat16"
+    )
+    assert (
+        convert(
+            "export",
+            f"--workdir={tmp_path / 'in'}",
+            "--layout=released",
+            f"--out={tmp_path / 'out'}",
+        ).code
+        == 0
+    )
     assert_same_file(source / "model.safetensors", tmp_path / "out/model.safetensors")
 
 
@@ -106,7 +145,9 @@ def test_imported_checkpoint_answers_as_the_original(convert, workdir, released,
         params = experiment.restore_params(
             setup, config, checkpoints, step, sharding.make_mesh(data=1, devices=jax.devices()[:1])
         )
-        generator = Generator(setup.model, unflatten_dict(params, sep="/"), setup.prompt_encoder())
+        generator = Generator(
+            setup.model, unflatten_dict(params, sep="/"), setup.prompt_tokenizer()
+        )
         answers.append(generator.answer([Request(samples)], [24])[0].token_ids)
     assert len(answers[0]) > 0
     assert answers[0] == answers[1]
@@ -121,7 +162,9 @@ def test_training_goes_on_from_an_import(convert, released, tmp_path):
         experiment.build(config).model, config.model.base_dtype, sharding.make_mesh(fsdp=4, data=2)
     )
     saved = {path: abstract[path] for path in experiment.saved_paths(abstract, config.trainable)}
-    step, params, train, meta = checkpoints.restore_latest(saved, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
+    step, params, train, meta = checkpoints.restore_latest(
+        saved, {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+    )
     assert (step, train, meta["row"]) == (0, {}, 0)
     expected = load_file(released / "model.safetensors")["encoder.llm_proj.weight"].T
     np.testing.assert_array_equal(params["hfq_former/projection/kernel"], expected)
@@ -133,22 +176,46 @@ def test_training_goes_on_from_an_import(convert, released, tmp_path):
 
 def test_untied_embeddings(convert, make_workdir, tmp_path):
     workdir = make_workdir(tmp_path / "untied", llm_config={"tie_word_embeddings": False})
-    assert convert("export", f"--workdir={workdir}", "--layout=released", f"--out={tmp_path / 'out'}").code == 0
+    assert (
+        convert(
+            "export", f"--workdir={workdir}", "--layout=released", f"--out={tmp_path / 'out'}"
+        ).code
+        == 0
+    )
     tensors = load_file(tmp_path / "out/model.safetensors")
-    head, embedding = (tensors[f"llm.base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+    head, embedding = (
+        tensors[f"llm.base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens")
+    )
     assert not np.array_equal(head, embedding)
     assert convert("import", f"--from={tmp_path / 'out'}", f"--out={tmp_path / 'in'}").code == 0
-    assert convert("export", f"--workdir={tmp_path / 'in'}", "--layout=released", f"--out={tmp_path / 'again'}").code == 0
+    assert (
+        convert(
+            "export",
+            f"--workdir={tmp_path / 'in'}",
+            "--layout=released",
+            f"--out={tmp_path / 'again'}",
+        ).code
+        == 0
+    )
     assert_same_file(tmp_path / "out/model.safetensors", tmp_path / "again/model.safetensors")
 
 
 def test_the_real_command(released, tmp_path):
     """Once as users run it, and once with an input that is wrong."""
     command = [sys.executable, "-m", "fastslm_jax.convert", "import", f"--out={tmp_path / 'in'}"]
-    done = subprocess.run([*command, f"--from={released}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"--from={released}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]).keys() >= {"layout", "tensors", "seconds", "peak_rss_gib"}
-    done = subprocess.run([*command, f"--from={tmp_path / 'none.pt'}"], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]).keys() >= {
+        "layout",
+        "tensors",
+        "seconds",
+        "peak_rss_gib",
+    }
+    done = subprocess.run(
+        [*command, f"--from={tmp_path / 'none.pt'}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'none.pt'}: no such file or folder"
     assert "Traceback" not in done.stderr
@@ -230,7 +297,10 @@ class Code:
 def pickle_with_code(folder, tensors):
     import torch
 
-    torch.save({"encoder.llm_proj.weight": torch.zeros(2), "code": Code(folder / "was_run")}, folder / "model.pt")
+    torch.save(
+        {"encoder.llm_proj.weight": torch.zeros(2), "code": Code(folder / "was_run")},
+        folder / "model.pt",
+    )
 
 
 def plain_pickle(folder, tensors):
@@ -256,7 +326,9 @@ def no_state_dict(folder, tensors):
 def index_of(name):
     def write(folder, tensors):
         save_file(tensors, folder / "model-00001-of-00002.safetensors")
-        weight_map = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {"encoder.llm_proj.bias": name}
+        weight_map = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {
+            "encoder.llm_proj.bias": name
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     return write
@@ -264,7 +336,10 @@ def index_of(name):
 
 def twice(folder, tensors):
     save_file(tensors, folder / "model-00001-of-00002.safetensors")
-    save_file({"encoder.llm_proj.bias": tensors["encoder.llm_proj.bias"]}, folder / "model-00002-of-00002.safetensors")
+    save_file(
+        {"encoder.llm_proj.bias": tensors["encoder.llm_proj.bias"]},
+        folder / "model-00002-of-00002.safetensors",
+    )
 
 
 CORRUPT = {
@@ -273,17 +348,35 @@ CORRUPT = {
         with_tensors(wrong_type),
         "tensor encoder.llm_proj.weight has type I32, weights are one of F64, F32, F16, BF16",
     ),
-    "missing layer": (with_tensors(missing_layer), "model.layers.1.input_layernorm.weight is missing (25 such)"),
-    "missing last layer": (with_tensors(missing_last_encoder_layer), "its tensors have encoder_layers 1"),
-    "extra key": (with_tensors(extra_key), "tensor encoder.llm_proj.scale has no place in this model (1 such)"),
+    "missing layer": (
+        with_tensors(missing_layer),
+        "model.layers.1.input_layernorm.weight is missing (25 such)",
+    ),
+    "missing last layer": (
+        with_tensors(missing_last_encoder_layer),
+        "its tensors have encoder_layers 1",
+    ),
+    "extra key": (
+        with_tensors(extra_key),
+        "tensor encoder.llm_proj.scale has no place in this model (1 such)",
+    ),
     "transposed matrix": (
         with_tensors(transposed),
         "tensor encoder.llm_proj.weight has shape (64, 32), the model's is (32, 64)",
     ),
-    "head that is not tied": (with_tensors(untied_head), "lm_head.weight differs from the embeddings"),
+    "head that is not tied": (
+        with_tensors(untied_head),
+        "lm_head.weight differs from the embeddings",
+    ),
     "config.json of another encoder": (other_config("encoder_layers", 3), "config.json has 3"),
-    "config.json of another decoder": (other_config("num_key_value_heads", 4), "k_proj.base_layer.weight has shape (32, 32)"),
-    "config.json of other stages": (other_config("stage_tokens", [4, 4, 4]), "stage_tokens (4, 4, 5)"),
+    "config.json of another decoder": (
+        other_config("num_key_value_heads", 4),
+        "k_proj.base_layer.weight has shape (32, 32)",
+    ),
+    "config.json of other stages": (
+        other_config("stage_tokens", [4, 4, 4]),
+        "stage_tokens (4, 4, 5)",
+    ),
     "pickle with code": (pickle_with_code, "holds code beside tensors"),
     "pickle that torch did not write": (plain_pickle, "holds code beside tensors"),
     "cut PyTorch file": (cut_pytorch_file, "model.pt: "),
@@ -292,8 +385,14 @@ CORRUPT = {
         index_of("model-00002-of-00002.safetensors"),
         "names the shard model-00002-of-00002.safetensors, which is missing",
     ),
-    "index that leaves the folder": (index_of("../secret.safetensors"), "names '../secret.safetensors', which leaves the folder"),
-    "index with an absolute path": (index_of("/etc/passwd"), "names '/etc/passwd', which leaves the folder"),
+    "index that leaves the folder": (
+        index_of("../secret.safetensors"),
+        "names '../secret.safetensors', which leaves the folder",
+    ),
+    "index with an absolute path": (
+        index_of("/etc/passwd"),
+        "names '/etc/passwd', which leaves the folder",
+    ),
     "tensor in two files": (twice, "encoder.llm_proj.bias stands in more than one file"),
 }
 
@@ -308,7 +407,9 @@ def test_corrupt_input_is_one_line_and_exit_code_2(name, convert, broken, tmp_pa
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]  # nothing half-written stays behind
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken"
+    ]  # nothing half-written stays behind
     assert not (folder / "was_run").exists()
 
 
@@ -316,23 +417,47 @@ WRONG = {
     "no command": ([], "nothing: is not one of import, export, check"),
     "unknown command": (["impart"], "impart: is not one of import, export, check"),
     "missing flag": (["import", "--out=x"], "import needs --from"),
-    "flag of another command": (["import", "--from={released}", "--out=x", "--layout=hf"], "--layout: is no flag of import"),
-    "superfluous path": (["export", "x", "--workdir={workdir}", "--layout=hf", "--out=x"], "export takes flags only, got x"),
+    "flag of another command": (
+        ["import", "--from={released}", "--out=x", "--layout=hf"],
+        "--layout: is no flag of import",
+    ),
+    "superfluous path": (
+        ["export", "x", "--workdir={workdir}", "--layout=hf", "--out=x"],
+        "export takes flags only, got x",
+    ),
     "one path to check": (["check", "{workdir}"], "check takes two paths"),
-    "unknown layout": (["export", "--workdir={workdir}", "--layout=gguf", "--out={tmp}/x"], "--layout=gguf: is not one of"),
+    "unknown layout": (
+        ["export", "--workdir={workdir}", "--layout=gguf", "--out={tmp}/x"],
+        "--layout=gguf: is not one of",
+    ),
     "unknown step": (
         ["export", "--workdir={workdir}", "--layout=hf", "--out={tmp}/x", "--step=7"],
         "no checkpoint of step 7; it has 3",
     ),
-    "no working directory": (["export", "--workdir={tmp}", "--layout=hf", "--out={tmp}/x"], "holds no checkpoints"),
+    "no working directory": (
+        ["export", "--workdir={tmp}", "--layout=hf", "--out={tmp}/x"],
+        "holds no checkpoints",
+    ),
     "merged adapter": (
         ["export", "--workdir={workdir}", "--layout=peft", "--out={tmp}/x", "--merge_lora"],
         "--merge_lora: is for",
     ),
-    "existing folder": (["export", "--workdir={workdir}", "--layout=hf", "--out={released}"], "exists already"),
-    "import of a working directory": (["import", "--from={workdir}", "--out={tmp}/x"], "is a working directory already"),
-    "file without its language model": (["import", "--from={tmp}/lone/model.safetensors", "--out={tmp}/x"], "name it with --llm"),
-    "folder without a tokenizer": (["import", "--from={tmp}/untold", "--out={tmp}/x"], "holds no tokenizer/"),
+    "existing folder": (
+        ["export", "--workdir={workdir}", "--layout=hf", "--out={released}"],
+        "exists already",
+    ),
+    "import of a working directory": (
+        ["import", "--from={workdir}", "--out={tmp}/x"],
+        "is a working directory already",
+    ),
+    "file without its language model": (
+        ["import", "--from={tmp}/lone/model.safetensors", "--out={tmp}/x"],
+        "name it with --llm",
+    ),
+    "folder without a tokenizer": (
+        ["import", "--from={tmp}/untold", "--out={tmp}/x"],
+        "holds no tokenizer/",
+    ),
     "some other file": (
         ["import", "--from={tmp}/other.safetensors", "--out={tmp}/x", "--llm={llm}"],
         "is it a released FastSLM?",
@@ -349,7 +474,12 @@ def test_wrong_commands(name, convert, workdir, released, tmp_path):
     (tmp_path / "untold/config.json").symlink_to(released / "config.json")
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     arguments, message = WRONG[name]
-    names = {"workdir": workdir, "released": released, "tmp": tmp_path, "llm": workdir.parent / "llm"}
+    names = {
+        "workdir": workdir,
+        "released": released,
+        "tmp": tmp_path,
+        "llm": workdir.parent / "llm",
+    }
     done = convert(*(argument.format(**names) for argument in arguments))
     assert done.code == 2
     (line,) = done.stderr.splitlines()
@@ -361,7 +491,10 @@ def test_wrong_commands(name, convert, workdir, released, tmp_path):
 def test_a_changed_base_is_refused(convert, make_workdir, tmp_path):
     workdir = make_workdir(tmp_path / "small")
     weights = load_file(tmp_path / "small/llm/model.safetensors")
-    save_file(weights | {"model.norm.weight": -weights["model.norm.weight"]}, tmp_path / "small/llm/model.safetensors")
+    save_file(
+        weights | {"model.norm.weight": -weights["model.norm.weight"]},
+        tmp_path / "small/llm/model.safetensors",
+    )
     done = convert("export", f"--workdir={workdir}", "--layout=hf", f"--out={tmp_path / 'x'}")
     assert done.code == 2
     assert "was trained on another llm base" in done.stderr

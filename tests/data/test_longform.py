@@ -56,7 +56,9 @@ def test_every_clip_once_in_recordings_of_the_asked_length(grouping):
 
 def test_gaps_are_drawn_between_clips():
     examples = joined(LongForm(15.0, 30.0, gap_seconds=(0.25, 0.5)))
-    assert all(len(example.gaps) == len(example.clips) and example.gaps[0] == 0 for example in examples)
+    assert all(
+        len(example.gaps) == len(example.clips) and example.gaps[0] == 0 for example in examples
+    )
     gaps = np.array([gap for example in examples for gap in example.gaps[1:]]) / SAMPLES
     assert gaps.min() >= 0.25
     assert gaps.max() <= 0.5
@@ -73,7 +75,9 @@ def test_grouping_by_recording_keeps_the_real_order():
         assert len({INDEX[clip].recording for clip in example.clips}) == 1
         offsets = [INDEX[clip].offset for clip in example.clips]
         assert offsets == sorted(offsets)
-        assert all(later - earlier == 10.0 for earlier, later in itertools.pairwise(offsets))  # neighbours
+        assert all(
+            later - earlier == 10.0 for earlier, later in itertools.pairwise(offsets)
+        )  # neighbours
 
 
 def test_random_grouping_mixes_voices():
@@ -92,7 +96,9 @@ def test_the_plan_is_a_function_of_the_seed():
 
 
 def test_plans_that_make_no_sense():
-    with pytest.raises(UserError, match="grouping 'topic' is not one of random, speaker, recording, semantic"):
+    with pytest.raises(
+        UserError, match="grouping 'topic' is not one of random, speaker, recording, semantic"
+    ):
         LongForm(10.0, 20.0, "topic")
     with pytest.raises(UserError, match=r"long-form lengths 20.0 … 10.0 s are not a range"):
         LongForm(20.0, 10.0)
@@ -133,10 +139,23 @@ def test_semantic_grouping_joins_what_is_alike():
     index, plan = on_topics(400), LongForm(30.0, 30.0, "semantic", gap_seconds=(0.0, 0.0))
     examples = longform.joined_examples(0, index, plan, np.random.default_rng(0))
     assert sorted(clip for example in examples for clip in example.clips) == list(range(400))
-    pure = [max(collections.Counter(clip % 4 for clip in example.clips).values()) / len(example.clips) for example in examples]
+    pure = [
+        max(collections.Counter(clip % 4 for clip in example.clips).values()) / len(example.clips)
+        for example in examples
+    ]
     assert np.mean(pure) > 0.85
-    random = longform.joined_examples(0, index, dataclasses.replace(plan, grouping="random"), np.random.default_rng(0))
-    assert np.mean([max(collections.Counter(c % 4 for c in e.clips).values()) / len(e.clips) for e in random]) < 0.5
+    random = longform.joined_examples(
+        0, index, dataclasses.replace(plan, grouping="random"), np.random.default_rng(0)
+    )
+    assert (
+        np.mean(
+            [
+                max(collections.Counter(c % 4 for c in e.clips).values()) / len(e.clips)
+                for e in random
+            ]
+        )
+        < 0.5
+    )
     again = longform.joined_examples(0, index, plan, np.random.default_rng(0))
     assert again == examples != longform.joined_examples(0, index, plan, np.random.default_rng(1))
 
@@ -150,9 +169,14 @@ def test_texts_without_a_telling_word_are_ordered_too():
 
 
 def test_a_recording_ends_before_the_clip_that_no_row_would_take():
-    plan, tokens = LongForm(60.0, 60.0, gap_seconds=(0.0, 0.0)), [number % 7 for number in range(60)]
+    plan, tokens = (
+        LongForm(60.0, 60.0, gap_seconds=(0.0, 0.0)),
+        [number % 7 for number in range(60)],
+    )
     takes = lambda first, samples, tokens: tokens <= 20 and samples <= 40 * SAMPLES  # noqa: E731
-    examples = longform.joined_examples(0, INDEX, plan, np.random.default_rng(0), tokens=tokens, takes=takes)
+    examples = longform.joined_examples(
+        0, INDEX, plan, np.random.default_rng(0), tokens=tokens, takes=takes
+    )
     assert sorted(clip for example in examples for clip in example.clips) == list(range(60))
     assert max(seconds(example) for example in examples) <= 40.0
     sums = [sum(tokens[clip] for clip in example.clips) for example in examples]
@@ -161,15 +185,33 @@ def test_a_recording_ends_before_the_clip_that_no_row_would_take():
 
 
 def test_a_long_recording_is_split_at_its_segments():
-    parts = [Segment(0.0, 20.0, "one"), Segment(21.0, 40.0, "two"), Segment(40.5, 60.0, "three"), Segment(60.0, 70.0, "four")]
+    parts = [
+        Segment(0.0, 20.0, "one"),
+        Segment(21.0, 40.0, "two"),
+        Segment(40.5, 60.0, "three"),
+        Segment(60.0, 70.0, "four"),
+    ]
     text = "one two three four"
-    whole = dataclasses.replace(utterance(0), seconds=71.0, text=text, answer=text, segments=tuple(parts), id="tape", offset=5.0)
+    whole = dataclasses.replace(
+        utterance(0),
+        seconds=71.0,
+        text=text,
+        answer=text,
+        segments=tuple(parts),
+        id="tape",
+        offset=5.0,
+    )
     pieces = longform.split(whole, lambda piece: piece.seconds <= 45)
     assert [(p.id, p.offset, p.seconds, p.answer) for p in pieces] == [
         ("tape.1", 5.0, 40.0, "one two"),
         ("tape.2", 45.5, 29.5, "three four"),
     ]
     assert pieces[1].segments == (Segment(0.0, 19.5, "three"), Segment(19.5, 29.5, "four"))
-    assert longform.split(whole, lambda piece: piece.seconds <= 15) == []  # nothing is cut inside a segment
+    assert (
+        longform.split(whole, lambda piece: piece.seconds <= 15) == []
+    )  # nothing is cut inside a segment
     assert longform.split(dataclasses.replace(whole, segments=()), lambda piece: True) == []
-    assert longform.split(dataclasses.replace(whole, task="ast", answer="eins"), lambda piece: True) == []
+    assert (
+        longform.split(dataclasses.replace(whole, task="ast", answer="eins"), lambda piece: True)
+        == []
+    )

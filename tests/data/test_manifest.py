@@ -19,7 +19,10 @@ def folder(tmp_path):
 
 def write(folder, *lines) -> str:
     path = folder / "train.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -39,14 +42,24 @@ def test_a_full_line(folder):
         "speaker": 7, "recording": "tape 3", "id": "u1",
     }  # fmt: skip
     (utterance,) = read_manifest(write(folder, line))
-    assert (utterance.task, utterance.instruction, utterance.answer) == ("ast", "Into Korean.", "안녕하세요")
+    assert (utterance.task, utterance.instruction, utterance.answer) == (
+        "ast",
+        "Into Korean.",
+        "안녕하세요",
+    )
     assert (utterance.text, utterance.lang) == ("hello", "ko")
     assert (utterance.speaker, utterance.recording, utterance.id) == ("7", "tape 3", "u1")
     assert (utterance.offset, utterance.seconds, utterance.num_samples) == (0.25, 1.0, 16_000)
 
 
 def test_tasks_select_lines_and_empty_lines_are_nothing(folder):
-    lines = [GOOD | {"id": "1"}, "", GOOD | {"id": "2", "task": "ssum"}, "   ", GOOD | {"id": "3", "task": "sqqa"}]
+    lines = [
+        GOOD | {"id": "1"},
+        "",
+        GOOD | {"id": "2", "task": "ssum"},
+        "   ",
+        GOOD | {"id": "3", "task": "sqqa"},
+    ]
     path = write(folder, *lines)
     assert [u.id for u in read_manifest(path)] == ["1", "2", "3"]
     assert [u.id for u in read_manifest(path, ("ssum", "sqqa"))] == ["2", "3"]
@@ -63,11 +76,17 @@ def without(key):
     [
         ('{"audio_filepath": "a.wav", ', r"not JSON \("),
         ("[1, 2]", "not a JSON object"),
-        (without("audio_filepath"), "no 'audio_filepath'; a line has at least audio_filepath, duration, text"),
+        (
+            without("audio_filepath"),
+            "no 'audio_filepath'; a line has at least audio_filepath, duration, text",
+        ),
         (without("duration"), "no 'duration'; a line has at least"),
         (without("text"), "no 'text'; a line has at least"),
         (GOOD | {"audio_filepath": "../a.wav"}, r"\.\./a\.wav lies outside the manifest's folder"),
-        (GOOD | {"audio_filepath": "/etc/passwd"}, "/etc/passwd lies outside the manifest's folder"),
+        (
+            GOOD | {"audio_filepath": "/etc/passwd"},
+            "/etc/passwd lies outside the manifest's folder",
+        ),
         (GOOD | {"audio_filepath": 5}, "audio_filepath 5 is not text"),
         (GOOD | {"task": "vqa"}, "task 'vqa' is not one of asr, ast, ssum, sqqa"),
         (GOOD | {"duration": "long"}, "duration 'long' is not a number of seconds"),
@@ -109,5 +128,7 @@ def test_text_that_is_not_utf_8_is_named(folder):
 
 def test_line_separators_inside_text_do_not_end_a_line(folder):
     """JSON allows U+2028 in a string; only a newline ends a line."""
-    (utterance,) = read_manifest(write(folder, json.dumps(GOOD | {"text": "one\u2028two"}, ensure_ascii=False)))
+    (utterance,) = read_manifest(
+        write(folder, json.dumps(GOOD | {"text": "one\u2028two"}, ensure_ascii=False))
+    )
     assert utterance.answer == "one\u2028two"

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common
-from fastslm_jax import optim, steps
+from fastslm_jax import config as config_lib
 from fastslm_jax.audio import CONTEXT, WindowSpec
 from fastslm_jax.data.packing import PackingError, RowShape, Size, assemble, pack
 from fastslm_jax.data.prompts import Encoded
+from fastslm_jax.training import optim
+from fastslm_jax.training import step as steps
 
 # ------------------------------------------------------------------------------------------------------------------- plan
 
@@ -26,14 +27,24 @@ def test_an_example_goes_to_the_fullest_row_that_takes_it():
     assert pack(windows(3, 2, 1, 2, 4), shape) == [[0, 2], [1, 3], [4]]
 
 
-@pytest.mark.parametrize("shape", [RowShape(8, 10_000, 10_000), RowShape(100, 300, 10_000), RowShape(100, 10_000, 120)])
+@pytest.mark.parametrize(
+    "shape", [RowShape(8, 10_000, 10_000), RowShape(100, 300, 10_000), RowShape(100, 10_000, 120)]
+)
 def test_no_row_is_overfull_whatever_runs_out_first(shape):
     rng = np.random.default_rng(0)
-    sizes = [Size(int(w), int(t), int(n)) for w, t, n in zip(*(rng.integers(1, high, 500) for high in (9, 120, 50)), strict=True)]
+    sizes = [
+        Size(int(w), int(t), int(n))
+        for w, t, n in zip(*(rng.integers(1, high, 500) for high in (9, 120, 50)), strict=True)
+    ]
     rows = pack(sizes, shape, open_rows=16)
     assert sorted(number for row in rows for number in row) == list(range(500))
     for row in rows:
-        total = Size(*(sum(getattr(sizes[number], name) for number in row) for name in ("windows", "tokens", "labels")))
+        total = Size(
+            *(
+                sum(getattr(sizes[number], name) for number in row)
+                for name in ("windows", "tokens", "labels")
+            )
+        )
         assert total.fits(shape)
 
 
@@ -68,10 +79,22 @@ def test_an_example_larger_than_a_row_is_an_error():
 def test_assembled_arrays_to_the_number():
     """Two examples: 2 windows of 2 speech tokens at place 1, and 1 window at place 2, in a row of 4 windows and 16 tokens."""
     spec = WindowSpec(frames=100)
-    first = Encoded(np.array([11, 0, 0, 0, 0, 12, 13, 2]), np.array([0, 0, 0, 0, 0, 0, 1, 1], bool), speech_start=1, num_speech=4)
-    second = Encoded(np.array([21, 22, 0, 0, 23, 2]), np.array([0, 0, 0, 0, 1, 1], bool), speech_start=2, num_speech=2)
+    first = Encoded(
+        np.array([11, 0, 0, 0, 0, 12, 13, 2]),
+        np.array([0, 0, 0, 0, 0, 0, 1, 1], bool),
+        speech_start=1,
+        num_speech=4,
+    )
+    second = Encoded(
+        np.array([21, 22, 0, 0, 23, 2]),
+        np.array([0, 0, 0, 0, 1, 1], bool),
+        speech_start=2,
+        num_speech=2,
+    )
     samples = [np.full(24_000, 7, np.int16), np.full(16_000, 9, np.int16)]
-    row = assemble([(first, samples[0]), (second, samples[1])], RowShape(4, 16, 8), spec, tokens_per_window=2)
+    row = assemble(
+        [(first, samples[0]), (second, samples[1])], RowShape(4, 16, 8), spec, tokens_per_window=2
+    )
 
     assert row["tokens"].tolist() == [11, 0, 0, 0, 0, 12, 13, 2, 21, 22, 0, 0, 23, 2, 0, 0]
     assert row["labels"].tolist() == [0, 0, 0, 0, 12, 13, 2, 0, 22, 0, 0, 23, 2, 0, 0, 0]
@@ -84,11 +107,17 @@ def test_assembled_arrays_to_the_number():
     assert row["window_recording"].tolist() == [1, 1, 2, -1]
     assert row["audio"].shape == (4, 16_000 + 2 * CONTEXT)
     assert set(row["audio"][0]) == {7}
-    assert (row["audio"][1] == 7).sum() == CONTEXT + 8_000 + CONTEXT  # its own half second, and what lies at both sides
+    assert (
+        row["audio"][1] == 7
+    ).sum() == CONTEXT + 8_000 + CONTEXT  # its own half second, and what lies at both sides
     assert set(row["audio"][2]) == {9}
     assert not row["audio"][3].any()
     types = {name: value.dtype.name for name, value in row.items()}
-    assert types == dict.fromkeys(types, "int32") | {"audio": "int16", "loss_mask": "float32", "lora_gate": "float32"}
+    assert types == dict.fromkeys(types, "int32") | {
+        "audio": "int16",
+        "loss_mask": "float32",
+        "lora_gate": "float32",
+    }
 
 
 def test_an_example_without_audio_runs_without_lora():
@@ -109,21 +138,29 @@ def test_a_packed_row_is_its_examples_one_by_one(model, params, make_part, row_s
         make_part(0.7, "yes", seed=2),
         make_part(0.9, "on friday in vienna", seed=3),
     ]
-    trained, frozen = optim.split(params, optim.trainable_mask(sorted(flatten_dict(params, sep="/")), common.TRAINABLE))
+    trained, frozen = optim.split(
+        params, optim.trainable_mask(sorted(flatten_dict(params, sep="/")), config_lib.TRAINABLE)
+    )
 
     @jax.jit
     def loss_and_gradients(trained, row):
         def loss(trained):
             batch = jax.tree.map(lambda value: value[None], row)
-            return steps.batch_loss(model, optim.merge(trained, frozen), batch, label_slots=row_shape.labels)["loss"]
+            return steps.batch_loss(
+                model, optim.merge(trained, frozen), batch, label_slots=row_shape.labels
+            )["loss"]
 
         return jax.value_and_grad(loss)(trained)
 
-    row_of = functools.partial(assemble, shape=row_shape, spec=model.window, tokens_per_window=model.tokens_per_window)
+    row_of = functools.partial(
+        assemble, shape=row_shape, spec=model.window, tokens_per_window=model.tokens_per_window
+    )
     packed_loss, packed = loss_and_gradients(trained, row_of(parts))
     alone = [loss_and_gradients(trained, row_of([part])) for part in parts]
     np.testing.assert_allclose(packed_loss, sum(loss for loss, _ in alone), rtol=1e-5)
     for path in trained:
         expected = sum(np.asarray(gradients[path]) for _, gradients in alone)
-        np.testing.assert_allclose(packed[path], expected, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=path)
+        np.testing.assert_allclose(
+            packed[path], expected, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=path
+        )
     assert max(np.abs(gradient).max() for gradient in packed.values()) > 0.1

@@ -13,7 +13,17 @@ def test_nine_tokens_in_their_order_behind_the_vocabulary(tokenizer_folder):
     before = len(AutoTokenizer.from_pretrained(tokenizer_folder))
     tokenizer = prompts.load_tokenizer(tokenizer_folder)
     ids = tokenizer.convert_tokens_to_ids(
-        ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|EN|>", "<|KO|>", "<|ASR|>", "<|AST|>", "<|SSUM|>", "<|SQQA|>"]
+        [
+            "<|AUDIO|>",
+            "<|audio_bos|>",
+            "<|audio_eos|>",
+            "<|EN|>",
+            "<|KO|>",
+            "<|ASR|>",
+            "<|AST|>",
+            "<|SSUM|>",
+            "<|SQQA|>",
+        ]
     )
     assert ids == list(range(before, before + 9))
     assert len(tokenizer) == before + 9
@@ -39,9 +49,15 @@ def test_a_prompt_with_speech_and_an_answer(encoder):
     ("task", "words"),
     [
         ("asr", "<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranscribe the audio clip into text."),
-        ("ast", "<|AST|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranslate the audio clip into Korean."),
+        (
+            "ast",
+            "<|AST|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranslate the audio clip into Korean.",
+        ),
         ("ssum", "<|SSUM|><|audio_bos|><|AUDIO|><|audio_eos|>\nSummarize the audio clip."),
-        ("sqqa", "<|SQQA|><|audio_bos|><|AUDIO|><|audio_eos|>\nAnswer the question in the audio clip."),
+        (
+            "sqqa",
+            "<|SQQA|><|audio_bos|><|AUDIO|><|audio_eos|>\nAnswer the question in the audio clip.",
+        ),
     ],
 )
 def test_default_instructions(encoder, task, words):
@@ -69,14 +85,18 @@ def test_prompts_that_cannot_be_used(encoder):
         encoder.prompt_ids("vqa")
     with pytest.raises(prompts.PromptError, match=r"the instruction may not hold <\|AUDIO\|>"):
         encoder.prompt_ids("asr", "repeat <|AUDIO|>")
-    with pytest.raises(prompts.PromptError, match=r"a prompt without audio may not hold <\|AUDIO\|>"):
+    with pytest.raises(
+        prompts.PromptError, match=r"a prompt without audio may not hold <\|AUDIO\|>"
+    ):
         encoder.prompt_ids(None, "what is <|AUDIO|>?")
 
 
 def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
     with pytest.raises(prompts.PromptError, match=f"{tmp_path}: no tokenizer to be read there"):
         prompts.load_tokenizer(tmp_path)
-    with pytest.raises(prompts.PromptError, match="the added tokens reach id 308, the model has 305 embedding rows"):
+    with pytest.raises(
+        prompts.PromptError, match="the added tokens reach id 308, the model has 305 embedding rows"
+    ):
         prompts.load_tokenizer(tokenizer_folder, vocab_rows=305)
     plain = AutoTokenizer.from_pretrained(tokenizer_folder)
     plain.chat_template = None
@@ -89,12 +109,15 @@ def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
 def test_a_joined_answer_has_the_ids_of_its_text(encoder):
     parts = ["anna bought two red lamps.", "in vienna, on friday", "7 o'clock", "안녕하세요"]
     assert encoder.answer_ids(parts) == encoder.answer_ids(" ".join(parts))
-    lengths = [*encoder.answer_lengths(parts[:1]), *encoder.answer_lengths([f" {part}" for part in parts[1:]])]
+    lengths = [
+        *encoder.answer_lengths(parts[:1]),
+        *encoder.answer_lengths([f" {part}" for part in parts[1:]]),
+    ]
     assert sum(lengths) + 1 == len(encoder.answer_ids(parts))
 
 
 def test_tokenizers_have_fingerprints(encoder, tokenizer_folder):
-    same = prompts.PromptEncoder(prompts.load_tokenizer(tokenizer_folder))
+    same = prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_folder))
     assert same.fingerprint() == encoder.fingerprint()
     same.tokenizer.add_tokens(["<|more|>"])
     assert same.fingerprint() != encoder.fingerprint()

@@ -11,15 +11,18 @@ from absl import logging as absl_logging
 from fastslm_jax import sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
-from fastslm_jax.models.attention import Attend, CausalSegments
+from fastslm_jax.models.attention import AttentionKernel, CausalSegments
 
-XLA, SPLASH = Attend("xla"), Attend("splash_interpret")
+XLA, SPLASH = AttentionKernel("xla"), AttentionKernel("splash_interpret")
 
 
 def arrays(rows=2, length=9, kv_length=None, heads=4, kv_heads=2, head_dim=16):
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = (length, heads), *[(kv_length or length, kv_heads)] * 2
-    return [jax.random.normal(key, (rows, *size, head_dim)) for key, size in zip(keys, sizes, strict=True)]
+    return [
+        jax.random.normal(key, (rows, *size, head_dim))
+        for key, size in zip(keys, sizes, strict=True)
+    ]
 
 
 def values_and_gradients(attend, inputs, mask, weights):
@@ -33,7 +36,9 @@ def values_and_gradients(attend, inputs, mask, weights):
     return out, *gradients
 
 
-SEGMENTS = jnp.array([[1] * 4 + [2] * 5 + [3] * 120 + [0] * 21, [1] * 150])  # the last ones of row 0 are padding; 150 is no block
+SEGMENTS = jnp.array(
+    [[1] * 4 + [2] * 5 + [3] * 120 + [0] * 21, [1] * 150]
+)  # the last ones of row 0 are padding; 150 is no block
 CASES = {
     "packed decoder": ({"length": 150}, CausalSegments(SEGMENTS)),
     "encoder": ({"length": 130, "kv_heads": 4}, None),
@@ -46,7 +51,9 @@ def test_splash_attention_is_xla_attention(case):
     options, mask = CASES[case]
     inputs = arrays(**options)
     weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
-    got, expected = (values_and_gradients(attend, inputs, mask, weights) for attend in (SPLASH, XLA))
+    got, expected = (
+        values_and_gradients(attend, inputs, mask, weights) for attend in (SPLASH, XLA)
+    )
     for name, value, right in zip(("out", "query", "key", "value"), got, expected, strict=True):
         assert value.shape == right.shape
         np.testing.assert_allclose(value, right, atol=1e-5 * np.abs(right).max(), err_msg=name)
@@ -59,18 +66,29 @@ def test_splash_attention_lies_on_the_mesh():
     spread = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*inputs, mask)
     np.testing.assert_allclose(spread, XLA(*inputs, mask), atol=1e-5)
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 20, 2, 16)}
-    three = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*(x[:3] for x in inputs), CausalSegments())  # 4 do not divide 3
+    three = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(
+        *(x[:3] for x in inputs), CausalSegments()
+    )  # 4 do not divide 3
     np.testing.assert_allclose(three, XLA(*(x[:3] for x in inputs), CausalSegments()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "kernel"),
-    [("cpu", "bfloat16", "xla"), ("tpu", "float32", "splash"), ("gpu", "bfloat16", "cudnn"), ("gpu", "float32", "xla")],
+    [
+        ("cpu", "bfloat16", "xla"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),
+    ],
 )
 def test_auto_takes_the_kernel_of_the_platform(platform, dtype, kernel):
     mesh = sharding.make_mesh()
     chosen = attention.choose("auto", platform, dtype, mesh)
-    assert (chosen.kernel, chosen.fall_back, chosen.mesh is not None) == (kernel, True, kernel == "splash")
+    assert (chosen.kernel, chosen.fall_back, chosen.mesh is not None) == (
+        kernel,
+        True,
+        kernel == "splash",
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,17 +105,35 @@ def test_kernels_that_are_not_there_are_refused(name, message):
 
 
 REFUSED = [
-    (Attend("splash"), {"head_dim": 80}, "heads of 80, splash attention takes multiples of 64"),
-    (Attend("cudnn"), {"head_dim": 64}, "float32 arrays, cuDNN takes bfloat16 and float16"),
-    ("mesh", {"heads": 3, "kv_heads": 3}, r"3 heads and 3 key-value heads do not divide over config.mesh.tensor=2"),
+    (
+        AttentionKernel("splash"),
+        {"head_dim": 80},
+        "heads of 80, splash attention takes multiples of 64",
+    ),
+    (
+        AttentionKernel("cudnn"),
+        {"head_dim": 64},
+        "float32 arrays, cuDNN takes bfloat16 and float16",
+    ),
+    (
+        "mesh",
+        {"heads": 3, "kv_heads": 3},
+        r"3 heads and 3 key-value heads do not divide over config.mesh.tensor=2",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("attend", "options", "message"), REFUSED)
 def test_what_a_kernel_cannot_take_is_an_error_or_counted(attend, options, message, monkeypatch):
-    attend = Attend("splash_interpret", mesh=sharding.make_mesh(data=4, tensor=2)) if attend == "mesh" else attend
+    attend = (
+        AttentionKernel("splash_interpret", mesh=sharding.make_mesh(data=4, tensor=2))
+        if attend == "mesh"
+        else attend
+    )
     inputs = arrays(**options)
-    with pytest.raises(attention.KernelError, match=f"attention={attend.kernel}: {message}; choose auto or xla"):
+    with pytest.raises(
+        attention.KernelError, match=f"attention={attend.kernel}: {message}; choose auto or xla"
+    ):
         attend(*inputs)
 
     said = []
@@ -114,16 +150,27 @@ def test_what_a_kernel_cannot_take_is_an_error_or_counted(attend, options, messa
 def test_the_model_gives_the_same_with_splash_attention(model, params, batch):
     """Encoder, HFQ-Former and packed decoder together, values and gradients of LoRA."""
     splash_model = dataclasses.replace(
-        model, **{name: getattr(model, name).clone(attend=SPLASH) for name in ("encoder", "hfq_former", "llm")}
+        model,
+        **{
+            name: getattr(model, name).clone(attend=SPLASH)
+            for name in ("encoder", "hfq_former", "llm")
+        },
     )
     rows = {name: value[:1] for name, value in batch.items()}
 
     def loss(model, lora):
-        llm = params["llm"] | {"layers": params["llm"]["layers"] | {"up": params["llm"]["layers"]["up"] | {"lora_a": lora}}}
+        llm = params["llm"] | {
+            "layers": params["llm"]["layers"]
+            | {"up": params["llm"]["layers"]["up"] | {"lora_a": lora}}
+        }
         hidden = model.hidden(params | {"llm": llm}, rows)
         return jnp.sum(jnp.sin(hidden) * (rows["segment_ids"] > 0)[:, :, None])
 
     lora = params["llm"]["layers"]["up"]["lora_a"]
-    results = [jax.jit(jax.value_and_grad(lambda x, m=m: loss(m, x)))(lora) for m in (splash_model, model)]
+    results = [
+        jax.jit(jax.value_and_grad(lambda x, m=m: loss(m, x)))(lora) for m in (splash_model, model)
+    ]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
-    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-4 * np.abs(results[1][1]).max())
+    np.testing.assert_allclose(
+        results[0][1], results[1][1], atol=1e-4 * np.abs(results[1][1]).max()
+    )

@@ -28,7 +28,9 @@ def test_windows_in_groups_give_the_same_as_all_at_once(model, params):
     assert speech.shape == (1, 12, 32)
     for remat in ("none", "full"):
         grouped = dataclasses.replace(model, window_batch=2, llm=model.llm.clone(remat=remat))
-        np.testing.assert_allclose(jax.jit(grouped.speech_tokens)(params, *audio), speech, atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(grouped.speech_tokens)(params, *audio), speech, atol=1e-5
+        )
 
 
 def test_speech_tokens_stand_in_the_order_of_time(model, params):
@@ -46,6 +48,9 @@ def test_splice_puts_speech_where_slots_say(model, params):
     slots = jnp.array([[-1, 2, 3, -1], [-1, -1, 0, -1]])
     spliced = model.splice(params, tokens, slots, speech)
     table = params["llm"]["embed_tokens"]
-    expected = [[table[7], speech[0, 2], speech[0, 3], table[9]], [table[1], table[2], speech[1, 0], table[3]]]
+    expected = [
+        [table[7], speech[0, 2], speech[0, 3], table[9]],
+        [table[1], table[2], speech[1, 0], table[3]],
+    ]
     np.testing.assert_array_equal(spliced, np.array(expected))
     np.testing.assert_array_equal(model.splice(params, tokens, slots, None), table[tokens])

@@ -8,6 +8,7 @@ import pytest
 from transformers import WhisperFeatureExtractor
 
 from fastslm_jax import audio
+from fastslm_jax.models import log_mel
 
 SECONDS = (0.3, 1.0, 29.99, 30.0, 30.01, 95.0)
 TOLERANCE = 1e-4
@@ -18,7 +19,9 @@ def recording(seconds: float) -> np.ndarray:
     """A gliding voice with harmonics that comes and goes over noise 50 dB below it: float32 in [-1, 1]."""
     t = np.arange(round(seconds * audio.SAMPLE_RATE)) / audio.SAMPLE_RATE
     phase = 2 * np.pi * np.cumsum(140 + 40 * np.sin(2 * np.pi * 0.7 * t)) / audio.SAMPLE_RATE
-    voice = sum(np.sin(k * phase) / k for k in range(1, 20)) * np.clip(np.sin(2 * np.pi * 1.3 * t), 0, None)
+    voice = sum(np.sin(k * phase) / k for k in range(1, 20)) * np.clip(
+        np.sin(2 * np.pi * 1.3 * t), 0, None
+    )
     noise = np.random.default_rng(0).standard_normal(len(t))
     return (0.2 * voice + 0.001 * noise).astype(np.float32)
 
@@ -31,7 +34,9 @@ def extractor():
 def windows_of(samples: np.ndarray, padding: str) -> np.ndarray:
     """Log-mel of a recording, windows joined: [frames, 128]."""
     windows, frames = audio.WindowSpec(padding=padding).cut(samples)
-    mel = jax.jit(audio.log_mel, static_argnums=3)(windows[None], frames[None], np.zeros((1, len(windows)), np.int32), 128)
+    mel = jax.jit(log_mel.log_mel, static_argnums=3)(
+        windows[None], frames[None], np.zeros((1, len(windows)), np.int32), 128
+    )
     return np.asarray(mel).reshape(-1, 128)
 
 
@@ -41,7 +46,13 @@ def test_whisper_padding(seconds, extractor):
     ours = windows_of(samples, "whisper")
     count = -(-len(samples) // 480_000)
     assert ours.shape[0] == count * 3000
-    theirs = extractor(samples, sampling_rate=16_000, padding="max_length", max_length=count * 480_000, truncation=False)
+    theirs = extractor(
+        samples,
+        sampling_rate=16_000,
+        padding="max_length",
+        max_length=count * 480_000,
+        truncation=False,
+    )
     np.testing.assert_allclose(ours.T, theirs["input_features"][0], atol=TOLERANCE, rtol=0)
 
 
@@ -51,7 +62,9 @@ def test_released_padding(seconds, extractor):
     samples = recording(seconds)
     ours = windows_of(samples, "released")
     samples = np.pad(samples, (0, max(0, audio.MIN_SAMPLES - len(samples))))
-    theirs = extractor(samples, sampling_rate=16_000, padding="do_not_pad", truncation=False)["input_features"][0]
+    theirs = extractor(samples, sampling_rate=16_000, padding="do_not_pad", truncation=False)[
+        "input_features"
+    ][0]
     frames = len(samples) // 160
     assert theirs.shape == (128, frames)
     np.testing.assert_allclose(ours[:frames].T, theirs, atol=TOLERANCE, rtol=0)

@@ -10,16 +10,20 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fastslm_jax import bases
-from fastslm_jax.convert import engine, layouts
-from fastslm_jax.convert.tensors import ArraySource, SafetensorsSource
 from fastslm_jax.models.attention import CausalSegments
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import DecoderBlock
+from fastslm_jax.weights import engine, layouts, pretrained
+from fastslm_jax.weights.tensors import ArraySource, SafetensorsSource
 
 LAYER, MODEL = 1e-5, 1e-4  # tolerances, of the largest value
 VOCABULARY, NATIVE_CONTEXT, LENGTH = 97, 32, 100
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": NATIVE_CONTEXT}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": NATIVE_CONTEXT,
+}
 CASES = {  # heads, key-value heads, tied, rope
     "gqa1-tied": (4, 4, True, {"rope_type": "default", "rope_theta": 1e6}),
     "gqa2-untied": (4, 2, False, {"rope_type": "default", "rope_theta": 5e6}),
@@ -43,7 +47,9 @@ def assert_close(actual, expected, tolerance):
 
 
 def shapes_of(llm):
-    return jax.eval_shape(llm.init, jax.random.key(0), jnp.zeros((1, 2, llm.width)), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.eval_shape(
+        llm.init, jax.random.key(0), jnp.zeros((1, 2, llm.width)), jnp.zeros((1, 2), jnp.int32)
+    )["params"]
 
 
 @functools.partial(jax.jit, static_argnames="llm")
@@ -55,16 +61,24 @@ def run(llm, params, tokens, position_ids, segment_ids, lora_gate):
 
 def our_logits(llm, params, tokens, position_ids=None, segment_ids=None, lora_gate=1.0):
     """tokens [b, t] → logits [b, t, v]. One compiled program for all tests of a model, for all have one shape."""
-    position_ids = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if position_ids is None else position_ids
+    position_ids = (
+        np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        if position_ids is None
+        else position_ids
+    )
     segment_ids = np.ones_like(tokens) if segment_ids is None else segment_ids
     gate = np.full((len(tokens), 1), lora_gate, np.float32)
-    return np.asarray(run(llm, params, tokens, position_ids.astype(np.int32), segment_ids.astype(np.int32), gate))
+    return np.asarray(
+        run(llm, params, tokens, position_ids.astype(np.int32), segment_ids.astype(np.int32), gate)
+    )
 
 
 def their_logits(model, tokens, **inputs):
     with torch.no_grad():
         inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
-        return model(input_ids=torch.from_numpy(np.asarray(tokens, np.int64)), **inputs).logits.numpy()
+        return model(
+            input_ids=torch.from_numpy(np.asarray(tokens, np.int64)), **inputs
+        ).logits.numpy()
 
 
 def random_tokens(*shape, seed=0):
@@ -84,8 +98,8 @@ def reference(request, tmp_path_factory):
     randomize(model, seed=1)
     folder = tmp_path_factory.mktemp("qwen3")
     model.save_pretrained(folder)
-    llm = bases.qwen3_from_config(bases.read_config(folder))
-    return model, llm, bases.load_qwen3(folder, shapes_of(llm))
+    llm = pretrained.qwen3_from_config(pretrained.read_config(folder))
+    return model, llm, pretrained.load_qwen3(folder, shapes_of(llm))
 
 
 def test_layer(reference):
@@ -94,16 +108,27 @@ def test_layer(reference):
     position_ids = np.broadcast_to(np.arange(40), (2, 40))
     causal = CausalSegments()
     block = DecoderBlock(
-        llm.num_heads, llm.num_kv_heads, llm.head_dim, llm.mlp_dim, llm.rope, llm.epsilon, LoRA(), deterministic=True
+        llm.num_heads,
+        llm.num_kv_heads,
+        llm.head_dim,
+        llm.mlp_dim,
+        llm.rope,
+        llm.epsilon,
+        LoRA(),
+        deterministic=True,
     )
     apply = jax.jit(block.apply)
     for number, layer in enumerate(model.model.layers):
-        variables = {"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}
+        variables = {
+            "params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])
+        }
         (actual, _), _ = apply(variables, (x, None), position_ids, causal, None)
         with torch.no_grad():
             hidden = torch.from_numpy(x)
             rotations = model.model.rotary_emb(hidden, torch.from_numpy(position_ids.copy()))
-            assert_close(actual, layer(hidden, attention_mask=None, position_embeddings=rotations), LAYER)
+            assert_close(
+                actual, layer(hidden, attention_mask=None, position_embeddings=rotations), LAYER
+            )
 
 
 def test_logits(reference):
@@ -120,7 +145,9 @@ def test_left_padded_input(reference):
     mask = np.arange(LENGTH) >= np.array([[0], [37]])
     tokens = np.where(mask, random_tokens(2, LENGTH), 0).astype(np.int32)
     position_ids = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    theirs = their_logits(model, tokens, attention_mask=mask.astype(np.int64), position_ids=position_ids)
+    theirs = their_logits(
+        model, tokens, attention_mask=mask.astype(np.int64), position_ids=position_ids
+    )
     ours = our_logits(llm, params, tokens, position_ids, mask)
     assert_close(ours[mask], theirs[mask], MODEL)
 
@@ -128,12 +155,21 @@ def test_left_padded_input(reference):
 def test_packed_input(reference):
     """Three examples in a row, and two in another, give what each gives alone."""
     model, llm, params = reference
-    rows = [[random_tokens(1, length, seed=length) for length in lengths] for lengths in ((7, 60, 33), (48, 52))]
+    rows = [
+        [random_tokens(1, length, seed=length) for length in lengths]
+        for lengths in ((7, 60, 33), (48, 52))
+    ]
     tokens = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    segment_ids = [[np.full(part.shape[1], number + 1) for number, part in enumerate(row)] for row in rows]
+    segment_ids = [
+        [np.full(part.shape[1], number + 1) for number, part in enumerate(row)] for row in rows
+    ]
     position_ids = [[np.arange(part.shape[1]) for part in row] for row in rows]
-    segment_ids, position_ids = (np.stack([np.concatenate(row) for row in ids]) for ids in (segment_ids, position_ids))
-    alone = np.concatenate([np.concatenate([their_logits(model, part) for part in row], axis=1) for row in rows])
+    segment_ids, position_ids = (
+        np.stack([np.concatenate(row) for row in ids]) for ids in (segment_ids, position_ids)
+    )
+    alone = np.concatenate(
+        [np.concatenate([their_logits(model, part) for part in row], axis=1) for row in rows]
+    )
     assert_close(our_logits(llm, params, tokens, position_ids, segment_ids), alone, MODEL)
 
 
@@ -165,18 +201,26 @@ def adapted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     base.save_pretrained(folder)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    options = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    options = peft.LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(copy.deepcopy(base), options).eval()
     randomize_lora(model)
     adapter = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(adapter)
 
-    llm = bases.qwen3_from_config(bases.read_config(folder), lora=LoRA(rank=4, alpha=16.0))
+    llm = pretrained.qwen3_from_config(
+        pretrained.read_config(folder), lora=LoRA(rank=4, alpha=16.0)
+    )
     shapes = engine.flatten(shapes_of(llm))
     is_lora = {path: path.endswith(("lora_a", "lora_b")) for path in shapes}
-    params = bases.load_qwen3(folder, engine.unflatten({path: leaf for path, leaf in shapes.items() if not is_lora[path]}))
+    params = pretrained.load_qwen3(
+        folder, engine.unflatten({path: leaf for path, leaf in shapes.items() if not is_lora[path]})
+    )
     lora_tree = engine.unflatten({path: leaf for path, leaf in shapes.items() if is_lora[path]})
-    lora = engine.load(SafetensorsSource(adapter / "adapter_model.safetensors"), layouts.peft_lora(), lora_tree)
+    lora = engine.load(
+        SafetensorsSource(adapter / "adapter_model.safetensors"), layouts.peft_lora(), lora_tree
+    )
     return model, lora, llm, engine.unflatten(engine.flatten(params) | engine.flatten(lora)), base
 
 
@@ -206,12 +250,16 @@ def test_lora_goes_back_to_peft_bit_equal(adapted):
     import peft
 
     model, lora, *_ = adapted
-    theirs = {key: value.detach().numpy() for key, value in peft.get_peft_model_state_dict(model).items()}
+    theirs = {
+        key: value.detach().numpy() for key, value in peft.get_peft_model_state_dict(model).items()
+    }
     ours = dict(engine.store(lora, layouts.peft_lora()))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
     again = engine.load(
-        ArraySource(ours), layouts.peft_lora(), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        ArraySource(ours),
+        layouts.peft_lora(),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora),
     )
     jax.tree.map(np.testing.assert_array_equal, again, lora)

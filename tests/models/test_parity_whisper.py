@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from fastslm_jax import bases
-from fastslm_jax.convert import engine, layouts
 from fastslm_jax.models.whisper import EncoderBlock
+from fastslm_jax.weights import engine, layouts, pretrained
 
 LAYER, MODEL = 1e-5, 1e-4  # tolerances, of the largest value
 
@@ -42,14 +41,23 @@ def reference(tmp_path_factory):
     randomize(model, seed=0)
     folder = tmp_path_factory.mktemp("whisper")
     model.save_pretrained(folder)
-    encoder = bases.whisper_from_config(bases.read_config(folder))
-    tree = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 60, 20), np.float32))["params"]
-    return model, folder, encoder, bases.load_whisper(folder, tree)
+    encoder = pretrained.whisper_from_config(pretrained.read_config(folder))
+    tree = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 60, 20), np.float32))[
+        "params"
+    ]
+    return model, folder, encoder, pretrained.load_whisper(folder, tree)
 
 
 def test_sizes_are_those_of_config_json(reference):
     _, _, encoder, params = reference
-    sizes = (encoder.width, encoder.num_layers, encoder.num_heads, encoder.mlp_dim, encoder.num_mels, encoder.max_positions)
+    sizes = (
+        encoder.width,
+        encoder.num_layers,
+        encoder.num_heads,
+        encoder.mlp_dim,
+        encoder.num_mels,
+        encoder.max_positions,
+    )
     assert sizes == (48, 2, 3, 80, 20, 30)
     assert params["layers"]["mlp_in"]["kernel"].shape == (2, 48, 80)
 
@@ -59,7 +67,9 @@ def test_layer(reference):
     x = np.random.default_rng(0).normal(size=(2, 30, 48)).astype(np.float32)
     apply = jax.jit(EncoderBlock(encoder.num_heads, encoder.mlp_dim).apply)
     for number, layer in enumerate(model.model.encoder.layers):
-        actual, _ = apply({"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}, x)
+        actual, _ = apply(
+            {"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}, x
+        )
         with torch.no_grad():
             assert_close(actual, layer(torch.from_numpy(x), None), LAYER)
 
@@ -69,12 +79,20 @@ def test_encoder_output(reference):
     mel = np.random.default_rng(1).normal(size=(3, 60, 20)).astype(np.float32)
     actual = jax.jit(encoder.apply)({"params": params}, mel)
     with torch.no_grad():
-        assert_close(actual, model.model.encoder(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state, MODEL)
+        assert_close(
+            actual,
+            model.model.encoder(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state,
+            MODEL,
+        )
 
 
 def test_the_way_back_is_bit_equal(reference):
     model, _, _, params = reference
-    theirs = {key: value.numpy() for key, value in model.state_dict().items() if key.startswith("model.encoder.")}
+    theirs = {
+        key: value.numpy()
+        for key, value in model.state_dict().items()
+        if key.startswith("model.encoder.")
+    }
     ours = dict(engine.store(params, layouts.hf_whisper()))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():

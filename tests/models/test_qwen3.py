@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastslm_jax.models import qwen3
 from fastslm_jax.models.attention import CausalSegments
 from fastslm_jax.models.qwen3 import DecoderBlock, RMSNorm, RoPE
 
@@ -30,7 +29,14 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
     @jax.jit
     def unrolled(weights, x):
         block = DecoderBlock(
-            llm.num_heads, llm.num_kv_heads, llm.head_dim, llm.mlp_dim, llm.rope, llm.epsilon, llm.lora, deterministic=True
+            llm.num_heads,
+            llm.num_kv_heads,
+            llm.head_dim,
+            llm.mlp_dim,
+            llm.rope,
+            llm.epsilon,
+            llm.lora,
+            deterministic=True,
         )
         mask = CausalSegments()
         for layer in range(llm.num_layers):
@@ -43,11 +49,11 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
     np.testing.assert_allclose(hidden, unrolled(weights, embeddings), atol=1e-5)
 
 
-def test_layers_in_one_turn_of_the_loop_are_computed_again_too(model, params, embeddings):
+def test_remat_outside_a_loop(model, params, embeddings):
     """XLA must not find that the backward pass repeats the forward pass."""
 
     def products(remat: str) -> int:
-        llm = model.llm.clone(remat=remat, unroll=model.llm.num_layers)
+        llm = model.llm.clone(remat=remat, scan_layers=False)
 
         def loss(weights):
             return jnp.sum(llm.apply({"params": weights}, embeddings, POSITIONS)[0])
@@ -55,17 +61,6 @@ def test_layers_in_one_turn_of_the_loop_are_computed_again_too(model, params, em
         return jax.jit(jax.grad(loss)).lower(params["llm"]).compile().as_text().count(" dot(")
 
     assert products("full") > products("none") > 0
-
-
-def test_a_decoder_of_separate_layers_is_the_scanned_one(model, params, forward, embeddings):
-    llm, weights = qwen3.separate_layers(model.llm, params["llm"])
-    assert "layers" not in weights
-    cache = llm.init_cache(batch=2, slots=12)
-    hidden, cache = jax.jit(lambda *args: llm.apply({"params": weights}, *args))(embeddings, POSITIONS, None, None, cache)
-    expected, whole = forward(embeddings, POSITIONS, None, None, model.llm.init_cache(batch=2, slots=12))
-    np.testing.assert_allclose(hidden, expected, atol=1e-5)
-    np.testing.assert_allclose(cache.keys, whole.keys, atol=1e-5)
-    assert qwen3.separate_layers(llm, weights) == (llm, weights)
 
 
 def test_rms_norm_by_hand():
@@ -78,7 +73,9 @@ def test_rms_norm_by_hand():
 def test_rope_rotates_pairs_of_the_two_halves():
     x = jnp.array([1.0, 10.0, 0.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
     rotated = RoPE(theta=100.0)(x, jnp.array([[3]]))[0, 0, 0]  # frequencies 1 and 100^(-1/2)
-    np.testing.assert_allclose(rotated, [np.cos(3), 10 * np.cos(0.3), np.sin(3), 10 * np.sin(0.3)], rtol=1e-5)
+    np.testing.assert_allclose(
+        rotated, [np.cos(3), 10 * np.cos(0.3), np.sin(3), 10 * np.sin(0.3)], rtol=1e-5
+    )
 
 
 def test_yarn_keeps_fast_rotations_and_slows_slow_ones():
@@ -137,4 +134,6 @@ def test_logits_are_tied_to_the_embeddings_or_have_a_head(model, params):
     np.testing.assert_allclose(tied, hidden @ table.T, atol=1e-5)
     untied = model.llm.clone(tied_embeddings=False)
     with_head = params["llm"] | {"lm_head": 2 * table}
-    np.testing.assert_allclose(untied.apply({"params": with_head}, hidden, method="logits"), 2 * tied, atol=1e-5)
+    np.testing.assert_allclose(
+        untied.apply({"params": with_head}, hidden, method="logits"), 2 * tied, atol=1e-5
+    )

@@ -12,7 +12,15 @@ from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
 D, MELS, POSITIONS, LAYERS = 1280, 128, 1500, 32  # Whisper-large-v3's encoder
-LLM_D, LLM_LAYERS, VOCAB, HEADS, KV_HEADS, HEAD_DIM, MLP = 2560, 36, 151_936, 32, 8, 128, 9728  # Qwen3-4B
+LLM_D, LLM_LAYERS, VOCAB, HEADS, KV_HEADS, HEAD_DIM, MLP = (
+    2560,
+    36,
+    151_936,
+    32,
+    8,
+    128,
+    9728,
+)  # Qwen3-4B
 RANK = 16
 
 
@@ -20,8 +28,12 @@ RANK = 16
 def full() -> FastSLM:
     """Whisper-large-v3, HFQ-Former of 80, 80, 80 → 50 tokens, Qwen3-4B with LoRA of rank 16."""
     return FastSLM(
-        encoder=WhisperEncoder(D, LAYERS, num_heads=20, mlp_dim=4 * D, num_mels=MELS, max_positions=POSITIONS),
-        hfq_former=HFQFormer(LLM_D, stage_tokens=(80, 80, 80), compression_size=50, detail_recovery_layers=2),
+        encoder=WhisperEncoder(
+            D, LAYERS, num_heads=20, mlp_dim=4 * D, num_mels=MELS, max_positions=POSITIONS
+        ),
+        hfq_former=HFQFormer(
+            LLM_D, stage_tokens=(80, 80, 80), compression_size=50, detail_recovery_layers=2
+        ),
         llm=Qwen3(VOCAB, LLM_D, LLM_LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, lora=LoRA(RANK)),
     )
 
@@ -46,7 +58,9 @@ def is_fixed(path: str) -> bool:
 def test_thirty_seconds_are_fifty_tokens(full, tree):
     def features_and_tokens(params, mel):
         features = full.encoder.apply({"params": params["encoder"]}, mel)
-        return features, *full.hfq_former.apply({"params": params["hfq_former"]}, features, mutable="intermediates")
+        return features, *full.hfq_former.apply(
+            {"params": params["hfq_former"]}, features, mutable="intermediates"
+        )
 
     features, tokens, state = jax.eval_shape(features_and_tokens, tree, jnp.zeros((1, 3000, MELS)))
     assert features.shape == (1, 1500, 1280)
@@ -81,11 +95,15 @@ def test_whisper_large_v3_encoder_has_637_million(tree):
     mlp = 2 * (4 * D * D) + 4 * D + D
     block = attention + mlp + 2 * (2 * D)
     expected = convolutions + POSITIONS * D + LAYERS * block + 2 * D
-    assert count(tree["encoder"]) == expected == 636_968_960  # its position table of 1.9 M counted, as is usual
+    assert (
+        count(tree["encoder"]) == expected == 636_968_960
+    )  # its position table of 1.9 M counted, as is usual
 
 
 def test_hfq_former_has_56_million_and_4_million_fixed(tree):
-    compressors = 4 * ((D * D + D) + 2 * (2 * D))  # an output projection and two norms; no query, key or value
+    compressors = 4 * (
+        (D * D + D) + 2 * (2 * D)
+    )  # an output projection and two norms; no query, key or value
     queries = (3 * 80 + 50) * D
     downsamplers = 2 * (2 * (3 * D * D + D) + 2 * D)
     detail_recovery = 2 * (2 * (4 * D * D + 3 * D) + 2 * (2 * D))

@@ -12,9 +12,15 @@ from fastslm_jax.models.whisper import EncoderBlock
 def test_sinusoids():
     table = sinusoids(1500, 1280)
     assert table.shape == (1500, 1280)
-    np.testing.assert_array_equal(table[0], np.repeat([0.0, 1.0], 640))  # position 0: sines are 0, cosines 1
-    np.testing.assert_allclose(table[3, [0, 640]], [np.sin(3), np.cos(3)], atol=1e-6)  # the fastest: one radian a position
-    np.testing.assert_allclose(table[1000, 639], np.sin(1000 / 10_000), atol=1e-6)  # the slowest: the largest timescale
+    np.testing.assert_array_equal(
+        table[0], np.repeat([0.0, 1.0], 640)
+    )  # position 0: sines are 0, cosines 1
+    np.testing.assert_allclose(
+        table[3, [0, 640]], [np.sin(3), np.cos(3)], atol=1e-6
+    )  # the fastest: one radian a position
+    np.testing.assert_allclose(
+        table[1000, 639], np.sin(1000 / 10_000), atol=1e-6
+    )  # the slowest: the largest timescale
     with pytest.raises(ValueError, match="even width, got 7"):
         sinusoids(10, 7)
 
@@ -33,7 +39,9 @@ def test_conv_is_xlas_convolution(stride, length):
 
 def test_gelu_is_the_exact_one():
     x = jnp.array([-2.0, 0.5, 1.0])
-    np.testing.assert_allclose(gelu(x), x * (1 + jax.scipy.special.erf(x / np.sqrt(2))) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        gelu(x), x * (1 + jax.scipy.special.erf(x / np.sqrt(2))) / 2, rtol=1e-5
+    )
 
 
 def test_scanned_blocks_are_blocks_one_after_another(model, params):
@@ -43,7 +51,10 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params):
     @jax.jit
     def unrolled(weights, mel):
         x = gelu(Conv(encoder.width).apply({"params": weights["conv1"]}, mel))
-        x = gelu(Conv(encoder.width, stride=2).apply({"params": weights["conv2"]}, x)) + weights["positions"]
+        x = (
+            gelu(Conv(encoder.width, stride=2).apply({"params": weights["conv2"]}, x))
+            + weights["positions"]
+        )
         for layer in range(encoder.num_layers):
             block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights["layers"])
             x, _ = EncoderBlock(encoder.num_heads, encoder.mlp_dim).apply({"params": block}, x)
@@ -61,5 +72,7 @@ def test_blocks_have_weights_of_their_own(params):
 
 
 def test_a_window_of_another_length_is_refused(model, params):
-    with pytest.raises(ValueError, match=r"frames × bands \(90, 16\), this encoder takes \(100, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"frames × bands \(90, 16\), this encoder takes \(100, 16\)"
+    ):
         model.encoder.apply({"params": params["encoder"]}, jnp.zeros((1, 90, 16)))

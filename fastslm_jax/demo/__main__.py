@@ -1,0 +1,125 @@
+"""The whole way in one command: corpus, three stages, evaluation, report (`make demo`).
+
+    python -m fastslm_jax.demo [--out=runs/demo] [--seed=0]
+
+Every phase is a command of its own that goes on where it was; so does this.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from fastslm_jax import cli
+from fastslm_jax.demo import report
+from fastslm_jax.errors import UserError
+
+STAGES = ("stage1", "stage2", "stage3")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", "runs/demo", "Where everything goes.")
+    flags.DEFINE_integer("seed", 0, "Seed of the corpus and of training.")
+    flags.DEFINE_list(
+        "train_flags",
+        [],
+        "Further flags for train.py, for example --config.steps=8 (to try things out).",
+    )
+    flags.DEFINE_list(
+        "corpus_flags", [], "Further flags for the corpus, for example --utterances=60."
+    )
+
+
+class Phases:
+    """Runs commands one after another; remembers which are done, and the minutes and memory of each over all attempts."""
+
+    def __init__(self, out: pathlib.Path):
+        self.out, self.file = out, out / "phases.json"
+        self.state = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def run(self, name: str, command: list[str]) -> None:
+        phase = self.state.setdefault(
+            name, {"done": False, "seconds": 0.0, "peak_rss_gib": 0.0, "command": command}
+        )
+        if phase["command"] != command:
+            before = " ".join(phase["command"])
+            raise UserError(
+                f"{self.out} was made with other flags ({before}); name another --out, or remove it"
+            )
+        if phase["done"]:
+            print(f"[{name}] done before", flush=True)
+            return
+        print(f"[{name}] {' '.join(command)}", flush=True)
+        before, started = phase["seconds"], time.time()
+        process = subprocess.Popen([sys.executable, *command], preexec_fn=_die_with_parent)
+        while True:
+            try:
+                code = process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                code = None
+            phase["seconds"] = before + time.time() - started
+            if code is not None:
+                break
+            self._write()
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        phase["peak_rss_gib"] = round(max(phase["peak_rss_gib"], peak), 2)
+        phase["done"] = code == 0
+        self._write()
+        if code:
+            raise UserError(
+                f"{name} stopped with exit code {code}; mend what it says above and run the same command again"
+            )
+
+    def _write(self) -> None:
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1))
+        temporary.replace(self.file)
+
+
+def _die_with_parent() -> None:
+    """A killed demo may not leave a trainer behind that writes beside the next one. Elsewhere train.py's lock holds."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main(_):
+    out = pathlib.Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    phases, seed = Phases(out), FLAGS.seed
+    corpus = [
+        "-m",
+        "fastslm_jax.demo.corpus",
+        f"--out={out}/corpus",
+        f"--seed={seed}",
+        f"--workers={os.cpu_count()}",
+    ]
+    phases.run("corpus", corpus + FLAGS.corpus_flags)
+    for number, stage in enumerate(STAGES, start=1):
+        config = [
+            f"--config=configs/demo.py:{number},{out}",
+            f"--workdir={out}/{stage}",
+            f"--config.seed={seed}",
+        ]
+        phases.run(stage, ["train.py", *config, *FLAGS.train_flags])
+    config = [f"--config=configs/demo.py:3,{out}", f"--workdir={out}/stage3"]
+    phases.run("eval", ["eval.py", *config, "--swap_audio=test"])
+    summary = report.write(out, phases.state)
+    print(report.table(summary))
+    print(f"\nreport: {out}/report.json and {out}/report.png; curves: tensorboard --logdir {out}")
+    print(
+        f"your own file: {sys.executable} -m fastslm_jax.transcribe FILE --checkpoint={out}/stage3"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,263 @@
+"""Scores by task, by the conventions of their fields, with 95 % bootstrap intervals.
+
+ASR   corpus-level WER and CER (jiwer) after Whisper's normaliser: the English one, or the basic one with diacritics kept.
+AST   sacrebleu's BLEU, chrF++ and chrF, with their signatures.
+SSUM  ROUGE-1, -2 and -L.
+SQQA  exact match and word F1; accuracy where every reference is one of the options A to D.
+"""
+
+import collections
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+
+import jiwer
+import numpy as np
+from rouge_score import rouge_scorer
+from rouge_score.tokenizers import DefaultTokenizer
+from sacrebleu.metrics import BLEU, CHRF
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
+
+CHARACTERS_FIRST = (
+    "ko",
+    "ja",
+    "zh",
+)  # languages whose papers give CER: their word spaces are loose, or there are none
+WITHOUT_SPACES = ("ja", "zh")
+BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}  # all others: 13a
+RESAMPLES = 1000
+OPTION = re.compile(r"\(?\s*([A-D])\s*(?:[).:]|$)")
+ARTICLES = ("a", "an", "the")
+
+
+@functools.cache
+def normalizer(lang: str) -> Callable[[str], str]:
+    """Whisper's text normaliser: the English one, or the basic one with diacritics kept (letters apart where no spaces are)."""
+    if lang == "en":
+        return EnglishTextNormalizer()
+    return BasicTextNormalizer(remove_diacritics=False, split_letters=lang in WITHOUT_SPACES)
+
+
+def normalize(text: str, lang: str) -> str:
+    return " ".join(normalizer(lang)(text).split())
+
+
+def _normalized(texts: Sequence[str], lang: str) -> list[str]:
+    return [normalize(text, lang) for text in texts]
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, seed: int = 0
+) -> list[float] | None:
+    """The 95 % interval of a score, utterances drawn anew RESAMPLES times.
+
+    Args:
+        statistic: sums of rows [..., columns] → scores [...].
+        rows: what each utterance adds to the sums, [utterances, columns].
+
+    Returns:
+        [low, high], None for fewer than two utterances.
+    """
+    if len(rows) < 2:
+        return None
+    rng, rows = np.random.default_rng(seed), np.asarray(rows, np.float64)
+    weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
+    return [
+        round(float(value), 4) for value in np.percentile(statistic(weights @ rows), [2.5, 97.5])
+    ]
+
+
+def _mean_interval(values: Sequence[float]) -> list[float] | None:
+    return bootstrap(
+        lambda sums: sums[:, 0] / sums[:, 1], np.stack([values, np.ones(len(values))], axis=1)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- asr
+
+
+def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
+    """(substitutions, insertions, deletions, words) of a normalised pair."""
+    words = jiwer.process_words(reference, hypothesis)
+    return (
+        words.substitutions,
+        words.insertions,
+        words.deletions,
+        words.hits + words.substitutions + words.deletions,
+    )
+
+
+def asr(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
+) -> dict:
+    """Corpus-level word and character error rates in percent, and the counts behind them."""
+    references, hypotheses = _normalized(references, lang), _normalized(hypotheses, lang)
+    spaceless = [
+        text.replace(" ", "") if lang in WITHOUT_SPACES else text
+        for text in (*references, *hypotheses)
+    ]
+    characters = spaceless[: len(references)], spaceless[len(references) :]
+    words, letters = (
+        jiwer.process_words(references, hypotheses),
+        jiwer.process_characters(*characters),
+    )
+    scores = {
+        "wer": 100 * words.wer,
+        "cer": 100 * letters.cer,
+        "substitutions": words.substitutions,
+        "insertions": words.insertions,
+        "deletions": words.deletions,
+        "words": words.hits + words.substitutions + words.deletions,
+    }
+    if intervals:
+        counts = np.array(
+            [error_counts(*pair) for pair in zip(references, hypotheses, strict=True)]
+        )
+        letter_counts = []
+        for reference, hypothesis in zip(*characters, strict=True):
+            found = jiwer.process_characters(reference, hypothesis)
+            wrong = found.substitutions + found.deletions
+            letter_counts.append((wrong + found.insertions, found.hits + wrong))
+        pairs = {
+            "wer": np.stack([counts[:, :3].sum(axis=1), counts[:, 3]], axis=1),
+            "cer": np.array(letter_counts),
+        }
+        scores["intervals"] = {
+            name: bootstrap(lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1), pair)
+            for name, pair in pairs.items()
+        }
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------------- ast
+
+
+def ast(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str = "ko", intervals: bool = False
+) -> dict:
+    """BLEU (its tokenizer chosen by the target language), chrF++ and chrF, 0 … 100, with sacrebleu's signatures."""
+    scores, found = {}, {}
+    makers = {
+        "chrf": lambda: CHRF(),
+        "chrf_pp": lambda: CHRF(word_order=2),
+        "bleu": lambda: BLEU(tokenize=BLEU_TOKENIZERS.get(lang, "13a")),
+    }
+    for name, make in makers.items():
+        metric = make()
+        scores[name] = metric.corpus_score(hypotheses, [references]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+        if intervals:
+            found[name] = _sacrebleu_interval(make(), references, hypotheses)
+    return scores | ({"intervals": found} if intervals else {})
+
+
+def _sacrebleu_interval(
+    metric, references: Sequence[str], hypotheses: Sequence[str]
+) -> list[float] | None:
+    if len(references) < 2:
+        return None
+    score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
+    told = json.loads(score.format(width=4, is_json=True, signature="of:bootstrap"))
+    if "confidence_mean" not in told:  # the score is zero
+        return [0.0, 0.0]
+    return [round(told["confidence_mean"] + sign * told["confidence_var"], 4) for sign in (-1, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ ssum
+
+
+class _Whitespace:
+    """ROUGE's own tokenizer drops everything outside a-z0-9, and with it every script but the Latin."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.lower().split()
+
+
+def ssum(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
+) -> dict:
+    """Mean ROUGE-1, -2 and -L F-measures, 0 … 1: rouge-score's own tokens, unstemmed; words as written outside English."""
+    names = ("rouge1", "rouge2", "rougeL")
+    tokenizer = DefaultTokenizer(use_stemmer=False) if lang == "en" else _Whitespace()
+    scorer = rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
+    each = [
+        scorer.score(reference, hypothesis)
+        for reference, hypothesis in zip(references, hypotheses, strict=True)
+    ]
+    values = {name: [score[name].fmeasure for score in each] for name in names}
+    scores = {name: float(np.mean(value)) for name, value in values.items()}
+    return scores | (
+        {"intervals": {name: _mean_interval(value) for name, value in values.items()}}
+        if intervals
+        else {}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ sqqa
+
+
+def word_f1(reference: str, hypothesis: str, lang: str = "en") -> float:
+    """F1 of the words that two normalised answers share (arXiv 1606.05250); English articles do not count."""
+    skip = ARTICLES if lang == "en" else ()
+    ours, theirs = (
+        [word for word in text.split() if word not in skip] for text in (hypothesis, reference)
+    )
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def option(text: str) -> str | None:
+    """The option A to D that an answer begins with, or names last. Examples: "B", "(c) red" → None, "The answer is C." → "C"."""
+    found = OPTION.match(text.strip())
+    named = re.findall(r"\b([A-D])\b", text)
+    return found.group(1) if found else named[-1] if named else None
+
+
+def sqqa(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
+) -> dict:
+    """Exact match and word F1 after normalisation; accuracy if the references are options. In percent."""
+    pairs = list(zip(_normalized(references, lang), _normalized(hypotheses, lang), strict=True))
+    values = {
+        "em": [100.0 * (reference == hypothesis) for reference, hypothesis in pairs],
+        "f1": [100.0 * word_f1(reference, hypothesis, lang) for reference, hypothesis in pairs],
+    }
+    if all(OPTION.match(reference.strip()) for reference in references):
+        chosen = zip(references, hypotheses, strict=True)
+        values["accuracy"] = [
+            100.0 * (option(reference) == option(hypothesis)) for reference, hypothesis in chosen
+        ]
+    scores = {name: float(np.mean(value)) for name, value in values.items()}
+    return scores | (
+        {"intervals": {name: _mean_interval(value) for name, value in values.items()}}
+        if intervals
+        else {}
+    )
+
+
+SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
+FIRST = {"asr": "wer", "ast": "bleu", "ssum": "rougeL", "sqqa": "em"}
+
+
+def first(task: str, lang: str) -> str:
+    """The score that a table gives first."""
+    return "cer" if task == "asr" and lang in CHARACTERS_FIRST else FIRST[task]
+
+
+def score(predictions: Sequence[dict], intervals: bool = False) -> dict:
+    """Scores of one set: predictions have task, lang, reference and hypothesis; all of one task and language."""
+    task, lang = predictions[0]["task"], predictions[0]["lang"]
+    scores = SCORERS[task](
+        [p["reference"] for p in predictions],
+        [p["hypothesis"] for p in predictions],
+        lang,
+        intervals,
+    )
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in scores.items()
+    }

@@ -1,0 +1,150 @@
+"""Which parameters train, and how: one regex table and one optax chain."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fastslm_jax.errors import UserError
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+class TrainableError(UserError):
+    """The table of trainable parameters does not fit the model."""
+
+
+def trainable_mask(paths: Sequence[str], table: Sequence[tuple[str, bool]]) -> dict[str, bool]:
+    """{path: is it trained}. The first pattern that matches a path decides.
+
+    Raises:
+        TrainableError: a path that no pattern matches, or a pattern that decides nothing.
+    """
+    used, mask = set(), {}
+    for path in paths:
+        hit = next((pattern for pattern, _ in table if re.fullmatch(pattern, path)), None)
+        if hit is None:
+            raise TrainableError(
+                f"parameter {path} matches no pattern of config.trainable; add one, for example ('{path}', False)"
+            )
+        used.add(hit)
+        mask[path] = bool(dict(table)[hit])
+    unused = [pattern for pattern, _ in table if pattern not in used]
+    if unused:
+        raise TrainableError(
+            f"pattern {unused[0]!r} of config.trainable decides no parameter; remove it or mend it"
+        )
+    if not any(mask.values()):
+        raise TrainableError("config.trainable trains nothing")
+    return mask
+
+
+def split(params: Mapping, mask: Mapping[str, bool]) -> tuple[dict, dict]:
+    """One tree → (trained, frozen), both flat dicts of path → leaf."""
+    leaves = flatten_dict(params, sep="/")
+    return {p: v for p, v in leaves.items() if mask[p]}, {
+        p: v for p, v in leaves.items() if not mask[p]
+    }
+
+
+def merge(trained: Mapping, frozen: Mapping) -> dict:
+    """The inverse of `split`."""
+    return unflatten_dict({**frozen, **trained}, sep="/")
+
+
+def schedule(
+    name: str, peak: float, steps: int, warmup_steps: int, final_fraction: float = 0.0
+) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then "cosine", "linear" or "constant" to final_fraction · peak at `steps`."""
+    decay_steps = max(1, steps - warmup_steps)
+    decays = {
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=final_fraction),
+        "linear": optax.linear_schedule(peak, peak * final_fraction, decay_steps),
+        "constant": optax.constant_schedule(peak),
+    }
+    if name not in decays:
+        raise UserError(f"schedule {name!r} is not one of {', '.join(decays)}")
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, max(1, warmup_steps)), decays[name]], [warmup_steps]
+    )
+
+
+def _muon_axes(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+    """Input and output axes of a weight matrix; None (vectors, embeddings, position tables) leaves a leaf to Adam."""
+    name = path.rsplit("/", 1)[-1]
+    if name not in ("kernel", "lora_a", "lora_b") or leaf.ndim < 2:
+        return None
+    if re.search(r"conv\d?/kernel", path):
+        return optax.contrib.MuonDimensionNumbers((leaf.ndim - 3, leaf.ndim - 2), leaf.ndim - 1)
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+
+def make_optimizer(
+    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0,
+    learning_rate_ratios: Sequence[tuple[str, float]] = (), weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:  # fmt: skip
+    """AdamW, or Muon on the weight matrices with Adam (at ratio · learning rate) for the rest, after global-norm clipping.
+
+    Works on flat dicts of path → leaf. Weight decay acts on leaves of two or more axes.
+
+    Args:
+        learning_rate_ratios: (pattern, ratio) of paths that take larger or smaller steps; the first pattern that matches decides.
+            LoRA wants one under Muon: the product of its factors, times alpha / rank, is a large step.
+
+    Raises:
+        TrainableError: at the first step, a pattern that decides nothing.
+    """
+
+    def decayed(leaves):
+        return jax.tree.map(
+            lambda leaf: leaf.ndim >= 2, leaves
+        )  # a tree map, because optax masks leaves out
+
+    if name == "adamw":
+        rule = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    elif name == "muon":
+        rule = optax.contrib.muon(
+            learning_rate,
+            weight_decay=weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=b1,
+            adam_b2=b2,
+            adam_learning_rate=lambda step: adam_learning_rate_ratio * learning_rate(step),
+            muon_weight_dimension_numbers=lambda leaves: {
+                path: _muon_axes(path, leaf) for path, leaf in leaves.items()
+            },
+        )
+    else:
+        raise UserError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    chain.append(rule)
+    if learning_rate_ratios:
+        chain.append(
+            optax.stateless(lambda updates, _: _scale_by_path(updates, learning_rate_ratios))
+        )
+    return optax.chain(*chain)
+
+
+def _scale_by_path(
+    updates: Mapping[str, jax.Array], table: Sequence[tuple[str, float]]
+) -> dict[str, jax.Array]:
+    deciding = {
+        path: next((row for row in table if re.fullmatch(row[0], path)), None) for path in updates
+    }
+    unused = [row[0] for row in table if row not in deciding.values()]
+    if unused:
+        raise TrainableError(
+            f"pattern {unused[0]!r} of config.optimizer.learning_rate_ratios decides nothing that trains; remove it or mend it"
+        )
+    return {
+        path: leaf if deciding[path] is None else deciding[path][1] * leaf
+        for path, leaf in updates.items()
+    }
+
+
+def count(leaves: Mapping[str, jax.Array]) -> int:
+    """Parameters in a flat dict."""
+    return sum(leaf.size for leaf in leaves.values())

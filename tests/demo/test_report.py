@@ -1,0 +1,93 @@
+"""The demo's report says what the files of a finished demo say."""
+
+import json
+import pathlib
+
+import pytest
+
+from fastslm_jax.demo import __main__ as demo
+from fastslm_jax.demo import report
+
+SCORES = {
+    ("test", "asr"): {"wer": 1.5},
+    ("test_unseen_voices", "asr"): {"wer": 2.5},
+    ("test_long", "asr"): {"wer": 5.25},
+    ("test", "asr-swapped"): {"wer": 101.0},
+    ("test", "ast"): {"chrf": 91.0},
+    ("test", "ssum"): {"rougeL": 0.975},
+    ("test", "sqqa"): {"em": 95.0},
+}
+
+
+@pytest.fixture
+def finished(tmp_path) -> pathlib.Path:
+    """What a finished demo leaves: losses that fall from 2 to 0.1 in 20 lines, scores, and two answers of every set."""
+    for stage in demo.STAGES:
+        lines = [{"step": 10 * n, "loss": 2.1 - 0.1 * n} for n in range(1, 21)] + [
+            {"step": 200, "dev/wer": 4.0}
+        ]
+        write_lines(tmp_path / stage / "metrics.jsonl", lines)
+    for (name, task), scores in SCORES.items():
+        parent = tmp_path / "stage3" / "eval" / name / task
+        seconds = 100.0 if name == "test_long" else 3.0
+        answers = [
+            {
+                "seconds": seconds,
+                "reference": "the boat leaves soon",
+                "hypothesis": "the boat leaves soon",
+            },
+            {
+                "seconds": seconds,
+                "reference": "the boat leaves soon",
+                "hypothesis": "the coat leaves soon",
+            },
+        ]
+        write_lines(parent / "predictions.jsonl", answers)
+        (parent / "metrics.json").write_text(json.dumps(scores))
+    return tmp_path
+
+
+def write_lines(path: pathlib.Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_report_says_what_the_files_say(finished):
+    phases = {
+        name: {"seconds": 90.0, "peak_rss_gib": 1.0 + number}
+        for number, name in enumerate(demo.STAGES)
+    }
+    summary = report.write(finished, phases)
+    assert json.loads((finished / "report.json").read_text()) == summary
+    assert (
+        summary["wer_short"],
+        summary["wer_unseen_voices"],
+        summary["wer_long"],
+        summary["wer_wrong_audio"],
+    ) == (
+        1.5,
+        2.5,
+        5.25,
+        101,
+    )
+    assert (summary["chrf_ast"], summary["rougeL_ssum"], summary["em_sqqa"]) == (91, 0.975, 95)
+    assert (summary["minutes"], summary["peak_rss_gib"]) == (4.5, 3.0)
+    # The first and the last tenth of the logged losses: of 20, two each.
+    assert summary["stages"][0] == {
+        "name": "stage1",
+        "first_loss": 1.95,
+        "last_loss": 0.15,
+        "minutes": 1.5,
+    }
+    assert "ASR, recordings of 1-3 minutes   WER 5.25 %" in report.table(summary)
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wer_by_duration():
+    heard = {"reference": "the boat leaves soon", "hypothesis": "the coat leaves soon"}
+    silent = {"reference": "good night", "hypothesis": ""}
+    found = report.wer_by_duration(
+        [{**heard, "seconds": 1.0}, {**silent, "seconds": 1.5}, {**heard, "seconds": 70.0}],
+        (0, 2, 60, 80),
+    )
+    assert found == [("0-2 s", 50.0), ("60-80 s", 25.0)]

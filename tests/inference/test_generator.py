@@ -1,0 +1,481 @@
+"""Generation: the compiled loop with its cache gives what plain forward passes give, alone or in a batch."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fastslm_jax import compilation, sharding
+from fastslm_jax.errors import UserError
+from fastslm_jax.inference import batching, programs, repetition
+from fastslm_jax.inference import generator as generator_module
+from fastslm_jax.inference.generator import Generator, Request
+from fastslm_jax.inference.sampling import SamplingParams
+from fastslm_jax.models.lora import LoRA
+from fastslm_jax.weights import engine, layouts
+
+
+def noise(seconds: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
+
+
+REQUESTS = [
+    Request(noise(1.0, 0), "asr", "write"),
+    Request(noise(2.7, 1), "ast", "into korean please"),
+    Request(noise(0.4, 2), "sqqa"),
+]
+BUDGETS = [20, 12, 16]
+
+
+@pytest.fixture(scope="module")
+def generator(model, params, encoder):
+    return Generator(model, params, encoder)
+
+
+@pytest.fixture(scope="module")
+def answers(generator):
+    return generator.answer(REQUESTS, BUDGETS)
+
+
+@pytest.mark.parametrize(
+    ("positions", "slots"),
+    [(1, 256), (256, 256), (257, 512), (513, 1024), (5000, 8192), (8193, 9216), (51_000, 53_248)],
+)
+def test_caches_have_few_sizes(positions, slots):
+    assert generator_module.bucketed_length(positions) == slots
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "slots", "rows"), [(32, 256, 32), (32, 1024, 32), (32, 4096, 8), (4, 8192, 1)]
+)
+def test_long_contexts_have_fewer_rows(batch_size, slots, rows):
+    assert generator_module.rows_for(batch_size, slots) == rows
+
+
+def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answers):
+    """No cache: every token takes a forward pass over all before it, and the best one is appended."""
+    length = 160
+
+    @jax.jit
+    def best(speech, tokens, slots, at):
+        embeddings = model.splice(params, tokens[None], slots[None], speech)
+        hidden, _ = model.llm.apply({"params": params["llm"]}, embeddings, jnp.arange(length)[None])
+        return jnp.argmax(model.logits(params, hidden[0, at]))
+
+    speak = jax.jit(model.speech_tokens)
+    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
+        windows, frames = model.window.cut(request.samples)
+        slots = np.zeros((1, 4, windows.shape[1]), np.int16)
+        slots[0, : len(windows)] = windows
+        valid, recording = np.zeros((1, 4), np.int32), np.full((1, 4), -1, np.int32)
+        valid[0, : len(windows)], recording[0, : len(windows)] = frames, 0
+        speech = speak(params, slots, valid, recording)
+
+        prompt = encoder.encode(request.task, request.instruction, None, 3 * len(windows))
+        tokens, speech_slot = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+        tokens[: len(prompt.tokens)] = prompt.tokens
+        speech_slot[prompt.speech_start : prompt.speech_start + prompt.num_speech] = np.arange(
+            prompt.num_speech
+        )
+        expected = []
+        while len(expected) < budget and encoder.end_id not in expected:
+            at = len(prompt.tokens) + len(expected)
+            expected.append(int(best(speech, tokens, speech_slot, at - 1)))
+            tokens[at] = expected[-1]
+        assert [*answer.token_ids, encoder.end_id][: len(expected)] == expected
+        assert len(set(expected)) > 3
+
+
+def test_answers_say_how_they_came_about(answers, encoder):
+    assert [answer.windows for answer in answers] == [1, 3, 1]
+    assert [answer.speech_tokens for answer in answers] == [3, 9, 3]
+    for answer, budget in zip(answers, BUDGETS, strict=True):
+        assert answer.text == encoder.decode(answer.token_ids)
+        assert encoder.end_id not in answer.token_ids
+        assert (
+            len(answer.token_ids) == budget
+            if answer.stop_reason == "budget"
+            else len(answer.token_ids) < budget
+        )
+
+
+def test_a_batch_gives_what_each_request_gives_alone(generator, answers):
+    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
+        assert generator.answer([request], [budget]) == [answer]
+
+
+def test_padding_rows_of_a_batch_change_nothing(generator, answers):
+    assert generator.answer(REQUESTS[:2], BUDGETS[:2], batch_size=3) == answers[:2]
+
+
+def test_an_answer_ends_with_its_end_token(generator, answers):
+    """A token that comes up inside the first answer, declared the end: it and all behind it are cut."""
+    ids = answers[0].token_ids
+    place = next(i for i in range(1, len(ids)) if ids[i] not in ids[:i])
+    ending = Generator(generator.model, generator.params, EndsWith(generator.encoder, ids[place]))
+    (answer,) = ending.answer(REQUESTS[:1], BUDGETS[:1])
+    assert answer.token_ids == ids[:place]
+    assert answer.stop_reason == "eos"
+
+
+@dataclasses.dataclass
+class EndsWith:
+    """A prompt encoder with another end token."""
+
+    encoder: object
+    end_id: int
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+
+def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, encoder):
+    request = Request(None, None, "where did anna go")
+    (answer,) = generator.answer([request], [16])
+    leaves = flatten_dict(params, sep="/")
+    base = unflatten_dict(
+        {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
+    )
+    without_lora = Generator(
+        dataclasses.replace(model, llm=model.llm.clone(lora=LoRA())), base, encoder
+    )
+    assert without_lora.answer([request], [16]) == [answer]
+    assert (answer.windows, answer.speech_tokens) == (0, 0)
+    doubled = unflatten_dict(
+        {path: 2 * leaf if path.endswith("lora_b") else leaf for path, leaf in leaves.items()},
+        sep="/",
+    )
+    assert Generator(model, doubled, encoder).answer([request], [16]) == [answer]
+
+
+# ------------------------------------------------------------------------------------------- against other ways of the same
+
+
+@pytest.fixture(scope="module")
+def theirs(model, params):
+    """theirs(merged) → `transformers`' Qwen3 with our weights, with LoRA added into them or without it."""
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    llm = model.llm
+
+    def build(merged: bool):
+        leaves = flatten_dict(params["llm"], sep="/")
+        weights = {path: np.asarray(leaf) for path, leaf in leaves.items() if "/lora_" not in path}
+        for path in [path for path in weights if merged and path.endswith("/kernel")]:
+            a, b = (
+                np.asarray(leaves[path.replace("kernel", name)]) for name in ("lora_a", "lora_b")
+            )
+            weights[path] = weights[path] + llm.lora.scale * a @ b
+        config = Qwen3Config(
+            vocab_size=llm.vocab_size, hidden_size=llm.width, intermediate_size=llm.mlp_dim, num_hidden_layers=llm.num_layers,
+            num_attention_heads=llm.num_heads, num_key_value_heads=llm.num_kv_heads, head_dim=llm.head_dim,
+            rope_parameters={"rope_type": "default", "rope_theta": llm.rope.theta}, tie_word_embeddings=True,
+        )  # fmt: skip
+        theirs = Qwen3ForCausalLM(config).eval()
+        tensors = {
+            tensor.key: torch.from_numpy(np.array(tensor.read()))
+            for tensor in engine.tensors(weights, layouts.hf_qwen3())
+        }
+        missing, unexpected = theirs.load_state_dict(tensors, strict=False)
+        assert (missing, unexpected) == (["lm_head.weight"], [])
+        theirs.tie_weights()
+        return theirs
+
+    return build
+
+
+def generate(theirs, encoder, budget, repetition_penalty=1.0, **inputs):
+    """Greedy tokens of `transformers`, up to and without the end token."""
+    import torch
+
+    inputs = {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
+    with torch.no_grad():
+        new = theirs.generate(
+            **inputs, do_sample=False, max_new_tokens=budget, eos_token_id=encoder.end_id, pad_token_id=0,
+            repetition_penalty=repetition_penalty,
+        )[0]  # fmt: skip
+    new = new[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else new
+    return [int(token) for token in new if token != encoder.end_id]
+
+
+TEXTS = [Request(None, None, text) for text in ("where did anna go", "hi", "a lamp " * 40)]
+
+
+def test_answers_with_audio_are_those_of_transformers(theirs, generator, answers, params):
+    merged = theirs(merged=True)
+    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
+        (speech,) = generator.speech([request.samples])
+        encoded = generator.encoder.encode(request.task, request.instruction, None, len(speech))
+        embeddings = np.array(np.asarray(params["llm"]["embed_tokens"])[encoded.tokens])
+        embeddings[encoded.speech_start : encoded.speech_start + len(speech)] = speech
+        assert generate(merged, generator.encoder, budget, inputs_embeds=embeddings) == list(
+            answer.token_ids
+        )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_answers_without_audio_are_those_of_transformers(theirs, model, params, encoder, penalty):
+    """A batch of mixed lengths, the longest prompt in several chunks; the penalty counts the prompt's tokens, as theirs does."""
+    base = theirs(merged=False)
+    generator = Generator(
+        model,
+        params,
+        encoder,
+        sampling=SamplingParams(repetition_penalty=penalty),
+        detect_repetition=False,
+    )
+    found = generator.answer(TEXTS, [20, 30, 25])
+    for request, budget, answer in zip(TEXTS, [20, 30, 25], found, strict=True):
+        ids = list(encoder.prompt_ids(None, request.instruction))
+        expected = generate(base, encoder, budget, penalty, input_ids=ids)
+        assert expected == list(answer.token_ids)
+    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * batching.CHUNK
+
+
+def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
+    """LoRA's parameters are there, and its gate is zero: logits as of a model that has none."""
+    leaves = flatten_dict(params["llm"], sep="/")
+    base = unflatten_dict(
+        {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 40))
+    positions = np.broadcast_to(np.arange(40), tokens.shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(llm, params, gate):
+        embeddings = llm.apply({"params": params}, tokens, method="embed")
+        hidden, _ = llm.apply({"params": params}, embeddings, positions, lora_gate=gate)
+        return llm.apply({"params": params}, hidden, method="logits")
+
+    plain = np.asarray(logits(model.llm.clone(lora=LoRA()), base, None))
+    np.testing.assert_array_equal(logits(model.llm, params["llm"], jnp.zeros((2, 1))), plain)
+    assert not np.array_equal(logits(model.llm, params["llm"], jnp.ones((2, 1))), plain)
+
+
+LONG = 700  # tokens: more than a block of the cache, and no multiple of any chunk
+
+
+@pytest.fixture(scope="module")
+def long_prompt(model):
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 300, LONG).astype(np.int32)
+    return batching.Prompt(
+        tokens, rng.normal(0, 1, (90, model.llm.width)).astype(np.float32), 550, 8
+    )
+
+
+def next_logits(generator, prompt, chunks):
+    """Logits behind a prompt that enters the cache in the generator's chunks, or in others."""
+    model, params = generator.model, generator.params
+    lane = batching.Lane(
+        model, params, rows=2, slots=1024, cache_dtype=generator.cache_dtype, sampling=SamplingParams(), end_id=-1,
+        detect_repetition=False, mesh=None,
+    )  # fmt: skip
+    if chunks is None:
+        lane.new = [(1, prompt)]
+        lane._prefill()
+    else:
+        start = 0
+        for length in chunks:
+            lane.cache = lane._chunk([(1, prompt, start)], length)
+            start += length
+    return np.asarray(last_logits(model, params, lane.cache, prompt.tokens[-1:]))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def last_logits(model, params, cache, token):
+    variables = {"params": params["llm"]}
+    embedding = model.llm.apply(variables, token[None], method="embed")
+    hidden, _ = model.llm.apply(
+        variables, embedding, jnp.full((1, 1), LONG - 1), cache=cache.replace(rows=jnp.array([1]))
+    )
+    return model.logits(params, hidden[:, 0])
+
+
+@pytest.fixture(scope="module")
+def whole_logits(model, params, long_prompt):
+    """Of one forward pass without a cache."""
+    embeddings = np.array(np.asarray(params["llm"]["embed_tokens"])[long_prompt.tokens])
+    embeddings[550:640] = long_prompt.speech
+
+    @jax.jit
+    def run(embeddings):
+        hidden, _ = model.llm.apply({"params": params["llm"]}, embeddings, jnp.arange(LONG)[None])
+        return model.logits(params, hidden[0, -1])
+
+    return np.asarray(run(embeddings[None]))
+
+
+def test_prefill_in_chunks_is_prefill_as_a_whole(generator, long_prompt, whole_logits):
+    scale = np.abs(whole_logits).max()
+    assert (
+        np.abs(next_logits(generator, long_prompt, [LONG - 1]) - whole_logits).max() < 1e-5 * scale
+    )
+    assert np.abs(next_logits(generator, long_prompt, None) - whole_logits).max() < 1e-5 * scale
+
+
+def test_an_int8_cache_changes_logits_by_less_than_a_hundredth(
+    model, params, encoder, long_prompt, whole_logits
+):
+    generator = Generator(model, params, encoder, cache_dtype=jnp.int8)
+    difference = (
+        np.abs(next_logits(generator, long_prompt, None) - whole_logits).max()
+        / np.abs(whole_logits).max()
+    )
+    assert 1e-5 < difference < 0.01
+    assert generator.cache_bytes(1, 1024) == 2 * 2 * 1024 * 2 * (16 + 4)
+
+
+# ----------------------------------------------------------------------------------------------- many requests, few programs
+
+
+def test_rows_that_are_done_take_the_next_request(generator):
+    requests = [Request(noise(0.5 + 0.3 * i, i), "asr", "write") for i in range(9)]
+    budgets = [3 + 5 * (i % 4) for i in range(9)]
+    together = generator.answer(requests, budgets, batch_size=2)
+    assert [len(a.token_ids) if a.stop_reason == "budget" else 0 for a in together][:2] == [3, 8]
+    for request, budget, answer in zip(requests, budgets, together, strict=True):
+        assert generator.answer([request], [budget], batch_size=2) == [answer]
+    assert all(answer.first_token_seconds > 0 for answer in together)
+
+
+def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monkeypatch):
+    """From half a second to 25, in batches, prompts in chunks of both sizes: after the first pass nothing is compiled."""
+    monkeypatch.setattr(batching, "LONG_CHUNK", 80)
+    generator = Generator(model, params, encoder, window_batch=4)
+    lengths = [0.5 + 0.5 * i for i in range(50)]
+    before = compilation.so_far()
+    generator.answer(
+        [Request(noise(seconds, 1)) for seconds in (0.5, 2.5, 25.0)], [8] * 3, batch_size=4
+    )
+    assert (compilation.so_far() - before).programs <= 8
+    before = compilation.so_far()
+    answers = generator.answer(
+        [Request(noise(seconds, 1)) for seconds in lengths], [8] * 50, batch_size=4
+    )
+    assert [answer.windows for answer in answers] == [
+        max(1, -(-int(100 * seconds) // 100)) for seconds in lengths
+    ]
+    assert (compilation.so_far() - before).programs == 0
+
+
+def test_windows_in_micro_batches_are_windows_together(model, params, encoder, generator):
+    """The second half is 60 dB quieter: its log-mel is cut at the maximum of the first."""
+    samples = noise(7.3, 5)
+    samples[len(samples) // 2 :] //= 1000
+    (together,) = generator.speech([samples])
+    (apart,) = Generator(model, params, encoder, window_batch=2).speech([samples])
+    np.testing.assert_allclose(apart, together, atol=1e-5 * np.abs(together).max())
+    assert together.shape == (8 * 3, 32)
+
+
+def test_on_a_mesh_as_on_one_device(model, params, encoder, answers):
+    """Rows over data and fsdp, heads over tensor."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    leaves = flatten_dict(params, sep="/")
+    placed = sharding.parameter_shardings(leaves, mesh)
+    spread = unflatten_dict(
+        {path: jax.device_put(leaf, placed[path]) for path, leaf in leaves.items()}, sep="/"
+    )
+    generator = Generator(model, spread, encoder)
+    assert generator.mesh == mesh
+    assert generator.answer(REQUESTS, BUDGETS) == answers
+
+
+def test_tokens_are_told_as_they_come(generator, answers):
+    told = {i: [] for i in range(3)}
+    found = generator.answer(
+        REQUESTS, BUDGETS, on_tokens=lambda i, tokens: told[i].append(list(tokens))
+    )
+    assert found == answers
+    for i, answer in enumerate(answers):
+        assert len(told[i]) > 1
+        assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(told[i]))
+        assert told[i][-1][: len(answer.token_ids)] == list(answer.token_ids)
+
+
+def test_a_seed_gives_the_same_answers_in_any_batch(model, params, encoder):
+    def answer(seed, requests):
+        sampling = SamplingParams(temperature=1.5, top_k=50, top_p=0.95, seed=seed)
+        return Generator(model, params, encoder, sampling=sampling).answer(
+            requests, [12] * len(requests), batch_size=4
+        )
+
+    assert answer(1, REQUESTS)[:1] == answer(1, REQUESTS[:1])
+    assert answer(1, REQUESTS) != answer(2, REQUESTS)
+
+
+# -------------------------------------------------------------------------------------------------- loops, limits, refusals
+
+
+def test_a_loop_is_stopped_and_its_repetitions_left_out(model, params, encoder):
+    """A random model settles into a loop within 400 greedy tokens."""
+    (looped,) = Generator(model, params, encoder).answer([TEXTS[1]], [400])
+    (whole,) = Generator(model, params, encoder, detect_repetition=False).answer([TEXTS[1]], [400])
+    assert looped.stop_reason == "loop"
+    assert looped.token_ids == whole.token_ids[: len(looped.token_ids)]
+    assert len(looped.token_ids) < len(whole.token_ids) == 400
+    ends = range(len(looped.token_ids) + repetition.MIN_TOKENS, 400)
+    assert any(
+        repetition.without_repeats(whole.token_ids[:end]) == looped.token_ids for end in ends
+    )
+
+
+def test_past_the_native_context_positions_are_stretched_by_yarn(model, params, encoder, generator):
+    request = TEXTS[2]
+    native = len(encoder.prompt_ids(None, request.instruction)) // 2
+    stretched = Generator(model, params, encoder, native_positions=native).answer([request], [16])
+    rope = dataclasses.replace(model.llm.rope, factor=4.0, original_max_positions=native)
+    by_hand = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
+    assert stretched == Generator(by_hand, params, encoder).answer([request], [16])
+    assert stretched != generator.answer([request], [16])
+
+
+def test_what_is_too_long_is_refused_before_any_work(model, params, encoder, monkeypatch):
+    request = Request(noise(30.0, 0))
+    small = Generator(model, params, encoder, native_positions=50)
+    monkeypatch.setattr(small, "speech", None)
+    with pytest.raises(
+        UserError,
+        match=r"positions \(speech, prompt and answer\) are needed and the language model takes 200, the speech",
+    ):
+        small.answer([request], [64])
+    monkeypatch.setattr(generator_module, "free_memory", lambda: 2**20)
+    full = Generator(model, params, encoder)
+    monkeypatch.setattr(full, "speech", None)
+    with pytest.raises(
+        UserError, match=r"key-value cache of .* GiB and 0.0 GiB are free: use --kv_cache=int8, or"
+    ):
+        full.answer([request], [20_000])
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [1600, 16_000 - 1, 16_000, 16_000 + 1, 30 * 16_000 - 1, 30 * 16_000, 30 * 16_000 + 160],
+)
+def test_any_length_is_answered(generator, samples):
+    (answer,) = generator.answer([Request(noise(samples / 16_000, 0))], [4], slots=256)
+    assert answer.windows == max(1, -(-(samples // 160) // 100))
+    assert answer.speech_tokens == 3 * answer.windows
+    assert len(answer.token_ids) == 4 or answer.stop_reason == "eos"
+
+
+def test_an_hour_is_encoded_in_one_shape(model, params, encoder, monkeypatch):
+    """Memory of the encoder does not depend on the length: every call has the same windows."""
+    encode, shapes = programs.encode, set()
+
+    def noted(model, params, windows, *rest, **options):
+        shapes.add(windows.shape)
+        return encode(model, params, windows, *rest, **options)
+
+    monkeypatch.setattr(programs, "encode", noted)
+    generator = Generator(model, params, encoder)
+    (speech,) = generator.speech([np.resize(noise(60, 0), 3600 * 16_000)])
+    assert speech.shape == (3600 * 3, 32)
+    assert len(shapes) == 1
