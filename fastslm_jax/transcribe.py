@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from fastslm_jax import audio, cli, compilation, devices
-from fastslm_jax.data.prompts import TASKS
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
 from fastslm_jax.inference import long_form

@@ -20,6 +20,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fastslm_jax.data import packing, prompts
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
 from fastslm_jax.demo import sentences
 from fastslm_jax.models.fastslm import FastSLM
@@ -138,7 +139,7 @@ def corpus(tmp_path_factory):
     counts = {
         "train": {"asr": 6, "ast": 2, "ssum": 1, "sqqa": 2},
         "dev": {"asr": 2, "ast": 1, "ssum": 1, "sqqa": 1},
-        "test": dict.fromkeys(sentences.TASKS, 0),
+        "test": dict.fromkeys(TASKS, 0),
         "test_unseen_voices": {"asr": 0},
         "test_long": {"asr": 0},
     }

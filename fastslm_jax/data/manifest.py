@@ -15,7 +15,7 @@ import numpy as np
 from fastslm_jax import audio
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.ingest import store
-from fastslm_jax.data.prompts import TASKS
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 
 

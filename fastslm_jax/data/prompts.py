@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
@@ -16,18 +17,8 @@ ADDED_TOKENS = (
     AUDIO_EOS,
     "<|EN|>",
     "<|KO|>",
-    "<|ASR|>",
-    "<|AST|>",
-    "<|SSUM|>",
-    "<|SQQA|>",
+    *(task.token for task in TASKS.values()),
 )
-TASKS = {"asr": "<|ASR|>", "ast": "<|AST|>", "ssum": "<|SSUM|>", "sqqa": "<|SQQA|>"}
-INSTRUCTIONS = {
-    "asr": "Transcribe the audio clip into text.",
-    "ast": "Translate the audio clip into Korean.",
-    "ssum": "Summarize the audio clip.",
-    "sqqa": "Answer the question in the audio clip.",
-}
 END_OF_TURN = "<|im_end|>"
 
 
@@ -90,7 +81,7 @@ class PromptTokenizer:
             return instruction
         if task not in TASKS:
             raise PromptError(f"task {task!r} is not one of {', '.join(TASKS)}")
-        return f"{TASKS[task]}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction or INSTRUCTIONS[task]}"
+        return f"{TASKS[task].token}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction or TASKS[task].instruction}"
 
     def _encode_prompt(self, task: str | None, instruction: str | None) -> tuple[int, ...]:
         content = self.user_turn(task, instruction)

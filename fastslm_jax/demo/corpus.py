@@ -31,6 +31,7 @@ import soxr
 import tqdm
 from absl import app, flags
 
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import espeak, sentences
 
 Row = dict[str, object]  # a line of a manifest
@@ -328,7 +329,7 @@ def build_item(item: Item, out: pathlib.Path) -> Row:
         samples, segments = render_long(item)
         _write_flac(path, samples)
         text = " ".join(str(segment["text"]) for segment in segments)
-        example = sentences.SpokenExample("asr", text, sentences.PROMPTS["asr"], text)
+        example = sentences.SpokenExample("asr", text, TASKS["asr"].instruction, text)
         return {**_row(item, example, len(samples)), "segments": segments}
     if path.exists():
         frames = soundfile.info(path).frames
@@ -534,7 +535,7 @@ def build_corpus(
 
 def _transcription(row: Row) -> Row:
     """The line that asks for the words of another task's audio."""
-    prompt = sentences.PROMPTS["asr"]
+    prompt = TASKS["asr"].instruction
     return {
         **row,
         "id": f"{row['id']}-asr",
@@ -618,8 +619,8 @@ def main(_: Sequence[str]) -> None:
     counts = {
         "train": {"asr": values.utterances}
         | {task: values[f"train_{task}"].value for task in ("ast", "ssum", "sqqa")},
-        "dev": dict.fromkeys(sentences.TASKS, values.dev),
-        "test": {task: values[f"test_{task}"].value for task in sentences.TASKS},
+        "dev": dict.fromkeys(TASKS, values.dev),
+        "test": {task: values[f"test_{task}"].value for task in TASKS},
         "test_unseen_voices": {"asr": values.test_unseen_voices},
         "test_long": {"asr": values.test_long},
     }

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo.phrases import (
     AIR,
     CITIES,
@@ -37,14 +38,7 @@ from fastslm_jax.demo.phrases import (
     sino_number,
 )
 
-TASKS = ("asr", "ast", "ssum", "sqqa")
 SPLITS = ("train", "dev", "test")
-PROMPTS = {
-    "asr": "Transcribe the audio clip into text.",
-    "ast": "Translate the audio clip into Korean.",
-    "ssum": "Summarize the audio clip.",
-    "sqqa": "Answer the question in the audio clip.",
-}
 MIN_WORDS, MAX_WORDS = 6, 12
 # A spoken upper bound per task: syllables at the slowest speaking rate stay below `synthetic.MAX_SECONDS`; long questions are
 # spoken faster.
@@ -495,11 +489,13 @@ def example(task: str, rng: random.Random, split: str | None = None) -> SpokenEx
         else:
             raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
         if syllables(text) <= MAX_SYLLABLES[task] and split in (None, split_of(text)):
-            return SpokenExample(task, text, PROMPTS[task], answer, "ko" if task == "ast" else "en")
+            return SpokenExample(
+                task, text, TASKS[task].instruction, answer, "ko" if task == "ast" else "en"
+            )
 
 
 def text_examples(
-    split: str, seed: int, count: int, tasks: Sequence[str] = TASKS
+    split: str, seed: int, count: int, tasks: Sequence[str] = tuple(TASKS)
 ) -> Iterator[SpokenExample]:
     """Text-only examples of a split, tasks in turn: language-model and tokenizer training without audio."""
     rng = random.Random(f"text/{seed}/{split}")
@@ -508,7 +504,7 @@ def text_examples(
 
 
 @functools.cache
-def lexicon(tasks: tuple[str, ...] = TASKS) -> tuple[str, ...]:
+def lexicon(tasks: tuple[str, ...] = tuple(TASKS)) -> tuple[str, ...]:
     """All distinct English words of the tasks, sorted: the templates, sampled far beyond the rarest word."""
     rng = random.Random("lexicon")
     return tuple(

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from fastslm_jax import audio, cli
 from fastslm_jax.data import prompts
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
 from fastslm_jax.demo import sentences
 from fastslm_jax.models import log_mel
@@ -79,6 +80,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPEECH_INSTRUCTIONS = {name: task.instruction for name, task in TASKS.items()}
 TEXT_INSTRUCTIONS = {
     "asr": "Repeat the text.",
     "ast": "Translate the text into Korean.",
@@ -201,7 +203,7 @@ def train_tokenizer(folder: pathlib.Path, vocab_size: int, seed: int) -> None:
     )
     texts = [
         instruction
-        for table in (TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS)
+        for table in (TEXT_INSTRUCTIONS, SPEECH_INSTRUCTIONS)
         for instruction in table.values()
     ] * 50
     for example in sentences.text_examples("train", seed, 40_000):
@@ -360,7 +362,7 @@ def text_rows(tokenizer, seed: int, step: int, length: int, batch: int, sentence
         if sentences_a_text:
             count = rng.randint(sentences_a_text // 8, sentences_a_text)
             text = " ".join(sentences.example("asr", rng, "train").text for _ in range(count))
-            instruction = rng.choice((TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS))["asr"]
+            instruction = rng.choice((TEXT_INSTRUCTIONS, SPEECH_INSTRUCTIONS))["asr"]
             blur, slips = (
                 rng if rng.random() < probability else None for probability in (0.8, 0.5)
             )
@@ -379,7 +381,7 @@ def text_rows(tokenizer, seed: int, step: int, length: int, batch: int, sentence
             text = answer = " ".join(
                 sentences.example("asr", rng, "train").text for _ in range(count)
             )
-        instruction = rng.choice((TEXT_INSTRUCTIONS, prompts.INSTRUCTIONS))[task]
+        instruction = rng.choice((TEXT_INSTRUCTIONS, SPEECH_INSTRUCTIONS))[task]
         return chat(tokenizer, text, instruction, answer, rng if rng.random() < 0.7 else None)
 
     segments, positions = np.zeros((2, batch, length), np.int32)
@@ -488,7 +490,7 @@ def text_task_accuracy(model, tokenizer, count: int) -> Callable[[dict], dict[st
     batches = {}
     for blur in (False, True):
         rng = random.Random("text accuracy")
-        for task in sentences.TASKS:
+        for task in TASKS:
             rows = []
             for _ in range(count):
                 drawn = sentences.example(task, rng, "dev")

@@ -20,6 +20,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
+from fastslm_jax.data.tasks import TASKS
+
 CHARACTERS_FIRST = (
     "ko",
     "ja",
@@ -240,12 +242,11 @@ def sqqa(
 
 
 SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
-FIRST = {"asr": "wer", "ast": "bleu", "ssum": "rougeL", "sqqa": "em"}
 
 
-def first(task: str, lang: str) -> str:
+def main_metric(task: str, lang: str) -> str:
     """The score that a table gives first."""
-    return "cer" if task == "asr" and lang in CHARACTERS_FIRST else FIRST[task]
+    return "cer" if task == "asr" and lang in CHARACTERS_FIRST else TASKS[task].metric
 
 
 def score(predictions: Sequence[dict], intervals: bool = False) -> dict:

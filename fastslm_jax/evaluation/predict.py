@@ -8,6 +8,7 @@ import numpy as np
 
 from fastslm_jax import audio, compilation
 from fastslm_jax.data.manifest import Utterance, read_clip
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics
 from fastslm_jax.inference import long_form
@@ -114,7 +115,7 @@ def _prediction(
         "batch_seconds": round(per_second * job.seconds, 4),
         "rtfx": round(1 / max(per_second, 1e-9), 2),
     }
-    if utterance.task in ("asr", "sqqa"):
+    if TASKS[utterance.task].is_normalized:
         for name in ("reference", "hypothesis"):
             prediction[f"{name}_normalized"] = metrics.normalize(prediction[name], utterance.lang)
     return prediction

@@ -190,7 +190,7 @@ def table(rows: Table) -> str:
     lines = []
     for name, label, scores in rows:
         task, _, lang = label.partition("-")
-        first = metrics.first(task, lang or scores.get("lang", "en"))
+        first = metrics.main_metric(task, lang or scores.get("lang", "en"))
         order = [first, *(key for key in SHOWN if key != first)]
         cells = []
         for key in (key for key in order if key in scores):

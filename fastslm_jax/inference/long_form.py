@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fastslm_jax import audio
-from fastslm_jax.data.prompts import INSTRUCTIONS
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference.batching import CHUNK
 from fastslm_jax.inference.generator import Answer, CapacityError, Generator, Request
@@ -16,10 +16,6 @@ TOKENS_PER_SECOND = (
 )
 SHORT_TASKS_PER_SECOND = 0.1  # summaries and answers grow more slowly
 MIN_NEW_TOKENS = 64
-SPLITTABLE = (
-    "asr",
-    "ast",
-)  # what is said in pieces is what is said; a summary of pieces is not a summary
 SEARCH = (
     6 * audio.SAMPLE_RATE
 )  # samples at a span's end where silence is looked for, at most half of it
@@ -31,7 +27,7 @@ SMALLEST_PIECE = 2.0  # seconds; what is shorter than two of these is not cut ag
 
 def budget(seconds: float, task: str | None = "asr") -> int:
     """The most new tokens of an answer: it grows with the recording, so that no transcript is cut."""
-    if task in SPLITTABLE:
+    if TASKS[task].is_splittable:
         return MIN_NEW_TOKENS + int(TOKENS_PER_SECOND * seconds)
     return MIN_NEW_TOKENS + int(
         min(TOKENS_PER_SECOND * seconds, 448 + SHORT_TASKS_PER_SECOND * seconds)
@@ -148,7 +144,7 @@ class _Jobs:
         self.jobs = jobs
         self.pieces: list[list[_Piece]] = []
         for number, job in enumerate(jobs):
-            is_cut = job.span is not None and job.task in SPLITTABLE
+            is_cut = job.span is not None and TASKS[job.task].is_splittable
             spans = (
                 cut(job.samples, round(job.span * audio.SAMPLE_RATE), window)
                 if is_cut
@@ -174,7 +170,7 @@ class _Jobs:
 
     def split(self, piece: _Piece) -> bool:
         """Replaces a piece that looped by two smaller ones, if it can be."""
-        if piece.answer.stop_reason != "loop" or self.jobs[piece.job].task not in SPLITTABLE:
+        if piece.answer.stop_reason != "loop" or not TASKS[self.jobs[piece.job].task].is_splittable:
             return False
         parts = halves(self.samples(piece))
         if len(parts) == 1:
@@ -240,7 +236,7 @@ def _budget(job: LongFormRequest, piece: _Piece) -> int:
 def _instruction(generator: Generator, job: LongFormRequest, after: str) -> str | None:
     if not after:
         return job.instruction
-    return f"{job.instruction or INSTRUCTIONS[job.task]}\nIt goes on from: {after}"
+    return f"{job.instruction or TASKS[job.task].instruction}\nIt goes on from: {after}"
 
 
 def _listening(generator: Generator, state: _Jobs, ready: Sequence[_Piece], on_text) -> dict:
@@ -318,7 +314,7 @@ def span_for(
             raise UserError(f"--span={choice}: give auto, none, or seconds (1 at least)")
     else:
         span = None if choice == "none" or seconds <= trained else trained / 2
-    if task not in SPLITTABLE:
+    if not TASKS[task].is_splittable:
         span = None
     while True:
         try:
@@ -328,10 +324,10 @@ def span_for(
             shorter = min(seconds, span or seconds) / 2
             if (
                 choice != "auto"
-                or task not in SPLITTABLE
+                or not TASKS[task].is_splittable
                 or shorter < generator.model.window.seconds
             ):
-                if task not in SPLITTABLE:
+                if not TASKS[task].is_splittable:
                     other = f"cut the recording, which {task} hears as a whole"
                 else:
                     other = (
@@ -354,7 +350,7 @@ def needed_positions(
     limit: int | None = None,
 ) -> int:
     """Cache slots that a recording needs, its answer of `limit` tokens included (None: its budget)."""
-    longest = min(seconds, span) if span is not None and task in SPLITTABLE else seconds
+    longest = min(seconds, span) if span is not None and TASKS[task].is_splittable else seconds
     windows = generator.model.window.count(round(longest * audio.SAMPLE_RATE))
     prompt = (
         len(generator.encoder.prompt_ids(task, instruction))

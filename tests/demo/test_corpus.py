@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
 from fastslm_jax.demo import sentences
 
 COUNTS = {
     "train": {"asr": 12, "ast": 14, "ssum": 6, "sqqa": 6},
-    "dev": dict.fromkeys(sentences.TASKS, 2),
-    "test": dict.fromkeys(sentences.TASKS, 3),
+    "dev": dict.fromkeys(TASKS, 2),
+    "test": dict.fromkeys(TASKS, 3),
     "test_unseen_voices": {"asr": 3},
     "test_long": {"asr": 2},
 }
@@ -215,7 +216,7 @@ def test_notes_and_questions_have_their_words_as_transcripts_too(corpus):
     rows = [json.loads(line) for line in (corpus / synthetic.TRANSCRIPTS).read_text().splitlines()]
     assert {row["audio_filepath"] for row in rows} == set(spoken)
     for row in rows:
-        assert (row["task"], row["lang"], row["prompt"]) == ("asr", "en", sentences.PROMPTS["asr"])
+        assert (row["task"], row["lang"], row["prompt"]) == ("asr", "en", TASKS["asr"].instruction)
         assert row["answer"] == row["text"] == spoken[row["audio_filepath"]]["text"]
         assert row["id"] == f"{spoken[row['audio_filepath']]['id']}-asr"
 
@@ -266,7 +267,7 @@ def test_manifests_describe_the_files(corpus):
             samples, rate = soundfile.read(corpus / row["audio_filepath"], dtype="int16")
             assert (rate, samples.ndim) == (16_000, 1)
             assert row["duration"] == len(samples) / rate
-            assert row["prompt"] == sentences.PROMPTS[row["task"]]
+            assert row["prompt"] == TASKS[row["task"]].instruction
             assert (
                 row["speaker"] in speakers["held out" if name == "test_unseen_voices" else "train"]
             )
