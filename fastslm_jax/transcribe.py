@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from tqdm import tqdm
 
-from fastslm_jax import audio, cli, compilation, devices
+from fastslm_jax import audio, cli, devices
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
@@ -319,7 +319,7 @@ def transcribe(
                 )
                 for i in members
             ]
-            started, before = time.time(), compilation.so_far()
+            started, before = time.time(), devices.compiled_so_far()
             results = long_form.answer(
                 generator,
                 jobs,
@@ -328,7 +328,7 @@ def transcribe(
                 progress=bar.update,
                 on_text=stream,
             )
-            compiling = (compilation.so_far() - before).seconds
+            compiling = (devices.compiled_so_far() - before).seconds
             rtfx = sum(job.seconds for job in jobs) / max(time.time() - started - compiling, 1e-9)
             for i, job, result in zip(members, jobs, results, strict=True):
                 if stream:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fastslm_jax import audio, compilation
+from fastslm_jax import audio, devices
 from fastslm_jax.data.manifest import Utterance, read_clip
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
@@ -82,9 +82,9 @@ def predict(
                     samples, utterances[i].task, utterances[i].instruction, span_of(clips[i])
                 )
             )
-        started, before = time.time(), compilation.so_far()
+        started, before = time.time(), devices.compiled_so_far()
         results = long_form.answer(generator, jobs, batch_size, slots=slots, progress=progress)
-        compiling = (compilation.so_far() - before).seconds
+        compiling = (devices.compiled_so_far() - before).seconds
         per_second = max(0.0, time.time() - started - compiling) / sum(job.seconds for job in jobs)
         for i, job, result in zip(members, jobs, results, strict=True):
             predictions[i] = _prediction(utterances[i], job, result, per_second)

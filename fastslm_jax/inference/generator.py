@@ -14,9 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
+from fastslm_jax import memory
 from fastslm_jax.data.prompts import PromptTokenizer
-from fastslm_jax.devices import free_memory
-from fastslm_jax.errors import UserError
 from fastslm_jax.inference import programs, repetition
 from fastslm_jax.inference.batching import CHUNK, Lane, Prompt
 from fastslm_jax.inference.programs import STEPS
@@ -28,10 +27,6 @@ from fastslm_jax.models.lora import LoRA
 WINDOW_BATCH = 8
 STREAM_STEPS = 4  # tokens between two calls of on_tokens
 YARN_FACTORS = (2.0, 4.0)
-
-
-class CapacityError(UserError):
-    """A request that the model or the memory cannot take: says how long it is, what fits, and what changes that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +117,13 @@ class Generator:
             )
         return prompt + max(budget, CHUNK)
 
-    def cache_bytes(self, rows: int, slots: int) -> int:
-        """Memory of a cache, over all devices."""
+    def cache_bytes(self, rows: int, length: int) -> int:
+        """Bytes of a key-value cache, over all devices."""
         llm = self.model.llm
-        per_head = llm.head_dim * self.cache_dtype.itemsize + (
-            4 if self.cache_dtype == jnp.int8 else 0
-        )
-        return 2 * llm.num_layers * rows * slots * llm.num_kv_heads * per_head
+        return memory.kv_cache_bytes(
+            layers=llm.num_layers, rows=rows, length=length, kv_heads=llm.num_kv_heads,
+            head_dim=llm.head_dim, dtype=self.cache_dtype,
+        )  # fmt: skip
 
     @property
     def most_positions(self) -> int | None:
@@ -144,19 +139,22 @@ class Generator:
         """Refuses what cannot be done, before any work starts.
 
         Raises:
-            CapacityError: the context is longer than the model's, or the cache does not fit the memory that is free.
+            memory.CapacityError: the context is longer than the model's, or the cache does not fit the memory that is free.
         """
         most = self.most_positions
         if most is not None and positions > most:
             minutes = most / self.model.tokens_per_window * self.model.window.seconds / 60
-            raise CapacityError(
+            raise memory.CapacityError(
                 f"{positions} positions (speech, prompt and answer) are needed and the language model takes {most}, the speech "
                 f"of {minutes:.3g} minutes: lower --max_new_tokens"
             )
         parts = programs.shards(self.mesh) if rows % programs.shards(self.mesh) == 0 else 1
-        needed, free = self.cache_bytes(rows, bucketed_length(positions)) / parts, free_memory()
+        needed, free = (
+            self.cache_bytes(rows, bucketed_length(positions)) / parts,
+            memory.free_bytes(),
+        )
         if free is not None and needed > 0.9 * free:
-            raise CapacityError(
+            raise memory.CapacityError(
                 f"{positions} positions need a key-value cache of {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
                 "use --kv_cache=int8, or lower --max_new_tokens"
             )

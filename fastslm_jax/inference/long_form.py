@@ -9,7 +9,8 @@ from fastslm_jax import audio
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference.batching import CHUNK
-from fastslm_jax.inference.generator import Answer, CapacityError, Generator, Request
+from fastslm_jax.inference.generator import Answer, Generator, Request
+from fastslm_jax.memory import CapacityError
 
 TOKENS_PER_SECOND = (
     6.0  # speech has up to three words a second; an answer may take two tokens for each

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax import compilation, sharding
+from fastslm_jax import devices, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import batching, programs, repetition
 from fastslm_jax.inference import generator as generator_module
@@ -350,19 +350,19 @@ def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monke
     monkeypatch.setattr(batching, "LONG_CHUNK", 80)
     generator = Generator(model, params, encoder, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
-    before = compilation.so_far()
+    before = devices.compiled_so_far()
     generator.answer(
         [Request(noise(seconds, 1)) for seconds in (0.5, 2.5, 25.0)], [8] * 3, batch_size=4
     )
-    assert (compilation.so_far() - before).programs <= 8
-    before = compilation.so_far()
+    assert (devices.compiled_so_far() - before).programs <= 8
+    before = devices.compiled_so_far()
     answers = generator.answer(
         [Request(noise(seconds, 1)) for seconds in lengths], [8] * 50, batch_size=4
     )
     assert [answer.windows for answer in answers] == [
         max(1, -(-int(100 * seconds) // 100)) for seconds in lengths
     ]
-    assert (compilation.so_far() - before).programs == 0
+    assert (devices.compiled_so_far() - before).programs == 0
 
 
 def test_windows_in_micro_batches_are_windows_together(model, params, encoder, generator):
@@ -446,7 +446,7 @@ def test_what_is_too_long_is_refused_before_any_work(model, params, encoder, mon
         match=r"positions \(speech, prompt and answer\) are needed and the language model takes 200, the speech",
     ):
         small.answer([request], [64])
-    monkeypatch.setattr(generator_module, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(generator_module.memory, "free_bytes", lambda: 2**20)
     full = Generator(model, params, encoder)
     monkeypatch.setattr(full, "speech", None)
     with pytest.raises(

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from fastslm_jax.audio import WindowSpec
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import long_form
-from fastslm_jax.inference.generator import Answer, CapacityError
+from fastslm_jax.inference.generator import Answer
+from fastslm_jax.memory import CapacityError
 
 SECOND = 16_000
 
