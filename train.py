@@ -261,7 +261,7 @@ def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
     main_metric = {"asr": "wer", "ast": "chrf", "ssum": "rougeL", "sqqa": "em"}
     scores = {}
     for task, utterances in dev.items():
-        predictions = evaluation.predict(generator, utterances, batch_size=batch_size)
+        predictions = evaluation.predictions(generator, utterances, batch_size=batch_size)
         scores[main_metric[task]] = evaluation.summarize(predictions)[main_metric[task]]
         examples = "\n\n".join(
             f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5]

@@ -14,7 +14,7 @@ import soundfile
 from fastslm_jax import audio
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.demo import corpus as synthetic
-from fastslm_jax.evaluation import predict as evaluation
+from fastslm_jax.evaluation import predict
 from fastslm_jax.inference import load
 from fastslm_jax.training.checkpoint import Checkpoints
 
@@ -40,16 +40,16 @@ def corpus(tmp_path_factory):
     return out
 
 
-def wer(generator, utterances, clip_for=None):
-    return evaluation.summarize(
-        evaluation.predict(generator, utterances, batch_size=24, clip_for=clip_for)
-    )["wer"]
+def wer(generator, utterances, clips=None):
+    recordings = [predict.recording(*pair) for pair in zip(utterances, clips or utterances)]
+    found = predict.predictions(generator, utterances, batch_size=24, recordings=recordings)
+    return predict.summarize(found)["wer"]
 
 
 def test_it_hears_rather_than_guesses(generator, corpus):
     utterances = read_manifest(str(corpus / "test_unseen_voices.jsonl"), ["asr"])
     assert wer(generator, utterances) < 10
-    assert wer(generator, utterances, evaluation.swapped(utterances)) > 70
+    assert wer(generator, utterances, predict.swapped(utterances)) > 70
 
 
 def test_flac_wav_and_mp3_of_a_sentence_give_the_same_speech_tokens(generator, corpus, tmp_path):
