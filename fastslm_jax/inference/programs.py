@@ -172,6 +172,11 @@ def prefill(
     return _constrain_cache(cache.replace(rows=None), mesh)
 
 
+def _layers_of(stacked: dict, num_layers: int) -> list[dict]:
+    """The weights of each layer, sliced before the decode loop: inside it, XLA would copy them."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "greedy", "mesh"), donate_argnames=("cache",))
 def decode(
     model: FastSLM,
@@ -198,10 +203,15 @@ def decode(
         The cache, the state, and the new tokens [b, DECODE_STEPS]; a row's are the first ones, as
         many as its count grew by.
     """
-    variables, batch = {"params": params["llm"]}, state.token.shape[0]
+    batch = state.token.shape[0]
+    layers = _layers_of(params["llm"]["layers"], model.llm.num_layers)
 
     def body(carry: Carry) -> Carry:
         step, cache, state, seen, out = carry
+        llm = params["llm"]
+        if not model.llm.scan_layers:  # slices of a stack are its parts: nothing is copied here
+            llm = {**llm, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+        variables = {"params": llm}
         embedding = model.llm.apply(variables, state.token[:, None], method="embed")
         # Idle rows read position 0 only, so that they do not lengthen what attention reads.
         position = jnp.where(state.done, 0, state.position)

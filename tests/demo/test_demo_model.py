@@ -41,7 +41,8 @@ def corpus(tmp_path_factory):
 
 
 def wer(generator, utterances, clips=None):
-    recordings = [predict.recording(*pair) for pair in zip(utterances, clips or utterances)]
+    pairs = zip(utterances, clips or utterances, strict=True)
+    recordings = [predict.recording(*pair) for pair in pairs]
     found = predict.predictions(generator, utterances, batch_size=24, recordings=recordings)
     return predict.summarize(found)["wer"]
 

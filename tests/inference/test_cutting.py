@@ -42,5 +42,5 @@ def test_halves_meet_in_the_silence_near_the_middle():
 
 
 def test_segments_below_a_second_are_rejected():
-    with pytest.raises(UserError, match="--span=0.5: segments need at least 1 s"):
+    with pytest.raises(UserError, match=r"--span=0\.5: segments need at least 1 s"):
         cut(noise_with_pauses(9), SECOND // 2, 10 * SECOND)

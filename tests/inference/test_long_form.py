@@ -1,6 +1,7 @@
 """Long recordings: segments, context of earlier segments, and loops that are decoded again."""
 
 import dataclasses
+import itertools
 import types
 
 import numpy as np
@@ -127,9 +128,9 @@ def test_partial_results_grow():
     ]
     texts = [result.text for result in found]
     assert texts[0] == "heard"
-    assert all(later.startswith(sooner) for sooner, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(sooner) for sooner, later in itertools.pairwise(texts))
     assert [result.stop_reason for result in found] == [None] * (len(found) - 1) + ["eos"]
-    assert [result.covered_seconds for result in found][0] == 0.0
+    assert found[0].covered_seconds == 0.0
     assert found[-1].covered_seconds == 25.0
 
 
