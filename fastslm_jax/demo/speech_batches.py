@@ -33,7 +33,7 @@ def read_clips(
 ) -> Clips:
     """Reads the transcription examples of a split; for train also those of other tasks' audio.
 
-    The synthesizer speaks each utterance again to tell when its words are spoken.
+    Word times are not stored: each utterance is synthesized again to get them.
 
     Args:
         folder: the corpus.

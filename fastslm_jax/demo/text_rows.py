@@ -26,7 +26,7 @@ TEXT_INSTRUCTIONS = {
 TEXT_MARK = "<TEXT>"
 WINDOW_SECONDS, WINDOW_POSITIONS, WINDOW_FRAMES = 6.0, 10, 300
 BLUR_WORDS = 8  # words per blurred position, at most
-P_INPUT_ERROR = 0.08  # of a token
+P_INPUT_ERROR = 0.08  # per token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _times(words: Sequence[tuple[int, int]], rng: random.Random) -> list[tuple[f
 def with_input_errors(text: TextExample, rng: random.Random) -> TextExample:
     """Replaces some inputs by other tokens of the text; the targets stay the same.
 
-    A model that generates reads its own mistakes, and must find its place again.
+    During generation a model reads its own mistakes, and has to recover from them.
     """
     ids = text.ids.copy()
     replaced = [i for i in range(len(ids)) if rng.random() < P_INPUT_ERROR]

@@ -2,10 +2,10 @@
 
     python -m fastslm_jax.demo.train_encoder --corpus=corpus/bases --out=assets [--seed=0]
 
-Linear heads, which are discarded afterwards, learn characters and words by CTC. Words are read from
-means of features over 0.2 s, so that averages over features, as later attention takes, still tell
-words apart. Recordings cross window borders as they do in FastSLM: windows are encoded
-separately, their features are concatenated in time, and CTC aligns the whole. The result,
+Temporary linear heads predict characters and words by CTC. Words are predicted from features
+averaged over 0.2 s, so that words remain distinguishable when HFQ-Former's attention averages
+features. Recordings cross window borders as they do in FastSLM: windows are encoded separately,
+their features are concatenated in time, and CTC aligns the whole recording. The result,
 OUT/demo_whisper, is a Hugging Face folder. Interrupt at any time; rerunning resumes.
 """
 
@@ -146,7 +146,7 @@ def error_rates(
         inside words whose word is wrong.
     """
     words = ["", *vocabulary]
-    heard_characters, heard_words, right, count = [], [], 0, 0
+    decoded_characters, decoded_words, right, count = [], [], 0, 0
     for start in range(0, len(clips.texts[:limit]) - 15, 16):
         cut = [spec.cut(clip) for clip in clips.samples[start : start + 16]]
         windows, frames = np.stack([c[0] for c in cut]), np.stack([c[1] for c in cut])
@@ -156,14 +156,14 @@ def error_rates(
         labels = pad_labels(clips.frames[start : start + 16], by_feature.shape[1])
         right += np.sum((np.argmax(by_feature, -1) == labels) & (labels > 0))
         count += np.sum(labels > 0)
-        heard_characters += [
+        decoded_characters += [
             "".join(CHARACTERS[i - 1] for i in ids) for ids in _greedy_ctc(by_character)
         ]
-        heard_words += [" ".join(words[i] for i in ids) for ids in _greedy_ctc(by_word)]
-    texts = clips.texts[: len(heard_words)]
+        decoded_words += [" ".join(words[i] for i in ids) for ids in _greedy_ctc(by_word)]
+    texts = clips.texts[: len(decoded_words)]
     return {
-        "dev_cer": round(100 * jiwer.cer(texts, heard_characters), 2),
-        "dev_wer": round(100 * jiwer.wer(texts, heard_words), 2),
+        "dev_cer": round(100 * jiwer.cer(texts, decoded_characters), 2),
+        "dev_wer": round(100 * jiwer.wer(texts, decoded_words), 2),
         "dev_frame_error": round(100 * float(1 - right / count), 2),
     }
 
