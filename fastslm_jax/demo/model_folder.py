@@ -29,7 +29,7 @@ def command_line(module: str, flag_names: Sequence[str]) -> str:
 
 def earlier_training(folder: str) -> dict[str, object]:
     """TRAINING.json of the model that training starts from, as an entry of the new one."""
-    return {"went_on_from": json.loads((pathlib.Path(folder) / "TRAINING.json").read_text())}
+    return {"initialized_from": json.loads((pathlib.Path(folder) / "TRAINING.json").read_text())}
 
 
 def write(

@@ -26,7 +26,7 @@ def test_a_finished_model_replaces_an_older_one(tmp_path):
     assert (stored.dtype, stored.tolist()) == (ml_dtypes.bfloat16, [[0.5] * 3] * 2)
     config = json.loads((folder / "config.json").read_text())
     assert config == {"model_type": "qwen3", "torch_dtype": "bfloat16"}
-    assert model_folder.earlier_training(str(folder)) == {"went_on_from": {"seed": 3}}
+    assert model_folder.earlier_training(str(folder)) == {"initialized_from": {"seed": 3}}
 
 
 def test_the_recorded_command_has_all_flags_but_empty_ones(monkeypatch):
