@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from fastslm_jax import chips, cli, devices, distributed, flops, memory, sharding
-from fastslm_jax.data import rows as pipeline
+from fastslm_jax.data import loader
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import predict as evaluation
@@ -129,11 +129,13 @@ def main(_):
     dev_scores, pending, stopped, not_finite = {}, collections.deque(), False, 0
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    batches = pipeline.batches(
+    batches = loader.batches(
         rows, config.global_batch_size, start_row=first_step * config.global_batch_size, process_index=part, process_count=parts,
         workers=config.data.workers, prefetch=config.data.prefetch,
     )  # fmt: skip
-    batches = pipeline.ahead(batches, functools.partial(sharding.shard_batch, mesh=mesh))
+    batches = loader.prefetch_to_devices(
+        batches, functools.partial(sharding.shard_batch, mesh=mesh)
+    )
     bar = tqdm(
         total=config.steps,
         initial=first_step,

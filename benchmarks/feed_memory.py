@@ -21,11 +21,12 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from fastslm_jax import audio
-from fastslm_jax.data import prompts
-from fastslm_jax.data import rows as pipeline
-from fastslm_jax.data.ingest import shards as ingest
+from fastslm_jax.data import loader, prompts
+from fastslm_jax.data.ingest.importing import import_corpus
+from fastslm_jax.data.ingest.shards import Settings
 from fastslm_jax.data.longform import LongForm
 from fastslm_jax.data.packing import RowShape
+from fastslm_jax.data.rows import MixtureSource, PackedRows
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,9 +60,7 @@ def write_corpus(folder: pathlib.Path, clips: int) -> None:
             + "\n"
         )
     (folder / "train.jsonl").write_text("".join(lines))
-    ingest.import_corpus(
-        f"jsonl:{folder}/train.jsonl", folder / "imported", ingest.Settings(shard_clips=64)
-    )
+    import_corpus(f"jsonl:{folder}/train.jsonl", folder / "imported", Settings(shard_clips=64))
 
 
 def main() -> None:
@@ -79,14 +78,14 @@ def main() -> None:
             prompts.PromptTokenizer(prompts.load_tokenizer(ROOT / "assets/demo_llm")),
         )
         sources = [
-            pipeline.MixtureSource(path),
-            pipeline.MixtureSource(path, join=LongForm(12.0, 60.0)),
+            MixtureSource(path),
+            MixtureSource(path, join=LongForm(12.0, 60.0)),
         ]
-        rows = pipeline.PackedRows(
+        rows = PackedRows(
             sources, RowShape(16, 768, 448), audio.WindowSpec(frames=600), 10, encoder, seed=0
         )
         batches, resident, started = (
-            pipeline.batches(rows, 2, workers=options.workers),
+            loader.batches(rows, 2, workers=options.workers),
             {},
             time.time(),
         )

@@ -24,10 +24,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from fastslm_jax import audio
 from fastslm_jax.data import prompts
-from fastslm_jax.data import rows as pipeline
-from fastslm_jax.data.ingest import shards as ingest
+from fastslm_jax.data.ingest.importing import import_corpus
+from fastslm_jax.data.ingest.shards import Settings
 from fastslm_jax.data.manifest import read_clip, read_manifest
 from fastslm_jax.data.packing import RowShape
+from fastslm_jax.data.rows import MixtureSource, PackedRows
 
 SECONDS, TURNS = 12.0, 5
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,12 +85,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = write_clips(pathlib.Path(folder, "ours"), options.clips, audio.SAMPLE_RATE, 1)
         other = write_clips(pathlib.Path(folder, "other"), options.clips, 44_100, 2)
-        settings = ingest.Settings(tokenizer=str(ROOT / "assets/demo_llm"))
-        ingest.import_corpus(f"jsonl:{ours}", pathlib.Path(folder, "imported"), settings)
+        settings = Settings(tokenizer=str(ROOT / "assets/demo_llm"))
+        import_corpus(f"jsonl:{ours}", pathlib.Path(folder, "imported"), settings)
         imported = read_manifest(pathlib.Path(folder, "imported"))
         encoder = prompts.PromptTokenizer(prompts.load_tokenizer(ROOT / "assets/demo_llm"))
-        source = pipeline.MixtureSource(str(pathlib.Path(folder, "imported")))
-        rows = pipeline.PackedRows(
+        source = MixtureSource(str(pathlib.Path(folder, "imported")))
+        rows = PackedRows(
             [source], RowShape(8, 1920, 1408), audio.WindowSpec(), 50, encoder, seed=0
         )
         num_rows = len(rows.plan(0)[1])

@@ -171,10 +171,9 @@ def packed_against_padded(bench: Bench) -> list[dict]:
     sizes = []
     for s, labels in examples:
         windows = window.count(round(s * SAMPLE_RATE))
-        sizes.append(packing.Size(windows, prompt + windows * per_window + labels, labels))
-    longest = packing.RowShape(
-        *(max(getattr(size, field) for size in sizes) for field in ("windows", "tokens", "labels"))
-    )
+        sizes.append((windows, prompt + windows * per_window + labels, labels))
+    sizes = np.array(sizes)
+    longest = packing.RowShape(*sizes.max(axis=0).tolist())
     shape = packing.RowShape(2 * longest.windows, 2 * longest.tokens, 2 * longest.labels)
     rows = [[examples[i] for i in row] for row in packing.pack(sizes, shape)]
     packed = bench.compile(*bench.step(shape, FLAGS.loss_chunk), bench.batch(rows, shape))

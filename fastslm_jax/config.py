@@ -14,7 +14,7 @@ TRAINABLE = (
 def source(
     path: str, tasks: tuple[str, ...] = (), weight: float = 1.0, join: dict | None = None
 ) -> ConfigDict:
-    """A manifest or imported folder of the mixture (see data.pipeline.MixtureSource, docs/data.md).
+    """A manifest or imported folder of the mixture (see data.rows.MixtureSource, docs/data.md).
 
     join: {min_seconds, max_seconds, grouping, distribution, gap_seconds} of long-form recordings (data.longform.LongForm).
     """

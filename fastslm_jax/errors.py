@@ -1,5 +1,9 @@
-"""What a user can mend: one line that says what, where and how; commands print it and exit with code 2."""
+"""Errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Base of every error whose cause is a file, config, checkpoint, shape or device count that the user gave."""
+    """The cause is a file, config, checkpoint, shape or device count that the user gave.
+
+    The message is one line: what is wrong, where, and how to fix it. Commands print it and exit
+    with code 2.
+    """

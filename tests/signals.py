@@ -1,4 +1,4 @@
-"""Signals that tests share."""
+"""Audio signals shared by tests."""
 
 import numpy as np
 
@@ -8,14 +8,13 @@ SECOND = audio.SAMPLE_RATE
 
 
 def speech_like(seconds: float, seed: int = 0, level: float = 0.3) -> np.ndarray:
-    """Three tones that swell and fade, over quiet noise: float32 in [-1, 1]."""
+    """Three amplitude-modulated tones and quiet noise: float32 [n] in [-1, 1] at 16 kHz."""
     t = np.arange(round(seconds * SECOND)) / SECOND
     rng = np.random.default_rng(seed)
     tones = np.zeros(len(t))
-    for frequency, swell in ((220, 3), (700, 5), (2500, 2)):
-        tones += np.sin(2 * np.pi * frequency * t + rng.uniform(0, 6)) * (
-            1 + np.sin(2 * np.pi * swell * t)
-        )
+    for frequency, modulation in ((220, 3), (700, 5), (2500, 2)):
+        envelope = 1 + np.sin(2 * np.pi * modulation * t)
+        tones += np.sin(2 * np.pi * frequency * t + rng.uniform(0, 6)) * envelope
     return (level * (tones / 6 + 1e-3 * rng.standard_normal(len(t)))).astype(np.float32)
 
 
@@ -27,3 +26,8 @@ def noise_with_pauses(
     for pause in pauses:
         samples[round((pause - length / 2) * SECOND) : round((pause + length / 2) * SECOND)] = 0
     return samples
+
+
+def noise(seconds: float, seed: int = 0, rate: int = SECOND) -> np.ndarray:
+    """White noise: float64 [n]."""
+    return np.random.default_rng(seed).normal(0, 0.1, round(seconds * rate))

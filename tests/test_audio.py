@@ -1,4 +1,4 @@
-"""From files to windows: decoding and cutting."""
+"""Audio: decoding of files, and cutting of recordings into windows."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from signals import SECOND, speech_like
 from fastslm_jax import audio
 from fastslm_jax.errors import UserError
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---- Files
 
 
-def test_wav_flac_and_mp3_of_the_same_content(tmp_path):
+def test_formats_give_the_same_samples(tmp_path):
     samples = audio.to_int16(speech_like(2.0))
     for name in ("a.wav", "a.flac", "a.mp3"):
         soundfile.write(tmp_path / name, samples, SECOND)
@@ -19,23 +19,23 @@ def test_wav_flac_and_mp3_of_the_same_content(tmp_path):
     assert wav.dtype == flac.dtype == mp3.dtype == np.int16
     np.testing.assert_array_equal(wav, samples)
     np.testing.assert_array_equal(flac, samples)
-    assert abs(len(mp3) - len(wav)) <= 1152  # a frame of MPEG audio
+    assert abs(len(mp3) - len(wav)) <= 1152  # one MPEG frame
     shared = min(len(mp3), len(wav))
     assert np.std(mp3[:shared] - samples[:shared].astype(float)) < 0.1 * np.std(samples)
 
 
-def test_stereo_at_another_rate_becomes_mono_at_16_khz(tmp_path):
+def test_stereo_files_are_mixed_down_and_resampled(tmp_path):
     t = np.arange(44_100) / 44_100
     left, right = np.sin(2 * np.pi * 440 * t), 0.5 * np.sin(2 * np.pi * 440 * t)
     soundfile.write(tmp_path / "stereo.wav", 0.5 * np.stack([left, right], axis=1), 44_100)
     samples = audio.read_audio(tmp_path / "stereo.wav")
     assert len(samples) == SECOND
     spectrum = np.abs(np.fft.rfft(samples / 32768)) / (SECOND / 2)
-    assert np.argmax(spectrum) == 440  # 1 s: bins are 1 Hz apart
+    assert np.argmax(spectrum) == 440  # 1 s of audio: bins are 1 Hz apart
     assert spectrum[440] == pytest.approx(0.5 * 0.75, rel=0.01)
 
 
-def test_offset_and_duration_pick_a_part(tmp_path):
+def test_offset_and_duration_select_a_part(tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(2.0), SECOND)
     whole = audio.read_audio(tmp_path / "a.wav")
     np.testing.assert_array_equal(
@@ -45,11 +45,11 @@ def test_offset_and_duration_pick_a_part(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_blocks_of_a_long_file_are_the_file(tmp_path, monkeypatch, rate):
+def test_decoding_in_blocks_gives_the_same_samples(tmp_path, monkeypatch, rate):
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "long.wav", rng.normal(0, 0.1, (round(5.3 * rate), 2)), rate)
     whole = audio.read_audio(tmp_path / "long.wav", 0.25, 4.5)
-    monkeypatch.setattr(audio, "BLOCK", 1)
+    monkeypatch.setattr(audio, "BLOCK_SECONDS", 1)
     blocks = audio.read_audio(tmp_path / "long.wav", 0.25, 4.5)
     assert len(blocks) == len(whole) == 72_000
     assert np.abs(blocks.astype(int) - whole).max() <= (0 if rate == SECOND else 1)
@@ -57,8 +57,8 @@ def test_blocks_of_a_long_file_are_the_file(tmp_path, monkeypatch, rate):
 
 @pytest.mark.parametrize("padding", audio.PADDINGS)
 @pytest.mark.parametrize("samples", [100, 16_000, 16_100, 47_999, 48_000, 48_159, 50_000])
-def test_windows_one_by_one_are_those_of_the_whole(samples, padding):
-    """Against the whole recording, padded and reflected at once."""
+def test_windows_match_the_padded_recording(samples, padding):
+    """The reference pads and reflects the whole recording first."""
     spec = audio.WindowSpec(frames=100, padding=padding)
     recording = audio.to_int16(speech_like(samples / SECOND))
     whole = np.pad(recording, (0, max(0, SECOND - samples)))
@@ -76,9 +76,8 @@ def test_windows_one_by_one_are_those_of_the_whole(samples, padding):
 
 
 def test_to_int16_rounds_and_clips():
-    assert audio.to_int16(np.array([0.0, 0.5, -1.0, 1.0, -3.0, 1.4 / 32768, 1.6 / 32768])).tolist() == [
-        0, 16384, -32768, 32767, -32768, 1, 2,
-    ]  # fmt: skip
+    samples = np.array([0.0, 0.5, -1.0, 1.0, -3.0, 1.4 / 32768, 1.6 / 32768])
+    assert audio.to_int16(samples).tolist() == [0, 16384, -32768, 32767, -32768, 1, 2]
 
 
 def write_nan(path):
@@ -94,16 +93,16 @@ def write_nan(path):
             0.0,
             "not readable as audio",
         ),
-        (lambda path: soundfile.write(path, np.zeros(0), SECOND), 0.0, "holds no samples"),
+        (lambda path: soundfile.write(path, np.zeros(0), SECOND), 0.0, "contains no samples"),
         (
             lambda path: soundfile.write(path, speech_like(1.0), SECOND),
             2.5,
-            r"offset 2.5 s lies behind its end \(1.00 s\)",
+            r"offset 2.5 s is after the end of the file \(1.00 s\)",
         ),
-        (write_nan, 0.0, "holds samples that are not numbers"),
+        (write_nan, 0.0, "contains NaN or infinite samples"),
     ],
 )
-def test_bad_files_are_named_in_one_line(tmp_path, write, offset, message):
+def test_bad_files_are_reported_in_one_line(tmp_path, write, offset, message):
     path = tmp_path / "bad.wav"
     write(path)
     with pytest.raises(audio.AudioError, match=message) as raised:
@@ -112,7 +111,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, write, offset, message):
     assert "\n" not in str(raised.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- windows
+# ---- Windows
 
 
 @pytest.mark.parametrize(
@@ -150,19 +149,16 @@ def test_valid_frames(padding, seconds, frames):
     assert valid.tolist() == frames
 
 
-def test_windows_carry_their_neighbours_samples():
+def test_windows_include_context_of_their_neighbors():
     samples = np.arange(3 * SECOND, dtype=np.int16)
     windows, _ = audio.WindowSpec(frames=100).cut(samples)
     assert windows.shape == (3, SECOND + 400)
     np.testing.assert_array_equal(windows[1], samples[SECOND - 200 : 2 * SECOND + 200])
-    np.testing.assert_array_equal(
-        windows[0, :200], samples[200:0:-1]
-    )  # reflected at the recording's start
-    np.testing.assert_array_equal(windows[2, -200:], samples[-2:-202:-1])  # and at its end
+    # Reflected at the start and at the end of the recording.
+    np.testing.assert_array_equal(windows[0, :200], samples[200:0:-1])
+    np.testing.assert_array_equal(windows[2, -200:], samples[-2:-202:-1])
 
 
-def test_unknown_padding_is_refused():
-    with pytest.raises(
-        UserError, match=r"audio padding 'zeros' is not one of \('released', 'whisper'\)"
-    ):
+def test_unknown_padding():
+    with pytest.raises(UserError, match="audio padding 'zeros' is not one of released, whisper"):
         audio.WindowSpec(padding="zeros")

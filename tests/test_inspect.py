@@ -1,37 +1,34 @@
-"""What a corpus holds, in words and pictures."""
+"""The inspect command: descriptions of clips and rows, and the plot."""
 
 import numpy as np
 import pytest
 
 from fastslm_jax import inspect
-from fastslm_jax.data import longform
-from fastslm_jax.data import rows as pipeline
-from fastslm_jax.data.ingest import shards as ingest
+from fastslm_jax.data.ingest.importing import import_corpus
+from fastslm_jax.data.longform import LongForm
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.data.packing import RowShape
+from fastslm_jax.data.rows import MixtureSource, PackedRows
 
 
 @pytest.fixture
 def rows(corpus, encoder, model):
-    join = longform.LongForm(4.0, 9.0, gap_seconds=(0.5, 0.5))
-    sources = [
-        pipeline.MixtureSource(str(corpus / "train.jsonl")),
-        pipeline.MixtureSource(str(corpus / "train.jsonl"), ("asr",), 1.0, join),
-    ]
-    return pipeline.PackedRows(
-        sources, RowShape(12, 640, 384), model.window, model.tokens_per_window, encoder, seed=0
+    prompt_tokenizer, path = encoder, str(corpus / "train.jsonl")
+    join = LongForm(4.0, 9.0, gap_seconds=(0.5, 0.5))
+    sources = [MixtureSource(path), MixtureSource(path, ("asr",), 1.0, join)]
+    shape = RowShape(windows=12, tokens=640, labels=384)
+    return PackedRows(
+        sources, shape, model.window, model.tokens_per_window, prompt_tokenizer, seed=0
     )
 
 
-def test_one_screen_about_the_clips(corpus, tmp_path):
-    spec = f"jsonl:{corpus}/train.jsonl"
-    ingest.import_corpus(spec, tmp_path / "out")
-    utterances = read_manifest(tmp_path / "out")
-    lines = inspect.summary(tmp_path / "out", utterances)
+def test_summary_of_an_imported_folder(corpus, tmp_path):
+    out = tmp_path / "out"
+    import_corpus(f"jsonl:{corpus}/train.jsonl", out)
+    utterances = read_manifest(out)
+    lines = inspect.summary(out, utterances)
     text = "\n".join(lines)
-    assert (
-        lines[0] == f"{tmp_path}/out: 11 clips, {sum(u.seconds for u in utterances) / 60:.1f} min"
-    )
+    assert lines[0] == f"{out}: 11 clips, {sum(u.seconds for u in utterances) / 60:.1f} min"
     assert all(f"{task} " in lines[1] for task in ("asr", "ast", "ssum", "sqqa"))
     assert f"recordings  {len({u.recording for u in utterances})}" in text
     assert "rejected    none" in text
@@ -41,8 +38,8 @@ def test_one_screen_about_the_clips(corpus, tmp_path):
     assert len(lines) < 24
 
 
-def test_fill_is_counted_and_a_better_row_named(rows):
-    lines, filled = inspect.fill(rows)
+def test_row_usage_is_counted_and_a_better_shape_suggested(rows):
+    lines, filled = inspect.row_usage(rows)
     _, packed = rows.plan(0)
     arrays = [rows[number] for number in range(len(packed))]
     windows = np.mean([(row["window_frames"] > 0).mean() for row in arrays])
@@ -52,13 +49,10 @@ def test_fill_is_counted_and_a_better_row_named(rows):
     assert "--config.data.row.tokens=" in lines[2]
 
 
-def test_a_row_as_a_person_reads_it(rows):
-    text = "\n".join(inspect.show_row(rows, 0))
-    row = rows[0]
-    examples = rows.examples(0)
-    assert text.startswith(
-        f"row 0: {len(examples)} examples; {(row['window_frames'] > 0).sum()} of 12 windows, "
-    )
+def test_description_and_audio_of_a_row(rows):
+    text = "\n".join(inspect.describe_row(rows, 0))
+    examples, windows = rows.examples(0), (rows[0]["window_frames"] > 0).sum()
+    assert text.startswith(f"row 0: {len(examples)} examples; {windows} of 12 windows, ")
     for example in examples:
         assert rows.utterances(example)[0].id in text
         assert f"    answer  {rows.answer(example)}" in text
@@ -69,10 +63,10 @@ def test_a_row_as_a_person_reads_it(rows):
     assert len(samples) == sum(len(rows.samples(example)) for example in examples) + pauses
 
 
-def test_a_picture(rows, corpus, tmp_path):
+def test_plots_with_and_without_rows(rows, corpus, tmp_path):
     utterances = read_manifest(corpus / "train.jsonl")
-    inspect.draw(str(tmp_path / "a.png"), utterances, rows, inspect.fill(rows)[1])
-    inspect.draw(str(tmp_path / "b.png"), utterances, None, None)
+    inspect.plot(str(tmp_path / "a.png"), utterances, rows, inspect.row_usage(rows)[1])
+    inspect.plot(str(tmp_path / "b.png"), utterances, None, None)
     widths = []
     for name in ("a.png", "b.png"):
         data = (tmp_path / name).read_bytes()

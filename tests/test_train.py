@@ -105,7 +105,7 @@ def said(monkeypatch):
 
 def on_batch(monkeypatch, number: int, act) -> None:
     """Calls act() when train.py asks for its batch of that number (from 1 on)."""
-    batches = train.pipeline.batches
+    batches = train.loader.batches
 
     def watched(*args, **options):
         for drawn, batch in enumerate(batches(*args, **options), start=1):
@@ -113,7 +113,7 @@ def on_batch(monkeypatch, number: int, act) -> None:
                 act()
             yield batch
 
-    monkeypatch.setattr(train.pipeline, "batches", watched)
+    monkeypatch.setattr(train.loader, "batches", watched)
 
 
 # ------------------------------------------------------------------------------------------------------------ what it logs
@@ -223,7 +223,7 @@ def test_another_base_is_refused(run, folder, at_step_4, tmp_path):
 
 
 def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said):
-    batches = train.pipeline.batches
+    batches = train.loader.batches
 
     def broken(*args, **options):
         for step, batch in enumerate(batches(*args, **options), start=1):
@@ -233,7 +233,7 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
                 else batch | {"lora_gate": np.full_like(batch["lora_gate"], np.nan)}
             )
 
-    monkeypatch.setattr(train.pipeline, "batches", broken)
+    monkeypatch.setattr(train.loader, "batches", broken)
     with pytest.raises(UserError) as raised:
         run(tmp_path, {"max_skipped": 3})
     assert str(raised.value) == (
@@ -263,7 +263,7 @@ ERRORS = {
     ),
     "row too small": (
         {"data.row.tokens": 16},
-        "a row has 4, 16 and 48 (24 of 24 clips fit no row): raise config.data.row",
+        "a row has 4, 16 and 48 (24 of 24 clips do not fit): raise config.data.row",
     ),
     "missing base": (
         {"base.llm": "/nowhere/llm"},
@@ -295,7 +295,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_config_that_cannot_run(run, tmp_path, name, monkeypatch):
     changes, line = ERRORS[name]
-    monkeypatch.setattr(train.pipeline, "batches", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr(train.loader, "batches", lambda *_, **__: pytest.fail("it went on"))
     with pytest.raises(UserError) as raised:
         run(tmp_path, changes)
     assert line in str(raised.value)

@@ -169,8 +169,8 @@ def write_cut(file) -> None:
 BAD = {
     "corrupt": (lambda f: f.write_bytes(b"RIFF0000WAVEjunk"), "not readable as audio"),
     "text": (lambda f: f.write_text("these are words, no sound"), "not readable as audio"),
-    "empty": (lambda f: soundfile.write(f, np.zeros(0), RATE), "holds no samples"),
-    "cut": (lambda f: write_cut(f), "is cut short"),
+    "empty": (lambda f: soundfile.write(f, np.zeros(0), RATE), "contains no samples"),
+    "cut": (lambda f: write_cut(f), "truncated"),
     "missing": (lambda f: None, "no such audio file"),
 }
 

@@ -1,12 +1,14 @@
-"""Long-form plan: which clips make which example. Metadata only; a pure function of (index, seed, epoch).
+"""Planning of long recordings: which clips are concatenated into which example.
 
-An example is one clip, or, for long-form training, clips of one task joined to a recording of a drawn length.
+The plan needs metadata only and is a pure function of (index, settings, random generator). An
+example is one clip, or several clips of one task that together form a recording of a random length.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.sparse
 
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data import semantic
@@ -19,11 +21,17 @@ DISTRIBUTIONS = ("uniform", "log_uniform")
 
 @dataclasses.dataclass(frozen=True)
 class LongForm:
-    """Recordings of min_seconds … max_seconds, clips gap_seconds (uniform) apart.
+    """Settings of long recordings.
 
-    grouping: "random" clips; clips of one "speaker"; clips of one "recording" in their real order; "semantic": clips whose
-        transcripts are alike (see `data.semantic`).
-    distribution: of the lengths: "uniform", or "log_uniform" (as many of 1 … 2 minutes as of 7 … 14).
+    Attributes:
+        min_seconds: shortest recording.
+        max_seconds: longest recording.
+        grouping: which clips may share a recording: "random" (any), "speaker" (clips of one
+            speaker), "recording" (clips of one recording in their original order) or "semantic"
+            (clips with similar transcripts; see `data.semantic`).
+        gap_seconds: range of the silence between two clips, drawn uniformly.
+        distribution: distribution of the lengths: "uniform", or "log_uniform" (as many of 1 to 2
+            minutes as of 7 to 14).
     """
 
     min_seconds: float
@@ -32,7 +40,7 @@ class LongForm:
     gap_seconds: tuple[float, float] = (0.2, 0.6)
     distribution: str = "uniform"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.grouping not in GROUPINGS:
             raise UserError(f"grouping {self.grouping!r} is not one of {', '.join(GROUPINGS)}")
         if self.distribution not in DISTRIBUTIONS:
@@ -41,13 +49,16 @@ class LongForm:
             )
         if not 0 < self.min_seconds <= self.max_seconds:
             raise UserError(
-                f"long-form lengths {self.min_seconds} … {self.max_seconds} s are not a range"
+                f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} are not a range: "
+                "0 < min_seconds <= max_seconds is required"
             )
         if len(self.gap_seconds) != 2 or not 0 <= self.gap_seconds[0] <= self.gap_seconds[1]:
-            raise UserError(f"gaps of {self.gap_seconds} s are not a range")
+            raise UserError(
+                f"gap_seconds {self.gap_seconds} is not a range: 0 <= first <= second is required"
+            )
 
     def draw(self, rng: np.random.Generator) -> float:
-        """The length of a recording in seconds."""
+        """Draws the length of a recording in seconds."""
         if self.distribution == "uniform":
             return rng.uniform(self.min_seconds, self.max_seconds)
         return float(np.exp(rng.uniform(np.log(self.min_seconds), np.log(self.max_seconds))))
@@ -55,9 +66,14 @@ class LongForm:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """Clips of the index, each after its gap in samples; one clip without a gap is a short-form example.
+    """Clips of one source, each with the silence before it.
 
     Example: Example(source=0, clips=(4, 9), gaps=(0, 4800)) is clip 4, 0.3 s of silence, clip 9.
+
+    Attributes:
+        source: number of the source in the mixture.
+        clips: positions in the source's index.
+        gaps: samples of silence before each clip.
     """
 
     source: int
@@ -66,27 +82,27 @@ class Example:
 
 
 def single_examples(source: int, num_clips: int, rng: np.random.Generator) -> list[Example]:
-    """Every clip once, in random order."""
+    """Every clip as an example of its own, in random order."""
     return [Example(source, (clip,)) for clip in rng.permutation(num_clips).tolist()]
 
 
-def _order(
-    index: Sequence[Utterance], plan: LongForm, rng: np.random.Generator, vectors
+def _clip_runs(
+    index: Sequence[Utterance],
+    plan: LongForm,
+    rng: np.random.Generator,
+    vectors: scipy.sparse.csr_array | None,
 ) -> list[list[int]]:
-    """Runs of clips that may be joined, in the order in which they are."""
+    """Runs of clips that may be concatenated, in that order."""
     if plan.grouping == "random":
         return [rng.permutation(len(index)).tolist()]
     if plan.grouping == "semantic":
-        return [
-            semantic.order(
-                semantic.vectors([u.text for u in index]) if vectors is None else vectors, rng
-            )
-        ]
+        if vectors is None:
+            vectors = semantic.tf_idf([utterance.text for utterance in index])
+        return [semantic.similarity_order(vectors, rng)]
     groups: dict[str, list[int]] = {}
     for clip, utterance in enumerate(index):
-        groups.setdefault(
-            utterance.speaker if plan.grouping == "speaker" else utterance.recording, []
-        ).append(clip)
+        name = utterance.speaker if plan.grouping == "speaker" else utterance.recording
+        groups.setdefault(name, []).append(clip)
     runs = [groups[name] for name in sorted(groups)]
     if plan.grouping == "speaker":
         runs = [rng.permutation(run).tolist() for run in runs]
@@ -102,70 +118,83 @@ def joined_examples(
     rng: np.random.Generator,
     *,
     tokens: Sequence[int] | None = None,
-    takes: Callable[[int, int, int], bool] = lambda first, samples, tokens: True,
-    vectors=None,
+    fits: Callable[[int, int, int], bool] = lambda first, samples, tokens: True,
+    vectors: scipy.sparse.csr_array | None = None,
 ) -> list[Example]:
-    """Every clip once, joined to recordings whose lengths follow the plan; a run's last one may be shorter.
+    """Concatenates clips to recordings whose lengths follow the plan. Every clip is used once.
+
+    A recording ends before the clip that would exceed its drawn length, or that would not fit in a
+    row. The last recording of a run may be shorter.
 
     Args:
-        tokens: of every clip's answer.
-        takes: may a recording that begins with the clip `first`, of so many samples and tokens, stand in a row? If not, it ends
-            before the clip that is too much.
-        vectors: `semantic.vectors` of the texts, for the semantic grouping (made here if None).
+        source: number of the source in the mixture.
+        index: the source's clips.
+        plan: lengths, gaps and grouping.
+        rng: source of all random choices.
+        tokens: answer tokens of every clip, for `fits` (None: 0).
+        fits: fits(first clip, samples, answer tokens): whether a recording fits in a row.
+        vectors: `semantic.tf_idf` of the texts, for the semantic grouping (None: computed here).
     """
     examples = []
-    for run in _order(index, plan, rng, vectors):
+    for run in _clip_runs(index, plan, rng, vectors):
         clips, gaps, length, samples, count, target = [], [], 0.0, 0, 0, plan.draw(rng)
         for clip in run:
-            gap, more = (
-                rng.uniform(*plan.gap_seconds) if clips else 0.0,
-                0 if tokens is None else tokens[clip],
-            )
+            gap = rng.uniform(*plan.gap_seconds) if clips else 0.0
+            clip_tokens = 0 if tokens is None else tokens[clip]
             clip_seconds, clip_samples = index[clip].seconds, index[clip].num_samples
+            joined_samples = samples + round(gap * SAMPLE_RATE) + clip_samples
             if clips and (
                 length + gap + clip_seconds > target
-                or not takes(
-                    clips[0], samples + round(gap * SAMPLE_RATE) + clip_samples, count + more
-                )
+                or not fits(clips[0], joined_samples, count + clip_tokens)
             ):
                 examples.append(Example(source, tuple(clips), tuple(gaps)))
                 clips, gaps, length, samples, count, gap = [], [], 0.0, 0, 0, 0.0
                 target = plan.draw(rng)
             clips.append(clip)
             gaps.append(round(gap * SAMPLE_RATE))
-            length, samples, count = (
-                length + gap + clip_seconds,
-                samples + gaps[-1] + clip_samples,
-                count + more,
-            )
+            length = length + gap + clip_seconds
+            samples += gaps[-1] + clip_samples
+            count += clip_tokens
         if clips:
             examples.append(Example(source, tuple(clips), tuple(gaps)))
     return examples
 
 
 def split(utterance: Utterance, fits: Callable[[Utterance], bool]) -> list[Utterance]:
-    """A transcribed recording that is too long, split at its segments' boundaries into pieces that fit, each as long as can be.
-    Empty if that is not possible: nothing is ever cut elsewhere, nor is a translation or a summary.
+    """Splits a transcribed recording at segment boundaries into the longest pieces that fit.
 
-    Example: segments of 20 s each, three of them, where 45 s fit → pieces of 40 s and 20 s, named id.1 and id.2.
+    Only transcripts can be split; a translation or a summary cannot.
+
+    Example: three segments of 20 s each, where 45 s fit → pieces of 40 s and 20 s with the ids
+    "{id}.1" and "{id}.2".
+
+    Returns:
+        The pieces, or an empty list if the recording cannot be split so that all pieces fit.
     """
     if not utterance.segments or utterance.task != "asr" or utterance.answer != utterance.text:
         return []
-    pieces, open_segments = [], []
+    pieces: list[Utterance] = []
 
-    def piece(segments: Sequence[Segment]) -> Utterance:
+    def make_piece(segments: Sequence[Segment]) -> Utterance:
         start, text = segments[0].start, " ".join(segment.text for segment in segments)
         return dataclasses.replace(
-            utterance, offset=utterance.offset + start, seconds=segments[-1].end - start, answer=text, text=text,
+            utterance,
+            offset=utterance.offset + start,
+            seconds=segments[-1].end - start,
+            answer=text,
+            text=text,
             segments=tuple(Segment(s.start - start, s.end - start, s.text) for s in segments),
-            id=f"{utterance.id}.{len(pieces) + 1}", text_tokens=None, joined_tokens=None,
-        )  # fmt: skip
+            id=f"{utterance.id}.{len(pieces) + 1}",
+            text_tokens=None,
+            joined_tokens=None,
+        )
 
+    pending: list[Segment] = []
     for segment in utterance.segments:
-        if open_segments and not fits(piece([*open_segments, segment])):
-            pieces.append(piece(open_segments))
-            open_segments = []
-        open_segments.append(segment)
-        if not fits(piece(open_segments)):
+        if pending and not fits(make_piece([*pending, segment])):
+            pieces.append(make_piece(pending))
+            pending = []
+        pending.append(segment)
+        if not fits(make_piece(pending)):
             return []
-    return [*pieces, piece(open_segments)]
+    return [*pieces, make_piece(pending)]

@@ -1,6 +1,7 @@
-"""Manifests and imported folders, read into an index that plans need no audio for.
+"""Manifests and imported folders, read into an index from which rows are planned without audio.
 
-A manifest has JSON lines that say where audio lies and what is said in it; a folder is what `data.ingest` made of one.
+A manifest is a JSON Lines file of audio paths and transcripts. An imported folder is the output of
+`data.ingest`. docs/data.md describes the fields.
 """
 
 import dataclasses
@@ -18,18 +19,27 @@ from fastslm_jax.data.ingest import store
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 
+_REQUIRED = ("audio_filepath", "duration", "text")
+_TEXT_FIELDS = ("audio_filepath", "text", "answer", "prompt", "lang")
+_LENGTH_TOLERANCE = SAMPLE_RATE // 100  # samples by which a clip may differ from its duration
+
 
 class ManifestError(UserError):
-    """A manifest line that cannot be used: names file, line and reason. `kind` is one word for the reason."""
+    """A manifest cannot be used. The message gives the file, the line and the reason.
 
-    def __init__(self, where: str | os.PathLike, reason: str, kind: str = "bad_field"):
+    Attributes:
+        reason: the reason, without the file and line.
+        kind: the reason as one of `ingest.decoding.KINDS`.
+    """
+
+    def __init__(self, where: str | os.PathLike, reason: str, kind: str = "bad_field") -> None:
         super().__init__(f"{where}: {reason}")
         self.reason, self.kind = reason, kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """What is said from `start` to `end`, in seconds of the clip."""
+    """A timed part of a transcript; `start` and `end` are seconds in the clip."""
 
     start: float
     end: float
@@ -38,10 +48,25 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utterance:
-    """One clip: `seconds` of its recording from `offset` on, the task's instruction (None: the default one) and its answer.
+    """One clip of a recording, with its task and answer.
 
-    `path` is an audio file, or a shard of which it is the record number `record`; that audio begins `begin` seconds into the
-    recording. Token counts of the answer, alone and after a space, are those of the tokenizer that an import named.
+    Attributes:
+        path: an audio file, or a shard of an imported folder.
+        offset: start of the clip in its recording, in seconds.
+        seconds: length of the clip.
+        task: a key of TASKS.
+        instruction: None: the task's default instruction.
+        answer: the text that the model learns to generate.
+        text: the transcript.
+        lang: language code.
+        speaker: speaker name, for grouping.
+        recording: recording name, for grouping.
+        id: unique name of the clip.
+        segments: timed transcript, if known.
+        record: record number in the shard (-1: `path` is an audio file).
+        begin: start of the stored audio in the recording, in seconds.
+        text_tokens: tokens of the answer, if the import counted them.
+        joined_tokens: tokens of the answer after a space, if the import counted them.
     """
 
     path: str
@@ -67,17 +92,14 @@ class Utterance:
         return round(self.seconds * SAMPLE_RATE)
 
 
-_REQUIRED = ("audio_filepath", "duration", "text")
-
-
-def _seconds(value, name: str, where: str) -> float:
+def _parse_seconds(value: object, name: str, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
         raise ManifestError(where, f"{name} {value!r} is not a number of seconds") from None
 
 
-def _segments(values, where: str) -> tuple[Segment, ...]:
+def _parse_segments(values: list[dict] | None, where: str) -> tuple[Segment, ...]:
     try:
         segments = tuple(
             Segment(float(value["start"]), float(value["end"]), str(value["text"]))
@@ -92,20 +114,20 @@ def _segments(values, where: str) -> tuple[Segment, ...]:
 
 
 def parse_json(line: str, where: str) -> dict:
-    """The object of a line.
+    """Parses a line of a manifest.
 
     Raises:
-        ManifestError: it is not one.
+        ManifestError: the line is not a JSON object.
     """
     try:
         fields = json.loads(line)
-        if "\\u" in line:  # half of a surrogate pair is no text
+        if "\\u" in line:  # an unpaired surrogate can be read, but not written
             json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ManifestError(where, f"not JSON ({error.msg})", "broken_json") from None
     except (UnicodeEncodeError, RecursionError) as error:
         raise ManifestError(
-            where, f"not JSON that can be written again ({type(error).__name__})", "broken_json"
+            where, f"JSON that cannot be written back ({type(error).__name__})", "broken_json"
         ) from None
     if not isinstance(fields, dict):
         raise ManifestError(where, "not a JSON object", "broken_json")
@@ -113,35 +135,39 @@ def parse_json(line: str, where: str) -> dict:
 
 
 def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
-    """The utterance of a line's fields; `root` is the manifest's folder.
+    """Checks the fields of a manifest line and converts them to an utterance.
+
+    Args:
+        fields: the line's JSON object.
+        root: the manifest's folder.
+        where: file and line, for error messages and as the default id.
 
     Raises:
-        ManifestError: it cannot be used.
+        ManifestError: a field is missing or invalid.
     """
     missing = [key for key in _REQUIRED if key not in fields]
     if missing:
-        raise ManifestError(where, f"no {missing[0]!r}; a line has at least {', '.join(_REQUIRED)}")
-    for key in ("audio_filepath", "text", "answer", "prompt", "lang"):
-        if not isinstance(fields.get(key, ""), str) and not (
-            key == "prompt" and fields[key] is None
-        ):
+        raise ManifestError(
+            where, f"{missing[0]!r} is missing; required are {', '.join(_REQUIRED)}"
+        )
+    for key in _TEXT_FIELDS:
+        is_default = key == "prompt" and fields.get(key) is None
+        if not is_default and not isinstance(fields.get(key, ""), str):
             raise ManifestError(where, f"{key} {fields[key]!r} is not text")
     path = (root / fields["audio_filepath"]).resolve()
     if not path.is_relative_to(root):
         raise ManifestError(
             where,
-            f"{fields['audio_filepath']} lies outside the manifest's folder {root}",
+            f"{fields['audio_filepath']} is outside the manifest's folder {root}",
             "outside_root",
         )
     task, answer = fields.get("task", "asr"), fields.get("answer", fields["text"])
     if task not in TASKS:
         raise ManifestError(where, f"task {task!r} is not one of {', '.join(TASKS)}")
-    seconds, offset = (
-        _seconds(fields["duration"], "duration", where),
-        _seconds(fields.get("offset") or 0.0, "offset", where),
-    )
+    seconds = _parse_seconds(fields["duration"], "duration", where)
+    offset = _parse_seconds(fields.get("offset") or 0.0, "offset", where)
     if not (0 < seconds < math.inf and 0 <= offset < math.inf):
-        raise ManifestError(where, f"duration {seconds} or offset {offset} is not possible")
+        raise ManifestError(where, f"duration {seconds} or offset {offset} is out of range")
     if not answer.strip():
         raise ManifestError(where, "the answer is empty", "empty_text")
     return Utterance(
@@ -156,16 +182,15 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
         speaker=str(fields.get("speaker", "")),
         recording=str(fields.get("recording", fields["audio_filepath"])),
         id=str(fields.get("id", where)),
-        segments=_segments(fields.get("segments"), where),
+        segments=_parse_segments(fields.get("segments"), where),
     )
 
 
 def _read_lines(path: pathlib.Path) -> list[Utterance]:
     root = path.parent.resolve()
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # and at nothing else: JSON text may hold other line separators
+        # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ManifestError(path, f"not UTF-8 ({error.reason} at byte {error.start})") from None
     utterances = []
@@ -202,12 +227,17 @@ def _read_folder(path: pathlib.Path) -> list[Utterance]:
 
 
 def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Utterance]:
-    """Utterances of a manifest or of an imported folder, of the named tasks only (all by default). Audio paths of a manifest are
-    relative to its folder and may not leave it.
+    """Reads the utterances of a manifest or of an imported folder.
+
+    Audio paths in a manifest are relative to its folder and must stay inside it.
+
+    Args:
+        path: a manifest or an imported folder.
+        tasks: the tasks to read (empty: all).
 
     Raises:
-        ManifestError: the first line that cannot be used, a missing audio file, or nothing left.
-        StoreError: a folder that holds no finished import.
+        ManifestError: a line is invalid, an audio file is missing, or no utterances are left.
+        StoreError: the folder has no finished import.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -224,28 +254,28 @@ def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Ut
     return utterances
 
 
-def counted_by(path: str | os.PathLike) -> str | None:
-    """Fingerprint of the tokenizer whose counts an imported folder holds; None for manifests and folders without counts."""
+def tokenizer_fingerprint(path: str | os.PathLike) -> str | None:
+    """Fingerprint of the tokenizer that counted an imported folder's tokens, if they were."""
     return store.description(path)["tokenizer"] if os.path.isdir(path) else None
 
 
 def read_clip(utterance: Utterance) -> np.ndarray:
-    """The utterance's int16 samples at 16 kHz, exactly `num_samples` of them.
+    """Reads an utterance's audio: int16 [num_samples] at 16 kHz.
 
     Raises:
-        AudioError: the audio is unreadable, or not as long as the manifest says (10 ms of difference are mended).
+        AudioError: the audio is unreadable, or its length differs from the manifest by more than
+            10 ms.
     """
     start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
     if utterance.record >= 0:
-        clip = store.read_record(utterance.path, utterance.record)[1][
-            start : start + utterance.num_samples
-        ]
+        _, samples = store.read_record(utterance.path, utterance.record)
+        clip = samples[start : start + utterance.num_samples]
     else:
         clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
     missing = utterance.num_samples - len(clip)
-    if abs(missing) > SAMPLE_RATE // 100:
-        held = len(clip) / SAMPLE_RATE
+    if abs(missing) > _LENGTH_TOLERANCE:
         raise audio.AudioError(
-            f"{utterance.path}: holds {held:.2f} s, its manifest says {utterance.seconds:.2f} s"
+            f"{utterance.path}: the audio is {len(clip) / SAMPLE_RATE:.2f} s long, the manifest "
+            f"says {utterance.seconds:.2f} s"
         )
     return np.pad(clip[: utterance.num_samples], (0, max(0, missing)))

@@ -1,8 +1,11 @@
-"""Packing: examples into rows of fixed window slots and token slots, planned from metadata, assembled from samples.
+"""Packing of examples into rows: planned from metadata, assembled from samples.
 
-row     = [ example | example | … | padding ]
-tokens    prompt, speech tokens, prompt, answer of each example; attention never crosses examples (segment_ids)
-windows   the examples' windows one after another; token `t` of a row is speech token speech_slot[t] of the row
+A row has a fixed number of window slots and token slots:
+
+    row     = [ example | example | … | padding ]
+    tokens    prompt, speech tokens, rest of the prompt and answer of every example; attention never
+              crosses examples (segment_ids)
+    windows   the windows of all examples, concatenated; token `t` is speech token speech_slot[t]
 """
 
 import bisect
@@ -17,54 +20,45 @@ from fastslm_jax.errors import UserError
 
 
 class PackingError(UserError):
-    """An example that fits no row: says what it needs and what a row has."""
+    """An example does not fit in a row. The message gives its size and the row's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Slots of a row. label_slots bounds the tokens of a row that are predicted (their logits are what costs memory)."""
+    """Slots of a row.
+
+    Attributes:
+        windows: encoder windows.
+        tokens: decoder tokens.
+        labels: tokens that the loss covers. Their logits dominate the memory of the loss.
+    """
 
     windows: int
     tokens: int
     labels: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What an example takes of a row."""
+def pack(sizes: np.ndarray, shape: RowShape, open_rows: int = 64) -> list[list[int]]:
+    """Best-fit packing in the given order: every example goes to the fullest open row it fits in.
 
-    windows: int
-    tokens: int
-    labels: int
-
-    def fits(self, shape: RowShape) -> bool:
-        return (
-            self.windows <= shape.windows
-            and self.tokens <= shape.tokens
-            and self.labels <= shape.labels
-        )
-
-
-def pack(
-    sizes: Sequence[Size] | np.ndarray, shape: RowShape, open_rows: int = 64
-) -> list[list[int]]:
-    """Best-fit packing in the given order: each example goes to the fullest open row that takes it. Rows are listed as they were
-    opened; an example keeps to the neighbourhood in which it was drawn, since at most `open_rows` stay open.
+    At most `open_rows` rows are open at a time, so an example stays close to its position in the
+    given order.
 
     Example: sizes of 3, 2 and 1 windows in rows of 4 windows → [[0, 2], [1]].
 
     Args:
-        sizes: of the examples, or an array [examples, 3] of their windows, tokens and labels.
+        sizes: [examples, 3] windows, tokens and labels of every example.
+        shape: slots of a row.
+        open_rows: rows that can still take examples.
+
+    Returns:
+        The example numbers of every row, in the order in which rows were opened.
 
     Raises:
-        PackingError: an example larger than a row.
+        PackingError: an example is larger than a row.
     """
-    if not isinstance(sizes, np.ndarray):
-        sizes = np.array(
-            [(size.windows, size.tokens, size.labels) for size in sizes], np.int64
-        ).reshape(-1, 3)
-    total = (shape.windows, shape.tokens, shape.labels)
-    too_large = np.flatnonzero((sizes > total).any(axis=1))
+    capacity = (shape.windows, shape.tokens, shape.labels)
+    too_large = np.flatnonzero((sizes > capacity).any(axis=1))
     if len(too_large):
         windows, tokens, labels = sizes[too_large[0]]
         raise PackingError(
@@ -72,56 +66,78 @@ def pack(
             f"a row has {shape.windows}, {shape.tokens} and {shape.labels}"
         )
     rows: list[list[int]] = []
-    # Open rows as (free windows, free tokens, place, free labels, row), the fullest first: the first that takes an example is the
-    # one to choose, and those without enough windows are skipped by bisection. A place without a row has nothing free.
+    # Open rows as (free windows, free tokens, slot, free labels, row), sorted from the fullest to
+    # the emptiest. The first that fits is the best fit; bisection skips those with too few free
+    # windows. A slot without a row has nothing free.
     opened: list[tuple[int, int, int, int, list[int]]] = [
-        (0, 0, place, 0, []) for place in range(open_rows)
+        (0, 0, slot, 0, []) for slot in range(open_rows)
     ]
     for number, (windows, tokens, labels) in enumerate(sizes.tolist()):
         at = bisect.bisect_left(opened, (windows, tokens))
         while at < open_rows and (opened[at][1] < tokens or opened[at][3] < labels):
             at += 1
         if at < open_rows:
-            free_windows, free_tokens, place, free_labels, row = opened.pop(at)
-        else:  # the row with the fewest free windows gives up its place
+            free_windows, free_tokens, slot, free_labels, row = opened.pop(at)
+        else:  # close the row with the fewest free windows
             fewest = [entry for entry in opened if entry[0] == opened[0][0]]
             entry = min(fewest, key=lambda entry: entry[2])
             opened.remove(entry)
-            place, row = entry[2], []
-            free_windows, free_tokens, free_labels = total
+            slot, row = entry[2], []
+            free_windows, free_tokens, free_labels = capacity
             rows.append(row)
         row.append(number)
         bisect.insort(
-            opened, (free_windows - windows, free_tokens - tokens, place, free_labels - labels, row)
+            opened, (free_windows - windows, free_tokens - tokens, slot, free_labels - labels, row)
         )
     return rows
 
 
 def suggest(sizes: np.ndarray, windows: int, spare: float = 0.05) -> RowShape:
-    """Slots of rows of so many windows for examples with these sizes [examples, 3]: tokens and labels of a row that is full of
-    them, and `spare` more, so that windows are what runs out; at least the largest example's. Tokens are a multiple of 64.
+    """Suggests a row shape in which windows, the most expensive slots, run out first.
+
+    Args:
+        sizes: [examples, 3] windows, tokens and labels of every example.
+        windows: window slots of a row.
+        spare: fraction of token and label slots to add to the expected number.
+
+    Returns:
+        A shape in which every example fits; tokens and labels are multiples of 64.
     """
     full, largest = sizes.sum(axis=0) * windows / sizes[:, 0].sum(), sizes.max(axis=0)
     tokens, labels = (max(int(np.ceil(full[i] * (1 + spare))), int(largest[i])) for i in (1, 2))
     tokens = -(-tokens // 64) * 64
-    # Labels vary more than tokens, of which most are speech; slots for them are only worth the logits' memory.
-    return RowShape(
-        max(windows, int(largest[0])), tokens, min(tokens, -(-int(1.2 * labels) // 64) * 64)
-    )
+    # Labels vary more than tokens, most of which are speech, and cost only the memory of logits.
+    labels = min(tokens, -(-int(1.2 * labels) // 64) * 64)
+    return RowShape(max(windows, int(largest[0])), tokens, labels)
 
 
 def assemble(
-    parts: Sequence[tuple[Encoded, np.ndarray]],
+    parts: Sequence[tuple[Encoded, np.ndarray | None]],
     shape: RowShape,
     spec: WindowSpec,
     tokens_per_window: int,
 ) -> dict[str, np.ndarray]:
-    """Builds a row from its examples' ids and int16 samples (no samples for an example without audio).
+    """Builds the arrays of a row from its examples.
+
+    Args:
+        parts: ids and int16 samples of every example (None for an example without audio).
+        shape: slots of the row.
+        spec: how recordings are cut into windows.
+        tokens_per_window: speech tokens per window.
 
     Returns:
-        audio [windows, samples + 2·CONTEXT] int16, window_frames [windows], window_recording [windows] (−1: empty slot), and by
-        token [tokens]: tokens, labels (the next token), loss_mask (1 where that label counts), segment_ids (0: padding),
-        position_ids, speech_slot (−1: text), lora_gate (1 within examples that have audio).
+        Per window:
+            audio [windows, samples + 2·CONTEXT] int16.
+            window_frames [windows] int32: valid frames (0: empty slot).
+            window_recording [windows] int32: the example's number in the row (-1: empty slot).
+        Per token, all [tokens]:
+            tokens int32: input ids (0 at speech tokens and padding).
+            labels int32: the next token.
+            loss_mask float32: 1 where the label is part of the loss.
+            segment_ids int32: the example's number in the row (0: padding).
+            position_ids int32: position in the example.
+            speech_slot int32: index of the speech token in the row (-1: text).
+            lora_gate float32: 1 in examples with audio.
     """
     row = {
         "audio": np.zeros((shape.windows, spec.samples + 2 * CONTEXT), np.int16),
@@ -147,11 +163,9 @@ def assemble(
         if encoded.num_speech:
             windows, frames = spec.cut(samples)
             slots = slice(window, window + len(windows))
-            row["audio"][slots], row["window_frames"][slots], row["window_recording"][slots] = (
-                windows,
-                frames,
-                segment,
-            )
+            row["audio"][slots] = windows
+            row["window_frames"][slots] = frames
+            row["window_recording"][slots] = segment
             start = at + encoded.speech_start
             row["speech_slot"][start : start + encoded.num_speech] = (
                 window * tokens_per_window + np.arange(encoded.num_speech)

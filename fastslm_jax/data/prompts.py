@@ -1,14 +1,18 @@
-"""Prompts and labels: (task, instruction, answer, number of speech tokens) → ids, through the tokenizer's own template."""
+"""Prompts and labels: (task, instruction, answer, number of speech tokens) → token ids."""
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 ADDED_TOKENS = (
@@ -20,17 +24,24 @@ ADDED_TOKENS = (
     *(task.token for task in TASKS.values()),
 )
 END_OF_TURN = "<|im_end|>"
+_TOKENIZER_BATCH = 10_000  # texts per call of the tokenizer
 
 
 class PromptError(UserError):
-    """A prompt or tokenizer that cannot be used."""
+    """A prompt or tokenizer cannot be used."""
 
 
-def load_tokenizer(folder: str | os.PathLike, vocab_rows: int | None = None):
-    """The tokenizer of a language model's folder, with FastSLM's nine tokens appended in their fixed order.
+def load_tokenizer(
+    folder: str | os.PathLike, vocab_rows: int | None = None
+) -> "PreTrainedTokenizerFast":
+    """Loads a language model's tokenizer and appends FastSLM's nine tokens in a fixed order.
+
+    Args:
+        folder: the language model's folder.
+        vocab_rows: rows of the model's embedding table (None: not checked).
 
     Raises:
-        PromptError: the folder has no usable tokenizer, or the new ids would pass the model's `vocab_rows` embedding rows.
+        PromptError: the folder has no usable tokenizer, or the new ids exceed the embedding table.
     """
     from transformers import AutoTokenizer
 
@@ -38,13 +49,14 @@ def load_tokenizer(folder: str | os.PathLike, vocab_rows: int | None = None):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise PromptError(
-            f"{folder}: no tokenizer to be read there ({str(error).splitlines()[0]})"
+            f"{folder}: cannot load a tokenizer ({str(error).splitlines()[0]})"
         ) from None
     tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
     if vocab_rows is not None and max(ids) >= vocab_rows:
         raise PromptError(
-            f"{folder}: the added tokens reach id {max(ids)}, the model has {vocab_rows} embedding rows"
+            f"{folder}: the added tokens reach id {max(ids)}, but the model has only {vocab_rows} "
+            "embedding rows"
         )
     if tokenizer.chat_template is None:
         raise PromptError(f"{folder}: the tokenizer has no chat template")
@@ -53,11 +65,18 @@ def load_tokenizer(folder: str | os.PathLike, vocab_rows: int | None = None):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One example as ids. `speech_start` is where the speech tokens stand (−1 without audio).
+    """The token ids of one example.
 
-    Example: prompt of 4 ids with audio at 1, 10 speech tokens, answer of 3 ids with its end → tokens [16]:
+    Example: a prompt of 4 ids with <|AUDIO|> at position 1, 10 speech tokens, and an answer of 2
+    ids:
         tokens      p0 0 0 0 0 0 0 0 0 0 0 p2 p3 a0 a1 <|im_end|>
-        loss_mask   1 where the token is to be predicted: a0, a1 and <|im_end|>
+        loss_mask   1 at a0, a1 and <|im_end|>
+
+    Attributes:
+        tokens: [n] int32, 0 at speech tokens.
+        loss_mask: [n] bool, True where the model learns to predict the token.
+        speech_start: position of the first speech token (-1: no audio).
+        num_speech: number of speech tokens.
     """
 
     tokens: np.ndarray
@@ -67,67 +86,76 @@ class Encoded:
 
 
 class PromptTokenizer:
-    """Turns examples into ids. Prompts are few, so their ids are kept. Can be pickled, for worker processes."""
+    """Converts examples to token ids with the tokenizer's chat template.
 
-    def __init__(self, tokenizer):
+    Prompt ids are cached. Instances can be pickled for worker processes.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self.tokenizer = tokenizer
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO)
         self.end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self._prompt_ids: dict[tuple[str | None, str | None], tuple[int, ...]] = {}
 
     def user_turn(self, task: str | None, instruction: str | None = None) -> str:
-        """The user's words. task None: a prompt without audio."""
+        """The content of the user turn.
+
+        Args:
+            task: a key of TASKS, or None for a prompt without audio.
+            instruction: None: the task's default instruction.
+        """
         if task is None:
             return instruction
         if task not in TASKS:
             raise PromptError(f"task {task!r} is not one of {', '.join(TASKS)}")
-        return f"{TASKS[task].token}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction or TASKS[task].instruction}"
+        instruction = instruction or TASKS[task].instruction
+        return f"{TASKS[task].token}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction}"
 
     def _encode_prompt(self, task: str | None, instruction: str | None) -> tuple[int, ...]:
         content = self.user_turn(task, instruction)
         if task is None and AUDIO in content:
-            raise PromptError(f"a prompt without audio may not hold {AUDIO}")
+            raise PromptError(f"a prompt without audio must not contain {AUDIO}")
         if content.count(AUDIO) > 1:
-            raise PromptError(f"the instruction may not hold {AUDIO}")
+            raise PromptError(f"the instruction must not contain {AUDIO}")
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt_ids(self, task: str | None, instruction: str | None = None) -> tuple[int, ...]:
-        """Ids of the whole prompt, `<|AUDIO|>` as one id."""
+        """Ids of the whole prompt, with `<|AUDIO|>` as a single id."""
         key = (task, instruction)
         if key not in self._prompt_ids:
             self._prompt_ids[key] = self._encode_prompt(task, instruction)
         return self._prompt_ids[key]
 
     def answer_ids(self, answer: str | Sequence[str]) -> list[int]:
-        """Ids of an answer and its end. The parts of a joined answer are encoded one by one, each after a space, so that their
-        counts add up whatever the tokenizer does at the seams (Qwen's and other byte-level ones give the ids of the whole text).
+        """Ids of an answer and the end-of-turn token.
+
+        The parts of a joined answer are encoded separately, each after a space, so that their
+        lengths add up. (Qwen's and other byte-level tokenizers give the ids of the whole text.)
         """
-        parts = (
-            [answer]
-            if isinstance(answer, str)
-            else [answer[0], *(f" {part}" for part in answer[1:])]
-        )
-        return [
-            id for ids in self.tokenizer(parts, add_special_tokens=False)["input_ids"] for id in ids
-        ] + [self.end_id]
+        if isinstance(answer, str):
+            answer = [answer]
+        parts = [answer[0], *(f" {part}" for part in answer[1:])]
+        ids_of_parts = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        return [*(id for ids in ids_of_parts for id in ids), self.end_id]
 
     def answer_length(self, answer: str) -> int:
-        """Tokens of an answer without its end."""
+        """Number of tokens of an answer, without the end-of-turn token."""
         return len(self.answer_ids(answer)) - 1
 
     def answer_lengths(self, answers: Sequence[str]) -> np.ndarray:
-        """Tokens of many answers, without their ends: int64 [answers]."""
+        """Number of tokens of every answer, without the end-of-turn token: int64 [answers]."""
         lengths = []
-        for start in range(0, len(answers), 10_000):
-            batch = self.tokenizer(list(answers[start : start + 10_000]), add_special_tokens=False)
-            lengths += [len(ids) for ids in batch["input_ids"]]
+        for start in range(0, len(answers), _TOKENIZER_BATCH):
+            texts = list(answers[start : start + _TOKENIZER_BATCH])
+            ids_of_texts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            lengths += [len(ids) for ids in ids_of_texts]
         return np.array(lengths, np.int64)
 
     def fingerprint(self) -> str:
-        """Changes when the tokenizer counts otherwise."""
+        """A hash of the tokenizer: equal fingerprints mean equal token counts."""
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
     def encode(
@@ -137,7 +165,14 @@ class PromptTokenizer:
         answer: str | Sequence[str] | None,
         num_speech: int,
     ) -> Encoded:
-        """The prompt, and its answer (or the parts of a joined one) unless it is None."""
+        """Encodes an example.
+
+        Args:
+            task: a key of TASKS, or None for a prompt without audio.
+            instruction: None: the task's default instruction.
+            answer: the answer, or the parts of a joined answer (None: encode only the prompt).
+            num_speech: number of speech tokens that replace `<|AUDIO|>`.
+        """
         prompt = np.asarray(self.prompt_ids(task, instruction), np.int32)
         speech_start = -1
         if task is not None:
@@ -153,5 +188,6 @@ class PromptTokenizer:
             num_speech=num_speech if task is not None else 0,
         )
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated ids, without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()

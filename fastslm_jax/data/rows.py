@@ -1,31 +1,47 @@
-"""The feed: a global row number in, the row's arrays out; batches of rows through Grain.
+"""Packed training rows: a row number in, the row's arrays out.
 
-`PackedRows` knows, for every row number from 0 to infinity, which examples stand in it: a pure function of (manifests, seed). The
-position in the data is therefore one integer, on any number of processes and workers.
+`PackedRows` assigns examples to every row number, from 0 without end. The assignment is a pure
+function of (sources, row shape, seed). The position in the data is therefore one integer, the same
+on any number of processes and workers.
 """
 
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from fastslm_jax import audio
 from fastslm_jax.data import longform, packing, semantic
-from fastslm_jax.data.manifest import Segment, Utterance, counted_by, read_clip, read_manifest
+from fastslm_jax.data.manifest import (
+    Segment,
+    Utterance,
+    read_clip,
+    read_manifest,
+    tokenizer_fingerprint,
+)
 from fastslm_jax.data.prompts import PromptTokenizer
 from fastslm_jax.errors import UserError
 
-_KEPT_EPOCHS = (
-    2  # plans in memory: rows near an epoch's end are asked for together with the next one's
-)
+# Epoch plans kept in memory. Rows near the end of an epoch are requested together with rows of the
+# next one.
+_CACHED_EPOCHS = 2
+
+# An epoch's examples, and its rows as indices into those examples.
+EpochPlan = tuple[list[longform.Example], list[list[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureSource:
-    """A manifest or imported folder (some tasks of it) with its share of the mixture; `join`: recordings made of its clips."""
+    """One data source of a mixture.
+
+    Attributes:
+        path: a manifest or an imported folder.
+        tasks: the tasks to use (empty: all).
+        weight: relative share of the mixture.
+        join: how to join clips into long recordings (None: every clip is one example).
+    """
 
     path: str
     tasks: tuple[str, ...] = ()
@@ -36,140 +52,148 @@ class MixtureSource:
 class PackedRows:
     """Random access to packed rows.
 
+    An epoch has as many examples as all sources together, shared between the sources by weight. A
+    source continues in the next epoch where it stopped, and reshuffles when all its examples have
+    been used.
+
     Args:
-        sources: what to mix. An epoch has as many examples as all sources together, each source its share by weight; a source's
-            examples go on in the next epoch where they stopped, and begin anew, in another order, when all were seen.
-        shape: slots of a row.
-        spec: how audio is cut.
-        tokens_per_window: speech tokens of a window.
-        encoder: prompts and answers to ids.
-        seed: of everything drawn.
+        sources: the mixture.
+        shape: window, token and label slots of a row.
+        spec: how recordings are cut into windows.
+        tokens_per_window: speech tokens per window.
+        prompt_tokenizer: converts prompts and answers to ids.
+        seed: seed of all random choices.
 
     Raises:
-        PackingError: a clip that alone takes more than a row, and has no segments at which to split it.
+        PackingError: a clip does not fit in a row and cannot be split at its segments.
+        UserError: a source joins clips of different tasks.
     """
 
     def __init__(
-        self, sources: Sequence[MixtureSource], shape: packing.RowShape, spec: audio.WindowSpec, tokens_per_window: int,
-        encoder: PromptTokenizer, seed: int,
-    ):  # fmt: skip
+        self,
+        sources: Sequence[MixtureSource],
+        shape: packing.RowShape,
+        spec: audio.WindowSpec,
+        tokens_per_window: int,
+        prompt_tokenizer: PromptTokenizer,
+        seed: int,
+    ) -> None:
         self.sources, self.shape, self.spec = tuple(sources), shape, spec
-        self.tokens_per_window, self.encoder, self.seed = tokens_per_window, encoder, seed
+        self.tokens_per_window, self.seed = tokens_per_window, seed
+        self.prompt_tokenizer = prompt_tokenizer
         self.indices = [self._read(source) for source in sources]
-        # Of all clips, one source after another: samples, tokens of the prompt, of the answer alone and after another answer.
+        # Per clip, over all sources: samples, prompt tokens, and answer tokens, both for an answer
+        # that starts an example and for one that follows another answer.
         clips = [utterance for index in self.indices for utterance in index]
         self._first_clip = np.cumsum([0] + [len(index) for index in self.indices])
         self._samples = np.array([utterance.num_samples for utterance in clips], np.int64)
-        self._prompts = np.array(
-            [len(encoder.prompt_ids(u.task, u.instruction)) for u in clips], np.int64
-        )
-        self._answers = self._answer_tokens(clips, "text_tokens", "")
-        self._joined = (
-            self._answer_tokens(clips, "joined_tokens", " ")
-            if any(s.join for s in sources)
-            else self._answers
-        )
-        self._check(clips)
-        self._vectors = [
-            semantic.vectors([utterance.text for utterance in index])
-            if s.join and s.join.grouping == "semantic"
+        self._prompt_tokens = np.array([self._prompt_length(u) for u in clips], np.int64)
+        self._first_tokens = self._answer_lengths(clips, "text_tokens", prefix="")
+        self._joined_tokens = self._first_tokens
+        if any(source.join for source in sources):
+            self._joined_tokens = self._answer_lengths(clips, "joined_tokens", prefix=" ")
+        self._check_fit(clips)
+        self._text_vectors = [
+            semantic.tf_idf([utterance.text for utterance in index])
+            if source.join and source.join.grouping == "semantic"
             else None
-            for s, index in zip(self.sources, self.indices, strict=True)
+            for source, index in zip(self.sources, self.indices, strict=True)
         ]
-        self._pass_lengths: list[list[int]] = [
-            [] for _ in sources
-        ]  # examples of every pass that was made
-        self._last_pass: dict[int, tuple[int, list[longform.Example]]] = {}
-        self._epoch_lengths: list[int] = []  # rows of every epoch that was planned
-        self._epochs: dict[
-            int, tuple[list[longform.Example], list[list[int]]]
-        ] = {}  # the plans in use, _KEPT_EPOCHS at most
+        # Per source: the number of examples of every pass so far, and (number, examples) of the
+        # latest pass.
+        self._pass_lengths: list[list[int]] = [[] for _ in sources]
+        self._latest_pass: dict[int, tuple[int, list[longform.Example]]] = {}
+        # The number of rows of every epoch so far, and the cached plans, least recent first.
+        self._epoch_lengths: list[int] = []
+        self._plans: dict[int, EpochPlan] = {}
         self._lock = threading.Lock()
 
-    def __getstate__(self):
-        return {
-            name: value for name, value in self.__dict__.items() if name != "_lock"
-        }  # a worker makes its own
+    def __getstate__(self) -> dict:  # a lock cannot be pickled: every worker creates its own
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
+    # ---- The index
+
     def _read(self, source: MixtureSource) -> list[Utterance]:
-        """The source's clips. Those longer than a row are split at their segments' boundaries; one without is an error."""
+        """Returns the clips of a source, those longer than a row split at their segments."""
         path = os.path.expanduser(source.path)
         index = read_manifest(path, source.tasks)
         tasks = sorted({utterance.task for utterance in index})
         if source.join and len(tasks) > 1:
             raise UserError(
-                f"{source.path}: clips of {', '.join(tasks)} cannot be joined; name one of them in the source's tasks"
+                f"{source.path}: clips of {', '.join(tasks)} cannot be joined; name one of them in "
+                "the source's tasks"
             )
-        if counted_by(path) != self.encoder.fingerprint():
+        if tokenizer_fingerprint(path) != self.prompt_tokenizer.fingerprint():
             index = [
                 dataclasses.replace(u, text_tokens=None, joined_tokens=None) if u.text_tokens else u
                 for u in index
             ]
 
         def fits(u: Utterance) -> bool:
-            prompt = len(self.encoder.prompt_ids(u.task, u.instruction))
-            return self._size(u.num_samples, prompt, self.encoder.answer_length(u.answer)).fits(
-                self.shape
-            )
+            answer_tokens = self.prompt_tokenizer.answer_length(u.answer)
+            return self._fits(u.num_samples, self._prompt_length(u), answer_tokens)
 
-        short = []
-        for utterance in index:  # only what has segments can be split; what is too large without is named when it is packed
-            is_long = bool(utterance.segments) and not fits(utterance)
-            short += (is_long and longform.split(utterance, fits)) or [utterance]
-        return short
+        clips = []
+        for utterance in index:  # clips without segments are checked later, without tokenizing here
+            needs_split = bool(utterance.segments) and not fits(utterance)
+            clips += (needs_split and longform.split(utterance, fits)) or [utterance]
+        return clips
 
-    def _answer_tokens(self, clips: Sequence[Utterance], name: str, before: str) -> np.ndarray:
-        """Tokens of every answer, as an import counted them, or counted now."""
-        known = [getattr(utterance, name) for utterance in clips]
-        unknown = [i for i, count in enumerate(known) if count is None]
-        for i, count in zip(
-            unknown,
-            self.encoder.answer_lengths([before + clips[i].answer for i in unknown]),
-            strict=True,
-        ):
-            known[i] = count
-        return np.array(known, np.int64)
+    def _prompt_length(self, utterance: Utterance) -> int:
+        return len(self.prompt_tokenizer.prompt_ids(utterance.task, utterance.instruction))
 
-    def _check(self, clips: Sequence[Utterance]) -> None:
-        """Every clip must fit a row before training starts, not when an epoch comes to it."""
-        alone = [
+    def _answer_lengths(self, clips: Sequence[Utterance], field: str, prefix: str) -> np.ndarray:
+        """Tokens of every answer: the counts stored by the import, or counted now if missing."""
+        lengths = [getattr(utterance, field) for utterance in clips]
+        unknown = [i for i, length in enumerate(lengths) if length is None]
+        counted = self.prompt_tokenizer.answer_lengths([prefix + clips[i].answer for i in unknown])
+        for i, length in zip(unknown, counted, strict=True):
+            lengths[i] = length
+        return np.array(lengths, np.int64)
+
+    def _check_fit(self, clips: Sequence[Utterance]) -> None:
+        """Raises before training starts if a clip does not fit in a row."""
+        single = [
             longform.Example(source, (clip,))
             for source, index in enumerate(self.indices)
             for clip in range(len(index))
         ]
-        sizes = self.sizes(alone)
+        sizes = self.sizes(single)
         too_large = np.flatnonzero((sizes > dataclasses.astuple(self.shape)).any(axis=1))
         if len(too_large):
             windows, tokens, labels = sizes[too_large[0]].tolist()
             raise packing.PackingError(
-                f"{clips[too_large[0]].id} takes {windows} windows, {tokens} tokens and {labels} labels; a row has "
-                f"{self.shape.windows}, {self.shape.tokens} and {self.shape.labels} ({len(too_large)} of {len(clips)} clips fit "
-                "no row): raise config.data.row"
+                f"{clips[too_large[0]].id} takes {windows} windows, {tokens} tokens and {labels} "
+                f"labels; a row has {self.shape.windows}, {self.shape.tokens} and "
+                f"{self.shape.labels} ({len(too_large)} of {len(clips)} clips do not fit): raise "
+                "config.data.row"
             )
 
-    # ---- the plan
+    # ---- The plan: row number → examples
 
     def _pass(self, source: int, number: int) -> list[longform.Example]:
-        """Every clip of a source once: pass `number` over it. The last one is kept: the next epoch goes on in it."""
-        if self._last_pass.get(source, (None,))[0] != number:
-            self._last_pass[source] = (number, self._make_pass(source, number))
-        return self._last_pass[source][1]
+        """Examples of pass `number` over a source, in which every clip occurs once.
+
+        The latest pass is cached: the next epoch continues in it.
+        """
+        if self._latest_pass.get(source, (None,))[0] != number:
+            self._latest_pass[source] = (number, self._make_pass(source, number))
+        return self._latest_pass[source][1]
 
     def _make_pass(self, source: int, number: int) -> list[longform.Example]:
         rng, join = np.random.default_rng((self.seed, source, number)), self.sources[source].join
         if join is None:
             return longform.single_examples(source, len(self.indices[source]), rng)
         clips = slice(self._first_clip[source], self._first_clip[source + 1])
-        prompts, tokens = (
-            self._prompts[clips].tolist(),
-            np.maximum(self._answers[clips], self._joined[clips]).tolist(),
-        )
+        prompt_tokens = self._prompt_tokens[clips].tolist()
+        # The larger of the two counts bounds an answer at either position.
+        tokens = np.maximum(self._first_tokens[clips], self._joined_tokens[clips]).tolist()
 
-        def takes(first: int, samples: int, tokens: int) -> bool:
-            return self._size(samples, prompts[first], tokens).fits(self.shape)
+        def fits(first: int, samples: int, tokens: int) -> bool:
+            return self._fits(samples, prompt_tokens[first], tokens)
 
         return longform.joined_examples(
             source,
@@ -177,24 +201,23 @@ class PackedRows:
             join,
             rng,
             tokens=tokens,
-            takes=takes,
-            vectors=self._vectors[source],
+            fits=fits,
+            vectors=self._text_vectors[source],
         )
 
-    def _size(self, samples: int, prompt: int, answer: int) -> packing.Size:
-        windows = self.spec.count(
-            samples
-        )  # the prompt's <|AUDIO|> gives way to the speech tokens; the answer has an end
-        return packing.Size(
-            windows, prompt - 1 + windows * self.tokens_per_window + answer + 1, answer + 1
-        )
+    def _fits(self, samples: int, prompt_tokens: int, answer_tokens: int) -> bool:
+        """Whether an example of this size fits in an empty row."""
+        windows, labels = self.spec.count(samples), answer_tokens + 1  # the end-of-turn token
+        tokens = prompt_tokens - 1 + windows * self.tokens_per_window + labels  # -1: <|AUDIO|>
+        shape = self.shape
+        return windows <= shape.windows and tokens <= shape.tokens and labels <= shape.labels
 
     def _draw(self, source: int, start: int, count: int) -> list[longform.Example]:
-        """Examples `start` to `start + count` of a source's endless passes. Passes differ in length when clips are joined."""
+        """Examples `start` to `start + count` of a source's concatenated passes."""
         drawn, number, lengths = [], 0, self._pass_lengths[source]
         while len(drawn) < count:
             if number < len(lengths) and start >= lengths[number]:
-                start -= lengths[number]  # a pass that lies behind: its length is known
+                start -= lengths[number]  # skip a pass; with joined clips, lengths differ
             else:
                 examples = self._pass(source, number)
                 if number == len(lengths):
@@ -204,15 +227,13 @@ class PackedRows:
             number += 1
         return drawn
 
-    def _examples(self, epoch: int) -> list[longform.Example]:
-        """The examples of an epoch in the order in which they are packed."""
+    def _epoch_examples(self, epoch: int) -> list[longform.Example]:
+        """The examples of an epoch, in the order in which they are packed."""
         for source, lengths in enumerate(self._pass_lengths):
             if not lengths:
                 lengths.append(len(self._pass(source, 0)))
-        total, total_weight = (
-            sum(lengths[0] for lengths in self._pass_lengths),
-            sum(source.weight for source in self.sources),
-        )
+        total = sum(lengths[0] for lengths in self._pass_lengths)
+        total_weight = sum(source.weight for source in self.sources)
         drawn = []
         for number, source in enumerate(self.sources):
             share = max(1, round(total * source.weight / total_weight))
@@ -221,43 +242,37 @@ class PackedRows:
         return [drawn[i] for i in order.tolist()]
 
     def sizes(self, examples: Sequence[longform.Example]) -> np.ndarray:
-        """What examples take of a row, from metadata alone: int64 [examples, 3], windows, tokens and labels."""
-        first = self._first_clip.tolist()
+        """Slots that examples take, from metadata: [examples, 3] windows, tokens, labels."""
+        first_clip = self._first_clip.tolist()
         clips = np.array(
-            [first[example.source] + clip for example in examples for clip in example.clips],
+            [first_clip[example.source] + clip for example in examples for clip in example.clips],
             np.int64,
         )
         starts = np.cumsum([0] + [len(example.clips) for example in examples])[:-1]
         gaps = np.array([sum(example.gaps) for example in examples], np.int64)
-        samples = np.add.reduceat(self._samples[clips], starts) + gaps
-        heads = clips[starts]
-        labels = (
-            np.add.reduceat(self._joined[clips], starts)
-            - self._joined[heads]
-            + self._answers[heads]
-            + 1
-        )
-        windows = self.spec.count(samples)
-        return np.stack(
-            [windows, self._prompts[heads] - 1 + windows * self.tokens_per_window + labels, labels],
-            axis=1,
-        )
+        windows = self.spec.count(np.add.reduceat(self._samples[clips], starts) + gaps)
+        first = clips[starts]
+        joined = np.add.reduceat(self._joined_tokens[clips], starts) - self._joined_tokens[first]
+        labels = self._first_tokens[first] + joined + 1  # the end-of-turn token
+        # The prompt's <|AUDIO|> is replaced by the speech tokens.
+        tokens = self._prompt_tokens[first] - 1 + windows * self.tokens_per_window + labels
+        return np.stack([windows, tokens, labels], axis=1)
 
-    def _plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
-        examples = self._examples(epoch)
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        examples = self._epoch_examples(epoch)
         rows = packing.pack(self.sizes(examples), self.shape)
         order = np.random.default_rng((self.seed, epoch, 8)).permutation(len(rows))
         return examples, [rows[i] for i in order]
 
-    def plan(self, epoch: int) -> tuple[list[longform.Example], list[list[int]]]:
-        """An epoch's examples, and its rows as the numbers of theirs. Only the plans last used are kept."""
+    def plan(self, epoch: int) -> EpochPlan:
+        """An epoch's examples, and its rows as indices into those examples."""
         with self._lock:
-            plan = self._epochs.pop(epoch, None) or self._plan(epoch)
-            self._epochs[epoch] = plan  # the newest at the end
+            plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
+            self._plans[epoch] = plan
             if epoch == len(self._epoch_lengths):
                 self._epoch_lengths.append(len(plan[1]))
-            while len(self._epochs) > _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
+            while len(self._plans) > _CACHED_EPOCHS:
+                del self._plans[next(iter(self._plans))]
             return plan
 
     def examples(self, row: int) -> list[longform.Example]:
@@ -272,104 +287,42 @@ class PackedRows:
         examples, rows = self.plan(epoch)
         return [examples[i] for i in rows[row]]
 
-    # ---- the row
+    # ---- The arrays: examples → row
 
     def utterances(self, example: longform.Example) -> list[Utterance]:
+        """The clips of an example."""
         return [self.indices[example.source][clip] for clip in example.clips]
 
     def answer(self, example: longform.Example) -> str:
+        """The text that the model learns to generate for an example."""
         return " ".join(utterance.answer for utterance in self.utterances(example))
 
     def segments(self, example: longform.Example) -> list[Segment]:
-        """What is said when in the example's recording, in seconds: its clips' segments, or one for a clip that has none."""
-        segments, at = [], 0
+        """Timed transcript of an example's recording; a clip without segments is one segment."""
+        segments, position = [], 0
         for utterance, gap in zip(self.utterances(example), example.gaps, strict=True):
-            start = (at + gap) / audio.SAMPLE_RATE
+            start = (position + gap) / audio.SAMPLE_RATE
             known = utterance.segments or (Segment(0.0, utterance.seconds, utterance.text),)
             segments += [Segment(start + s.start, start + s.end, s.text) for s in known]
-            at += gap + utterance.num_samples
+            position += gap + utterance.num_samples
         return segments
 
     def samples(self, example: longform.Example) -> np.ndarray:
-        """The example's recording, int16."""
+        """An example's recording: int16 [n] at 16 kHz."""
         pieces = []
         for utterance, gap in zip(self.utterances(example), example.gaps, strict=True):
             pieces += [np.zeros(gap, np.int16), read_clip(utterance)]
         return np.concatenate(pieces)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """The arrays of a global row number; see `packing.assemble`."""
         parts = []
         for example in self.examples(row):
             utterances, samples = self.utterances(example), self.samples(example)
-            num_speech, answers = (
-                self.spec.count(len(samples)) * self.tokens_per_window,
-                [u.answer for u in utterances],
-            )
-            encoded = self.encoder.encode(
-                utterances[0].task, utterances[0].instruction, answers, num_speech
+            first, answers = utterances[0], [utterance.answer for utterance in utterances]
+            num_speech = self.spec.count(len(samples)) * self.tokens_per_window
+            encoded = self.prompt_tokenizer.encode(
+                first.task, first.instruction, answers, num_speech
             )
             parts.append((encoded, samples))
         return packing.assemble(parts, self.shape, self.spec, self.tokens_per_window)
-
-
-class _Batches:
-    """Grain's random-access source: item `step` is this process's part of the global batch of that step."""
-
-    def __init__(self, rows: PackedRows, global_rows: int, process_index: int, process_count: int):
-        self.rows, self.global_rows = rows, global_rows
-        self.local_rows = global_rows // process_count
-        self.first = process_index * self.local_rows
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        start = int(step) * self.global_rows + self.first
-        rows = [self.rows[start + i] for i in range(self.local_rows)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def batches(
-    rows: PackedRows,
-    global_rows: int,
-    *,
-    start_row: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 0,
-    prefetch: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of this process, from a global row on.
-
-    Args:
-        global_rows: rows of a batch over all processes.
-        workers: worker processes (0: threads of this one).
-        prefetch: batches made ahead.
-    """
-    if global_rows % process_count or start_row % global_rows:
-        raise ValueError(
-            f"{global_rows} rows a batch from row {start_row} do not divide over {process_count} processes"
-        )
-    dataset = grain.MapDataset.source(_Batches(rows, global_rows, process_index, process_count))[
-        start_row // global_rows :
-    ]
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=prefetch)
-    )
-    if workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        )
-    return iter(dataset)
-
-
-def ahead(batches: Iterable[dict], put: Callable[[dict], dict]) -> Iterator[tuple[dict, dict]]:
-    """(batch, what `put` makes of it: arrays on the devices), put one batch early: the copy runs beside the step before."""
-    batches = iter(batches)
-    batch = next(batches)
-    ready = batch, put(batch)
-    for batch in batches:
-        following = batch, put(batch)
-        yield ready
-        ready = following
-    yield ready

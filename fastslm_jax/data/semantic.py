@@ -1,7 +1,8 @@
-"""An order in which neighbouring transcripts are about the same: TF-IDF, halved again and again, then walked from like to like.
+"""Ordering of transcripts by similarity, so that neighbors share a topic.
 
-Every pass draws its own directions, so that the same clips meet other neighbours of their topic. It takes O(n log n) for n
-transcripts: far ones are never compared.
+TF-IDF vectors are bisected recursively into small groups; inside a group, every transcript is
+followed by the most similar one left. Every pass over the data draws new random directions, so that
+clips meet other neighbors of their topic. The order takes O(n log n) for n transcripts.
 """
 
 import collections
@@ -11,13 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-LEAF = 32  # transcripts among which the nearest is looked for
+_GROUP_SIZE = 32  # transcripts that are compared pairwise
 _WORD = re.compile(r"\w+")
-_MAX_SHARE = 0.25  # words in more than a quarter of the transcripts tell nothing
+_MAX_DOCUMENT_FREQUENCY = 0.25  # words in more than this share of the transcripts are ignored
+_POWER_ITERATIONS = 3  # few, so that every pass finds another direction
 
 
-def vectors(texts: Sequence[str]) -> scipy.sparse.csr_array:
-    """TF-IDF rows of unit length (zero where a text has no telling word): [texts, words] float32."""
+def tf_idf(texts: Sequence[str]) -> scipy.sparse.csr_array:
+    """TF-IDF rows of unit norm (zero for a text without informative words).
+
+    Returns:
+        [texts, words] float32.
+    """
     words: dict[str, int] = {}
     columns, counts, ends = [], [], [0]
     for text in texts:
@@ -30,48 +36,48 @@ def vectors(texts: Sequence[str]) -> scipy.sparse.csr_array:
         (np.array(counts, np.float32), np.array(columns, np.int64), np.array(ends)), shape
     )
     frequency = np.bincount(matrix.indices, minlength=shape[1])
-    tells = (frequency >= 2) & (frequency <= max(2, _MAX_SHARE * len(texts)))
-    weights = np.where(tells, np.log((1 + len(texts)) / (1 + frequency)), 0.0).astype(np.float32)
-    matrix = matrix @ scipy.sparse.diags_array(weights)
+    most = max(2, _MAX_DOCUMENT_FREQUENCY * len(texts))
+    is_informative = (frequency >= 2) & (frequency <= most)
+    weights = np.where(is_informative, np.log((1 + len(texts)) / (1 + frequency)), 0.0)
+    matrix = matrix @ scipy.sparse.diags_array(weights.astype(np.float32))
     norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)))
-    matrix = (
-        scipy.sparse.diags_array((1 / np.where(norms > 0, norms, 1)).astype(np.float32)) @ matrix
-    ).tocsr()
+    scales = (1 / np.where(norms > 0, norms, 1)).astype(np.float32)
+    matrix = (scipy.sparse.diags_array(scales) @ matrix).tocsr()
     matrix.eliminate_zeros()
     return matrix
 
 
-def _halves(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> np.ndarray:
-    """Order of the rows along a direction in which they differ much: [rows]."""
+def _order_along_direction(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers [rows], sorted along a random direction of high variance (power iteration)."""
     direction = rng.standard_normal(matrix.shape[0])
-    for _ in range(3):  # of the power method: few, so that every pass finds another direction
+    for _ in range(_POWER_ITERATIONS):
         word_direction = (direction - direction.mean()) @ matrix
         direction = matrix @ (word_direction / max(1e-12, np.linalg.norm(word_direction)))
     return np.argsort(direction, kind="stable")
 
 
-def _walk(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> list[int]:
-    """From a drawn row on, always to the most similar one that is left."""
+def _nearest_neighbor_chain(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> list[int]:
+    """Row numbers from a random start, each followed by the most similar row left."""
     similarity = (matrix @ matrix.T).toarray()
     at = int(rng.integers(len(similarity)))
-    order, left = [at], np.ones(len(similarity), bool)
-    left[at] = False
-    while left.any():
-        at = int(np.where(left, similarity[at], -1.0).argmax())
-        order.append(at)
-        left[at] = False
-    return order
+    chain, is_left = [at], np.ones(len(similarity), bool)
+    is_left[at] = False
+    while is_left.any():
+        at = int(np.where(is_left, similarity[at], -1.0).argmax())
+        chain.append(at)
+        is_left[at] = False
+    return chain
 
 
-def order(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> list[int]:
-    """A permutation of the rows of `vectors` in which neighbours are alike. A function of both arguments alone."""
+def similarity_order(matrix: scipy.sparse.csr_array, rng: np.random.Generator) -> list[int]:
+    """A permutation of the rows of `tf_idf` in which neighbors are similar."""
     result, stack = [], [rng.permutation(matrix.shape[0])]
     while stack:
         rows = stack.pop()
         part = matrix[rows]
-        if len(rows) <= LEAF:
-            result += rows[_walk(part, rng)].tolist() if len(rows) else []
+        if len(rows) <= _GROUP_SIZE:
+            result += rows[_nearest_neighbor_chain(part, rng)].tolist() if len(rows) else []
             continue
-        rows = rows[_halves(part, rng)]
+        rows = rows[_order_along_direction(part, rng)]
         stack += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]  # the first half is popped first
     return result

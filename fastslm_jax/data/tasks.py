@@ -1,4 +1,4 @@
-"""The tasks: one table of what each is called, asked for, scored by, and how it treats long audio."""
+"""The tasks: tokens, default instructions, metrics, and whether long audio can be split."""
 
 import dataclasses
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from fastslm_jax import audio, sharding
 from fastslm_jax.data import longform, packing, prompts
-from fastslm_jax.data import rows as pipeline
+from fastslm_jax.data.rows import MixtureSource, PackedRows
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
 from fastslm_jax.models.fastslm import FastSLM
@@ -198,16 +198,14 @@ def data_fingerprints(config: ConfigDict) -> dict[str, str]:
 
 def make_rows(
     config: ConfigDict, experiment: Experiment, encoder: prompts.PromptTokenizer
-) -> pipeline.PackedRows:
+) -> PackedRows:
     """The training rows of a config."""
     sources = []
     for name in sorted(config.data.train):
         fields = config.data.train[name].to_dict()
         join = fields.pop("join", None)
         try:
-            source = pipeline.MixtureSource(
-                **fields, join=longform.LongForm(**join) if join else None
-            )
+            source = MixtureSource(**fields, join=longform.LongForm(**join) if join else None)
         except TypeError as error:
             raise UserError(f"config.data.train.{name}: {error}") from None
         if source.weight > 0:
@@ -215,6 +213,6 @@ def make_rows(
     if not sources:
         raise UserError("config.data.train names no source with a positive weight")
     model = experiment.model
-    return pipeline.PackedRows(
+    return PackedRows(
         sources, row_shape(config), model.window, model.tokens_per_window, encoder, config.seed
     )

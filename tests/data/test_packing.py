@@ -1,5 +1,6 @@
-"""Packing: rows that are never overfull, arrays to the number, and a model that does not notice that it was packed."""
+"""Packing: rows within their limits, exact arrays, and unchanged losses and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,75 +10,65 @@ from flax.traverse_util import flatten_dict
 
 from fastslm_jax import config as config_lib
 from fastslm_jax.audio import CONTEXT, WindowSpec
-from fastslm_jax.data.packing import PackingError, RowShape, Size, assemble, pack
+from fastslm_jax.data.packing import PackingError, RowShape, assemble, pack
 from fastslm_jax.data.prompts import Encoded
 from fastslm_jax.training import optim
 from fastslm_jax.training import step as steps
 
-# ------------------------------------------------------------------------------------------------------------------- plan
+# ---- The plan
 
 
-def windows(*counts: int) -> list[Size]:
-    return [Size(count, 1, 1) for count in counts]
+def sizes_of(*windows: int) -> np.ndarray:
+    """Examples with these numbers of windows, one token and one label each."""
+    return np.array([(count, 1, 1) for count in windows])
 
 
-def test_an_example_goes_to_the_fullest_row_that_takes_it():
+def test_an_example_goes_to_the_fullest_row_it_fits_in():
     shape = RowShape(windows=4, tokens=100, labels=100)
-    assert pack(windows(3, 2, 1), shape) == [[0, 2], [1]]
-    assert pack(windows(3, 2, 1, 2, 4), shape) == [[0, 2], [1, 3], [4]]
+    assert pack(sizes_of(3, 2, 1), shape) == [[0, 2], [1]]
+    assert pack(sizes_of(3, 2, 1, 2, 4), shape) == [[0, 2], [1, 3], [4]]
 
 
 @pytest.mark.parametrize(
     "shape", [RowShape(8, 10_000, 10_000), RowShape(100, 300, 10_000), RowShape(100, 10_000, 120)]
 )
-def test_no_row_is_overfull_whatever_runs_out_first(shape):
+def test_rows_stay_within_all_limits(shape):
     rng = np.random.default_rng(0)
-    sizes = [
-        Size(int(w), int(t), int(n))
-        for w, t, n in zip(*(rng.integers(1, high, 500) for high in (9, 120, 50)), strict=True)
-    ]
+    sizes = np.stack([rng.integers(1, high, 500) for high in (9, 120, 50)], axis=1)
     rows = pack(sizes, shape, open_rows=16)
     assert sorted(number for row in rows for number in row) == list(range(500))
     for row in rows:
-        total = Size(
-            *(
-                sum(getattr(sizes[number], name) for number in row)
-                for name in ("windows", "tokens", "labels")
-            )
-        )
-        assert total.fits(shape)
+        assert (sizes[row].sum(axis=0) <= dataclasses.astuple(shape)).all()
 
 
 def test_rows_are_nearly_full():
-    sizes = windows(*np.random.default_rng(0).integers(1, 9, 2000))
+    sizes = sizes_of(*np.random.default_rng(0).integers(1, 9, 2000))
     rows = pack(sizes, RowShape(16, 10_000, 10_000))
-    assert sum(size.windows for size in sizes) / (16 * len(rows)) > 0.99
+    assert sizes[:, 0].sum() / (16 * len(rows)) > 0.99
 
 
-def test_an_example_stays_near_its_place():
-    """With two rows open at most, the fullest is given up when a third opens."""
-    sizes, shape = windows(3, 2, 3, 1), RowShape(4, 100, 100)
+def test_an_example_stays_close_to_its_position():
+    """With two open rows, the fullest is closed when a third one is opened."""
+    sizes, shape = sizes_of(3, 2, 3, 1), RowShape(4, 100, 100)
     assert pack(sizes, shape) == [[0, 3], [1], [2]]
     assert pack(sizes, shape, open_rows=2) == [[0], [1], [2, 3]]
-
-
-def test_sizes_may_be_an_array():
-    sizes = windows(3, 2, 1, 2, 4)
-    array = np.array([(size.windows, size.tokens, size.labels) for size in sizes])
-    assert pack(array, RowShape(4, 100, 100)) == pack(sizes, RowShape(4, 100, 100))
 
 
 def test_an_example_larger_than_a_row_is_an_error():
     message = "example 1 takes 5 windows, 60 tokens and 7 labels; a row has 4, 100 and 50"
     with pytest.raises(PackingError, match=message):
-        pack([Size(1, 1, 1), Size(5, 60, 7)], RowShape(4, 100, 50))
+        pack(np.array([(1, 1, 1), (5, 60, 7)]), RowShape(4, 100, 50))
 
 
-# ------------------------------------------------------------------------------------------------------------------ arrays
+# ---- The arrays
 
 
-def test_assembled_arrays_to_the_number():
-    """Two examples: 2 windows of 2 speech tokens at place 1, and 1 window at place 2, in a row of 4 windows and 16 tokens."""
+def test_assembled_arrays():
+    """Two examples in a row of 4 windows and 16 tokens, with 2 speech tokens per window.
+
+    The first has 2 windows, its speech tokens starting at position 1; the second has 1 window, its
+    speech tokens starting at position 2.
+    """
     spec = WindowSpec(frames=100)
     first = Encoded(
         np.array([11, 0, 0, 0, 0, 12, 13, 2]),
@@ -107,9 +98,7 @@ def test_assembled_arrays_to_the_number():
     assert row["window_recording"].tolist() == [1, 1, 2, -1]
     assert row["audio"].shape == (4, 16_000 + 2 * CONTEXT)
     assert set(row["audio"][0]) == {7}
-    assert (
-        row["audio"][1] == 7
-    ).sum() == CONTEXT + 8_000 + CONTEXT  # its own half second, and what lies at both sides
+    assert (row["audio"][1] == 7).sum() == CONTEXT + 8_000 + CONTEXT  # half a second and context
     assert set(row["audio"][2]) == {9}
     assert not row["audio"][3].any()
     types = {name: value.dtype.name for name, value in row.items()}
@@ -120,7 +109,7 @@ def test_assembled_arrays_to_the_number():
     }
 
 
-def test_an_example_without_audio_runs_without_lora():
+def test_an_example_without_audio_disables_lora():
     text = Encoded(np.array([5, 6, 2]), np.array([0, 1, 1], bool), speech_start=-1, num_speech=0)
     row = assemble([(text, None)], RowShape(1, 4, 4), WindowSpec(frames=100), tokens_per_window=2)
     assert row["lora_gate"].tolist() == [0, 0, 0, 0]
@@ -128,11 +117,11 @@ def test_an_example_without_audio_runs_without_lora():
     assert row["window_recording"].tolist() == [-1]
 
 
-# --------------------------------------------------------------------------------------------------- through the whole model
+# ---- Through the whole model
 
 
-def test_a_packed_row_is_its_examples_one_by_one(model, params, make_part, row_shape):
-    """Loss and gradients of three examples in one row are the sums over three rows with one example each."""
+def test_a_packed_row_is_equivalent_to_one_row_per_example(model, params, make_part, row_shape):
+    """Loss and gradients of three examples in one row equal the sums over three separate rows."""
     parts = [
         make_part(1.3, "anna bought eggs", seed=1),
         make_part(0.7, "yes", seed=2),

@@ -1,4 +1,4 @@
-"""Prompts and labels to the id: the nine tokens, the template, where speech stands and what is predicted."""
+"""Prompts and labels: added tokens, chat template, positions of speech tokens, and loss mask."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,13 @@ from transformers import AutoTokenizer
 
 from fastslm_jax.data import prompts
 
-PROMPT = "<|im_start|>user\n<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nwrite<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = (
+    "<|im_start|>user\n<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nwrite<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
-def test_nine_tokens_in_their_order_behind_the_vocabulary(tokenizer_folder):
+def test_nine_tokens_are_appended_in_a_fixed_order(tokenizer_folder):
     before = len(AutoTokenizer.from_pretrained(tokenizer_folder))
     tokenizer = prompts.load_tokenizer(tokenizer_folder)
     ids = tokenizer.convert_tokens_to_ids(
@@ -29,8 +32,8 @@ def test_nine_tokens_in_their_order_behind_the_vocabulary(tokenizer_folder):
     assert len(tokenizer) == before + 9
 
 
-def test_a_prompt_with_speech_and_an_answer(encoder):
-    """The template's ids, six speech places instead of <|AUDIO|>, the answer and its end; only those two are predicted."""
+def test_a_prompt_with_audio_and_an_answer(encoder):
+    """<|AUDIO|> becomes six speech tokens; only the answer and <|im_end|> are in the loss."""
     tokenizer = encoder.tokenizer
     ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     at = ids.index(tokenizer.convert_tokens_to_ids("<|AUDIO|>"))
@@ -46,7 +49,7 @@ def test_a_prompt_with_speech_and_an_answer(encoder):
 
 
 @pytest.mark.parametrize(
-    ("task", "words"),
+    ("task", "content"),
     [
         ("asr", "<|ASR|><|audio_bos|><|AUDIO|><|audio_eos|>\nTranscribe the audio clip into text."),
         (
@@ -60,11 +63,11 @@ def test_a_prompt_with_speech_and_an_answer(encoder):
         ),
     ],
 )
-def test_default_instructions(encoder, task, words):
-    assert encoder.user_turn(task) == words
+def test_default_instructions(encoder, task, content):
+    assert encoder.user_turn(task) == content
 
 
-def test_a_prompt_alone_and_a_prompt_without_audio(encoder):
+def test_prompts_without_an_answer_or_without_audio(encoder):
     prompt = encoder.encode("asr", "write", None, num_speech=6)
     assert len(prompt.tokens) == len(encoder.prompt_ids("asr", "write")) + 5
     assert not prompt.loss_mask.any()
@@ -74,28 +77,28 @@ def test_a_prompt_alone_and_a_prompt_without_audio(encoder):
     assert (text.speech_start, text.num_speech) == (-1, 0)
 
 
-def test_answers_come_back_as_text(encoder):
+def test_answers_are_decoded_to_text(encoder):
     ids = encoder.answer_ids("안녕하세요 anna")
     assert ids[-1] == encoder.end_id
     assert encoder.decode(np.array(ids)) == "안녕하세요 anna"
 
 
-def test_prompts_that_cannot_be_used(encoder):
+def test_invalid_prompts(encoder):
     with pytest.raises(prompts.PromptError, match="task 'vqa' is not one of asr, ast, ssum, sqqa"):
         encoder.prompt_ids("vqa")
-    with pytest.raises(prompts.PromptError, match=r"the instruction may not hold <\|AUDIO\|>"):
+    with pytest.raises(prompts.PromptError, match=r"the instruction must not contain <\|AUDIO\|>"):
         encoder.prompt_ids("asr", "repeat <|AUDIO|>")
     with pytest.raises(
-        prompts.PromptError, match=r"a prompt without audio may not hold <\|AUDIO\|>"
+        prompts.PromptError, match=r"a prompt without audio must not contain <\|AUDIO\|>"
     ):
         encoder.prompt_ids(None, "what is <|AUDIO|>?")
 
 
-def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
-    with pytest.raises(prompts.PromptError, match=f"{tmp_path}: no tokenizer to be read there"):
+def test_unusable_tokenizers(tokenizer_folder, tmp_path):
+    with pytest.raises(prompts.PromptError, match=f"{tmp_path}: cannot load a tokenizer"):
         prompts.load_tokenizer(tmp_path)
     with pytest.raises(
-        prompts.PromptError, match="the added tokens reach id 308, the model has 305 embedding rows"
+        prompts.PromptError, match="the added tokens reach id 308, but the model has only 305"
     ):
         prompts.load_tokenizer(tokenizer_folder, vocab_rows=305)
     plain = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -106,7 +109,7 @@ def test_tokenizers_that_cannot_be_used(tokenizer_folder, tmp_path):
         prompts.load_tokenizer(tmp_path / "plain")
 
 
-def test_a_joined_answer_has_the_ids_of_its_text(encoder):
+def test_a_joined_answer_has_the_ids_of_the_whole_text(encoder):
     parts = ["anna bought two red lamps.", "in vienna, on friday", "7 o'clock", "안녕하세요"]
     assert encoder.answer_ids(parts) == encoder.answer_ids(" ".join(parts))
     lengths = [
@@ -116,7 +119,7 @@ def test_a_joined_answer_has_the_ids_of_its_text(encoder):
     assert sum(lengths) + 1 == len(encoder.answer_ids(parts))
 
 
-def test_tokenizers_have_fingerprints(encoder, tokenizer_folder):
+def test_fingerprints_identify_tokenizers(encoder, tokenizer_folder):
     same = prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_folder))
     assert same.fingerprint() == encoder.fingerprint()
     same.tokenizer.add_tokens(["<|more|>"])

@@ -1,25 +1,29 @@
-"""The import as an Apache Beam pipeline, for corpora that one machine is too slow for (pip install fastslm-jax[beam]).
+"""Runs an import as an Apache Beam pipeline (pip install fastslm-jax[beam]).
 
-    python -m fastslm_jax.data.ingest jsonl:… --out=DIR --runner=DirectRunner
-    python -m fastslm_jax.data.ingest jsonl:… --out=DIR --runner=DataflowRunner --beam_option=--project=… --beam_option=--region=…
+    python -m fastslm_jax.data.ingest jsonl:FILE --out=DIR --runner=DirectRunner
+    python -m fastslm_jax.data.ingest jsonl:FILE --out=DIR --runner=DataflowRunner \
+        --beam_option=--project=NAME --beam_option=--region=NAME
 
-The pipeline's elements are shard numbers, its transform is the one of the other way (`ingest.make_shard`). Workers need this
-package, the source and DIR under the same paths: a file system that all of them mount.
+The pipeline maps `make_shard` over the shard numbers. Workers need this package, and the source and
+DIR under the same paths, on a file system that all of them mount.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fastslm_jax.data.ingest import shards as ingest
+from fastslm_jax.data.ingest.shards import ImportJob, make_shard
 from fastslm_jax.errors import UserError
 
 
 def run(
-    job: "ingest.ImportJob", numbers: Iterable[int], *, runner: str, options: Sequence[str] = ()
+    job: ImportJob, numbers: Iterable[int], *, runner: str, options: Sequence[str] = ()
 ) -> Iterator[int]:
-    """Makes shards in a pipeline; yields their numbers when all are done.
+    """Writes shards in a pipeline.
+
+    Yields:
+        The shard numbers, when all shards are finished.
 
     Raises:
-        UserError: Beam is not installed, or does not know the runner or an option.
+        UserError: Beam is not installed, or it rejects the runner or an option.
     """
     try:
         import apache_beam as beam
@@ -37,7 +41,7 @@ def run(
         _ = (
             pipeline
             | "shard numbers" >> beam.Create(numbers)
-            | "one worker each" >> beam.Reshuffle()
-            | "make" >> beam.Map(lambda number, job=job: ingest.make_shard(job, number))
+            | "distribute" >> beam.Reshuffle()
+            | "make shards" >> beam.Map(lambda number, job=job: make_shard(job, number))
         )
     yield from numbers

@@ -1,4 +1,7 @@
-"""What can be imported. A source has numbered entries; an entry is read alone, so any process can read any of them."""
+"""Sources of an import.
+
+A source has numbered entries. Every entry is read independently, so any process can read any entry.
+"""
 
 import dataclasses
 import hashlib
@@ -6,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,57 +18,70 @@ from fastslm_jax.data.ingest.decoding import Rejected
 from fastslm_jax.data.manifest import ManifestError, Utterance, parse_json, parse_utterance
 from fastslm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+
+SOURCES = "jsonl:FILE, librispeech:FOLDER, tfds:NAME/CONFIG[:SPLIT] or hf:NAME/CONFIG[:SPLIT]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a source says of a clip (`seconds` 0: the whole file), and its audio: a path, a file's bytes, or samples and a rate.
+    """One entry of a source.
 
-    whole: the seconds are said to be those of the whole file.
+    Attributes:
+        utterance: the entry's metadata; `seconds` 0 means to the end of the file.
+        audio: a path, the content of a file, or float samples [n] and their rate.
+        is_whole: whether the utterance is expected to be the whole file.
     """
 
     utterance: Utterance
     audio: str | bytes | tuple[np.ndarray, int]
-    whole: bool = False
+    is_whole: bool = False
 
     def samples(self, tolerance: float) -> np.ndarray:
-        """int16 samples at 16 kHz; raises Rejected."""
+        """Decodes int16 samples [n] at 16 kHz.
+
+        Args:
+            tolerance: seconds by which the file may differ from the utterance.
+
+        Raises:
+            Rejected: the audio cannot be used.
+        """
         if isinstance(self.audio, tuple):
             return decoding.from_float(*self.audio)
         u = self.utterance
         return decoding.decode(
-            self.audio, u.offset, u.seconds, whole=self.whole, tolerance=tolerance
+            self.audio, u.offset, u.seconds, is_whole=self.is_whole, tolerance=tolerance
         )
 
 
 class CorpusSource(Protocol):
-    """Entries 0 … len − 1. Can be pickled, for worker processes."""
+    """Entries 0 to len - 1. Sources can be pickled for worker processes."""
 
     def fingerprint(self) -> str:
-        """Changes when the entries do."""
+        """Changes when the entries change."""
 
     def __len__(self) -> int: ...
 
     def place(self, number: int) -> tuple[str, int]:
-        """The file and line (from 1) of an entry, for people."""
+        """File and line (from 1) of an entry, for messages."""
 
     def entry(self, number: int) -> Entry:
-        """Raises Rejected."""
+        """Reads an entry. Raises Rejected if its metadata cannot be used."""
 
 
 class JsonLines:
-    """A manifest with NeMo's keys; see `data.manifest`. Lines are found by their place in the file, none is kept in memory."""
+    """A manifest with NeMo's keys (see `data.manifest`).
 
-    def __init__(self, path: str):
+    Only the byte offset of every line is kept in memory.
+    """
+
+    def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise UserError(f"jsonl:{path}: no such manifest")
-        self.root, digest, starts, lines, at = (
-            self.path.parent.resolve(),
-            hashlib.sha256(),
-            [],
-            [],
-            0,
-        )
+        self.root = self.path.parent.resolve()
+        digest, starts, lines, at = hashlib.sha256(), [], [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 digest.update(line)
@@ -73,11 +89,8 @@ class JsonLines:
                     starts.append(at)
                     lines.append(number)
                 at += len(line)
-        self.starts, self.lines, self._fingerprint = (
-            np.array(starts, np.int64),
-            np.array(lines, np.int64),
-            digest.hexdigest(),
-        )
+        self.starts, self.lines = np.array(starts, np.int64), np.array(lines, np.int64)
+        self._fingerprint = digest.hexdigest()
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -102,31 +115,40 @@ class JsonLines:
             ) from None
         except ManifestError as error:
             raise Rejected(error.kind, error.reason) from None
-        return Entry(utterance, utterance.path, whole="offset" not in fields)
+        return Entry(utterance, utterance.path, is_whole="offset" not in fields)
 
 
-def _utterance(task: str = "asr", **fields) -> Utterance:
-    """An utterance of a source that knows no seconds and no tasks."""
-    defaults = {
-        "offset": 0.0,
-        "seconds": 0.0,
-        "instruction": None,
-        "lang": "en",
-        "speaker": "",
-        "path": "",
-    }
-    return Utterance(**{**defaults, "task": task, "answer": fields["text"], **fields})
+def _transcribed(
+    text: str, *, id: str, speaker: str, recording: str, path: str = "", lang: str = "en"
+) -> Utterance:
+    """An utterance of a source without tasks; it extends to the end of its audio."""
+    return Utterance(
+        path=path,
+        offset=0.0,
+        seconds=0.0,
+        task="asr",
+        instruction=None,
+        answer=text,
+        text=text,
+        lang=lang,
+        speaker=speaker,
+        recording=recording,
+        id=id,
+    )
 
 
 class LibriSpeech:
-    """LibriSpeech's folders: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside the flac files. Transcripts become lower case."""
+    """LibriSpeech's folders: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt next to the flac files.
 
-    def __init__(self, root: str):
+    Transcripts are converted to lower case.
+    """
+
+    def __init__(self, root: str) -> None:
         self.root = pathlib.Path(root)
         files = sorted(self.root.rglob("*.trans.txt"))
         if not files:
             raise UserError(
-                f"librispeech:{root}: holds no *.trans.txt; name the folder that was unpacked"
+                f"librispeech:{root}: no *.trans.txt files; give the folder of the unpacked archive"
             )
         digest = hashlib.sha256()
         self.entries: list[tuple[str, int, str]] = []  # file, line, text
@@ -156,13 +178,13 @@ class LibriSpeech:
         if len(parts) != 3:
             raise Rejected("bad_field", f"{name!r} is not SPEAKER-CHAPTER-NUMBER")
         path = str((self.root / file).parent / f"{name}.flac")
-        utterance = _utterance(
-            path=path, text=text.lower(), speaker=parts[0], recording="-".join(parts[:2]), id=name
+        utterance = _transcribed(
+            text.lower(), id=name, speaker=parts[0], recording="-".join(parts[:2]), path=path
         )
         return Entry(utterance, path)
 
 
-# Field names of public data sets, the first that is there.
+# Field names of public datasets; the first that exists is used.
 _AUDIO = ("audio", "speech", "voice")
 _TEXT = ("text", "sentence", "normalized_text", "transcription", "transcript")
 _SPEAKER = ("speaker_id", "client_id", "speaker")
@@ -170,51 +192,61 @@ _RECORDING = ("chapter_id", "recording", "recording_id", "audio_id")
 _LANGUAGE = ("lang", "locale", "language")
 
 
-def _first(fields: dict, names: Sequence[str], default=None):
+def _first(fields: dict, names: Sequence[str], default: str | None = None) -> object:
+    """The value of the first field that exists, bytes decoded as text."""
     value = next((fields[name] for name in names if fields.get(name) is not None), default)
     return value.decode() if isinstance(value, bytes) else value
 
 
 class _Table:
-    """A data set whose rows are dicts with the field names above; ids are its name and the row's number."""
+    """A dataset of rows with the field names above; ids are its name and the row number.
+
+    Attributes:
+        name: the source as the user wrote it.
+        lang: language of all rows ("": the row's own field, or English).
+    """
 
     name: str
-    lang: str  # of all rows; "": what each says, or English
+    lang: str
 
     def place(self, number: int) -> tuple[str, int]:
         return self.name, number + 1
 
-    def _entry(self, number: int, fields: dict, sound: bytes | tuple[np.ndarray, int]) -> Entry:
+    def _entry(self, number: int, fields: dict, audio: bytes | tuple[np.ndarray, int]) -> Entry:
         text = _first(fields, _TEXT)
         if not isinstance(text, str):
             raise Rejected(
                 "bad_field",
-                f"no text among {', '.join(sorted(fields))}; one of {', '.join(_TEXT)} is expected",
+                f"no text field among {', '.join(sorted(fields))}; expected one of "
+                f"{', '.join(_TEXT)}",
             )
-        utterance = _utterance(
-            text=text, id=f"{self.name}:{number + 1}", lang=self.lang or str(_first(fields, _LANGUAGE, "en")),
-            speaker=str(_first(fields, _SPEAKER, "")), recording=str(_first(fields, _RECORDING, f"{self.name}:{number + 1}")),
-        )  # fmt: skip
-        return Entry(utterance, sound)
+        name = f"{self.name}:{number + 1}"
+        utterance = _transcribed(
+            text,
+            id=name,
+            speaker=str(_first(fields, _SPEAKER, "")),
+            recording=str(_first(fields, _RECORDING, name)),
+            lang=self.lang or str(_first(fields, _LANGUAGE, "en")),
+        )
+        return Entry(utterance, audio)
 
 
 class TensorFlowDatasets(_Table):
-    """NAME[/CONFIG][:SPLIT] of TensorFlow Datasets, through `tfds.data_source` (random access; prepared as ArrayRecord)."""
+    """NAME[/CONFIG][:SPLIT] of TensorFlow Datasets, read with `tfds.data_source` (random access).
 
-    def __init__(self, spec: str, data_dir: str | None, lang: str):
+    The dataset must be prepared as ArrayRecord.
+    """
+
+    def __init__(self, spec: str, data_dir: str | None, lang: str) -> None:
         self.builder, _, split = spec.partition(":")
-        self.split, self.data_dir, self.lang, self.name = (
-            split or "train",
-            data_dir,
-            lang,
-            f"tfds:{spec}",
-        )
+        self.split, self.data_dir = split or "train", data_dir
+        self.lang, self.name = lang, f"tfds:{spec}"
         self._source = None
 
-    def __getstate__(self):
-        return {**self.__dict__, "_source": None}  # each process opens its own
+    def __getstate__(self) -> dict:  # every process opens the dataset itself
+        return {**self.__dict__, "_source": None}
 
-    def _open(self):
+    def _open(self) -> Sequence[dict]:
         if self._source is None:
             import tensorflow_datasets as tfds
 
@@ -238,34 +270,34 @@ class TensorFlowDatasets(_Table):
         fields, features = source[number], source.dataset_info.features
         key = next((name for name in _AUDIO if name in fields), None)
         if key is None:
-            raise Rejected("bad_field", f"no audio among {', '.join(sorted(fields))}")
-        samples, rate = (
-            np.asarray(fields[key]),
-            getattr(features[key], "sample_rate", None) or 16_000,
-        )
+            raise Rejected("bad_field", f"no audio field among {', '.join(sorted(fields))}")
+        samples = np.asarray(fields[key])
+        rate = getattr(features[key], "sample_rate", None) or 16_000
         samples = samples if samples.ndim == 1 else samples.mean(axis=-1)
         if not np.issubdtype(samples.dtype, np.floating) or np.abs(samples).max(initial=0) > 1.5:
-            samples = samples / 32768.0  # the audio feature gives int16's range, whatever its type
+            samples = samples / 32768.0  # the audio feature has the range of int16 in any dtype
         return self._entry(number, fields, (samples.astype(np.float32), rate))
 
 
 class HuggingFace(_Table):
-    """NAME[/CONFIG][:SPLIT] or FOLDER[:SPLIT] of Hugging Face datasets; the CONFIG is what follows the second slash of NAME."""
+    """NAME[/CONFIG][:SPLIT] or FOLDER[:SPLIT] of Hugging Face datasets.
 
-    def __init__(self, spec: str, lang: str):
+    CONFIG is everything after the second slash.
+    """
+
+    def __init__(self, spec: str, lang: str) -> None:
         path, _, split = spec.partition(":")
         self.split, self.lang, self.name = split or "train", lang, f"hf:{spec}"
+        self.path, self.config = path, None
         parts = path.split("/")
-        is_named = not os.path.isdir(path) and len(parts) > 2
-        self.path, self.config = (
-            ("/".join(parts[:2]), "/".join(parts[2:])) if is_named else (path, None)
-        )
+        if not os.path.isdir(path) and len(parts) > 2:
+            self.path, self.config = "/".join(parts[:2]), "/".join(parts[2:])
         self._source = None
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:  # every process opens the dataset itself
         return {**self.__dict__, "_source": None}
 
-    def _open(self):
+    def _open(self) -> "datasets.Dataset":
         if self._source is None:
             try:
                 import datasets
@@ -280,7 +312,8 @@ class HuggingFace(_Table):
             self.key = next((name for name in _AUDIO if name in source.features), None)
             if self.key is None:
                 raise UserError(
-                    f"{self.name}: no audio among {', '.join(source.features)}; one of {', '.join(_AUDIO)} is expected"
+                    f"{self.name}: no audio field among {', '.join(source.features)}; expected one "
+                    f"of {', '.join(_AUDIO)}"
                 )
             self._source = source.cast_column(self.key, datasets.Audio(decode=False))
         return self._source
@@ -294,31 +327,31 @@ class HuggingFace(_Table):
 
     def entry(self, number: int) -> Entry:
         fields = self._open()[number]
-        sound = fields.pop(self.key)
-        if sound["bytes"] is None and not os.path.isfile(sound["path"] or ""):
-            raise Rejected("missing_file", f"{sound['path']}: no such audio file")
-        return self._entry(
-            number, fields, sound["bytes"] or pathlib.Path(sound["path"]).read_bytes()
-        )
+        audio = fields.pop(self.key)
+        if audio["bytes"] is None and not os.path.isfile(audio["path"] or ""):
+            raise Rejected("missing_file", f"{audio['path']}: no such audio file")
+        content = audio["bytes"] or pathlib.Path(audio["path"]).read_bytes()
+        return self._entry(number, fields, content)
 
 
 def open_source(spec: str, data_dir: str | None = None, lang: str = "") -> CorpusSource:
-    """jsonl:FILE, librispeech:FOLDER, tfds:NAME/CONFIG[:SPLIT] or hf:NAME/CONFIG[:SPLIT].
+    """Opens a source.
+
+    Args:
+        spec: one of SOURCES.
+        data_dir: folder of TensorFlow Datasets (None: its default).
+        lang: language of a tfds or hf dataset ("": the row's own field, or English).
 
     Raises:
-        UserError: no such source.
+        UserError: there is no such source.
     """
     kind, _, rest = spec.partition(":")
-    if not rest or kind not in ("jsonl", "librispeech", "tfds", "hf"):
-        raise UserError(
-            f"source {spec!r} is none of jsonl:FILE, librispeech:FOLDER, tfds:NAME/CONFIG[:SPLIT], hf:NAME[:SPLIT]"
-        )
-    if kind == "tfds":
+    if rest and kind == "jsonl":
+        return JsonLines(os.path.expanduser(rest))
+    if rest and kind == "librispeech":
+        return LibriSpeech(os.path.expanduser(rest))
+    if rest and kind == "tfds":
         return TensorFlowDatasets(rest, data_dir, lang)
-    if kind == "hf":
+    if rest and kind == "hf":
         return HuggingFace(rest, lang)
-    return (
-        JsonLines(os.path.expanduser(rest))
-        if kind == "jsonl"
-        else LibriSpeech(os.path.expanduser(rest))
-    )
+    raise UserError(f"source {spec!r} is not one of {SOURCES}")

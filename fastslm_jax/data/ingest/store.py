@@ -1,11 +1,14 @@
-"""What an import leaves on disk: shards of clips, and an index with all that plans need.
+"""The files of an imported folder: shards of clips, and an index from which rows are planned.
 
-DIR/shard-00000.array_record …  ArrayRecord; a record is the clip's JSON (its length first, 4 bytes) and its FLAC, 16 kHz mono
-DIR/index.jsonl                 one line a clip, in the source's order
-DIR/rejected.jsonl              one line a clip that could not be used: file, line, id, kind, reason
-DIR/dataset.json                settings and totals; written last, so a folder without it holds an unfinished import
+DIR/shard-00000.array_record …  ArrayRecord shards, one clip per record: a 4-byte header length, a
+                                JSON header, and FLAC audio (16 kHz, mono)
+DIR/index.jsonl                 one line per clip, in the source's order
+DIR/rejected.jsonl              one line per rejected clip: file, line, id, kind, reason
+DIR/dataset.json                settings and totals; written last: without it, the import is not
+                                finished
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -13,6 +16,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 import numpy as np
 import soundfile
@@ -22,42 +26,46 @@ from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.errors import UserError
 
 INDEX, REJECTED, DATASET = "index.jsonl", "rejected.jsonl", "dataset.json"
-_WRITER = (
-    "group_size:1,uncompressed"  # one clip a chunk, for random access; FLAC is compressed already
-)
+# One clip per chunk, for random access; uncompressed, since FLAC already is compressed.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
 _OPEN_READERS = 64
 
 
 class StoreError(UserError):
-    """A folder or shard that cannot be read as an import."""
+    """An imported folder or one of its shards cannot be read."""
 
 
 def encode(fields: dict, samples: np.ndarray) -> bytes:
-    """A record of int16 samples [n] and what is known of them."""
+    """Encodes a record: JSON fields and int16 samples [n]."""
     header, flac = json.dumps(fields, ensure_ascii=False).encode(), io.BytesIO()
     soundfile.write(flac, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return struct.pack("<I", len(header)) + header + flac.getvalue()
 
 
 def decode(record: bytes) -> tuple[dict, np.ndarray]:
-    """The fields and the int16 samples of a record."""
+    """Decodes a record: JSON fields and int16 samples [n]."""
     (length,) = struct.unpack_from("<I", record)
     samples, _ = soundfile.read(io.BytesIO(memoryview(record)[4 + length :]), dtype="int16")
     return json.loads(record[4 : 4 + length]), samples
 
 
-def write_text(path: pathlib.Path, lines: Iterable[str]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: pathlib.Path) -> Iterator[TextIO]:
+    """Opens a text file that gets its name only when it is complete."""
+    temporary = _temporary(path)
     with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
+        yield file
     os.replace(temporary, path)
 
 
-def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
-    """Writes a shard, whole or not at all, and nothing when there are no records. Returns their number."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    count, writer = 0, ArrayRecordWriter(str(temporary), _WRITER)
+def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
+    """Writes a shard atomically. Without records, no file is written."""
+    temporary = _temporary(path)
+    count, writer = 0, ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
         for record in records:
             writer.write(record)
@@ -68,7 +76,6 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
         os.replace(temporary, path)
     else:
         temporary.unlink()
-    return count
 
 
 @functools.lru_cache(_OPEN_READERS)
@@ -82,17 +89,18 @@ def _reader(path: str) -> ArrayRecordReader:
 
 
 def read_record(path: str, number: int) -> tuple[dict, np.ndarray]:
-    """Fields and int16 samples of a record of a shard; any thread, any order.
+    """Reads JSON fields and int16 samples [n] of a record. Safe to call from any thread.
 
     Raises:
-        StoreError: the shard is missing, damaged or has no such record.
+        StoreError: the shard is missing or damaged, or has no such record.
     """
     if not os.path.isfile(path):
         raise StoreError(f"{path}: no such shard; import it again")
     reader = _reader(path)
     if not 0 <= number < reader.num_records():
         raise StoreError(
-            f"{path}: has {reader.num_records()} records, not number {number}; import it again"
+            f"{path}: record {number} does not exist, the shard has {reader.num_records()}; "
+            "import it again"
         )
     try:
         return decode(reader.read([number])[0])
@@ -101,21 +109,22 @@ def read_record(path: str, number: int) -> tuple[dict, np.ndarray]:
 
 
 def description(folder: str | os.PathLike) -> dict:
-    """dataset.json of a finished import.
+    """Reads dataset.json of a finished import.
 
     Raises:
-        StoreError: the folder holds none.
+        StoreError: there is none.
     """
     path = pathlib.Path(folder) / DATASET
     if not path.is_file():
         raise StoreError(
-            f"{folder}: holds no finished import ({DATASET} is missing); run python -m fastslm_jax.data.ingest again"
+            f"{folder}: not a finished import ({DATASET} is missing); run python -m "
+            "fastslm_jax.data.ingest again"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def index_lines(folder: str | os.PathLike) -> Iterator[dict]:
-    """The lines of the index, in their order."""
+    """Yields the lines of the index in order."""
     with open(pathlib.Path(folder) / INDEX, encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
