@@ -250,8 +250,8 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
 ERRORS = {
     "wrong device count": (
         {"mesh.fsdp": 3},
-        "config.mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 1 devices: the product of the "
-        "sizes must be 1; the nearest mesh is {'data': 1, 'fsdp': 1, 'tensor': 1}",
+        "config.mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 1 devices: the product of "
+        "the sizes must be 1; the nearest mesh is {'data': 1, 'fsdp': 1, 'tensor': 1}",
     ),
     "indivisible batch": (
         {"accumulate": 4},
