@@ -1,4 +1,4 @@
-"""What the device has: its name, cores, free memory, and the most that was in use."""
+"""Local devices: name, CPU cores, peak memory, and compilations so far."""
 
 import dataclasses
 import os
@@ -6,28 +6,31 @@ import resource
 
 import jax
 
+from fastslm_jax.memory import GIB
+
 
 def name() -> str:
+    """Kind of the first local device, such as "TPU v5 lite"."""
     return jax.local_devices()[0].device_kind
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory_gib() -> float:
-    """The most memory in use so far: of the fullest device, or of this process on a CPU."""
+    """Peak memory so far, in GiB: of the fullest local device, or of this process on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     if peaks and jax.default_backend() != "cpu":
-        return round(max(peaks) / 2**30, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+        return round(max(peaks) / GIB, 3)
+    return round(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Programs compiled so far, and seconds spent lowering and compiling them."""
+    """Number of compiled programs, and seconds spent lowering and compiling them."""
 
     programs: int = 0
     seconds: float = 0.0
@@ -53,5 +56,5 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def compiled_so_far() -> Compiled:
-    """Compilations of this process since import; subtract two results for an interval."""
+    """Compilations in this process since import; subtract two results for an interval."""
     return _compiled

@@ -1,7 +1,7 @@
-"""Several processes as one run, on JAX's own runtime: who they are, which rows each one reads, and when all of them stop.
+"""Multi-process runs: start-up, the rows of each process, and coordinated preemption.
 
-Every process runs the same command. On a TPU pod, under SLURM, on GKE and under Open MPI, JAX finds the others by itself;
-elsewhere the three flags say where they are.
+Every process runs the same command. JAX detects the processes on TPU pods, SLURM, GKE and Open MPI;
+elsewhere, pass --coordinator, --num_processes and --process_id.
 """
 
 import os
@@ -18,32 +18,36 @@ from fastslm_jax.errors import UserError
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where the cluster is not detected."
+        "coordinator", None, "HOST:PORT of process 0, if the cluster is not detected."
     )
-    flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer(
-        "process_id", None, "Number of this process from 0 on, with --coordinator."
+        "process_id", None, "Index of this process, starting from 0, with --coordinator."
     )
 
 
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a run; without a cluster there is one. Call it before anything that uses a device.
+    """Connects the processes of a run; without a cluster, the run has one process.
+
+    Call it before anything that uses a device.
 
     Raises:
-        UserError: flags that do not fit together, or processes that do not find each other.
+        UserError: the flags are inconsistent, or the processes cannot connect.
     """
     given = [coordinator, num_processes, process_id]
     if any(value is not None for value in given):
         if any(value is None for value in given):
             raise UserError(
-                "--coordinator, --num_processes and --process_id go together: give all three, or none on a cluster"
+                "--coordinator, --num_processes and --process_id must be set together; "
+                "on a detected cluster, set none of them"
             )
         if not 0 <= process_id < num_processes or ":" not in coordinator:
             raise UserError(
-                f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: the coordinator is "
-                "HOST:PORT, processes are numbered from 0"
+                f"--coordinator={coordinator} --num_processes={num_processes} "
+                f"--process_id={process_id}: the coordinator must be HOST:PORT and the process id "
+                "must be from 0 to num_processes - 1"
             )
         try:
             jax.distributed.initialize(
@@ -51,53 +55,58 @@ def initialize(
             )
         except RuntimeError as error:
             raise UserError(
-                f"--coordinator={coordinator}: the processes did not find each other ({error})"
+                f"--coordinator={coordinator}: the processes could not connect ({error})"
             ) from None
     elif os.environ.get("JAX_PLATFORMS", "") != "cpu":
         try:
             jax.distributed.initialize()
-        except ValueError:  # what it raises where there is no cluster
+        except ValueError:  # no cluster was detected
             return
     if jax.process_count() > 1:
         logging.info("process %d of %d", jax.process_index(), jax.process_count())
         if jax.process_index():
-            logging.set_verbosity(logging.WARNING)  # one process speaks, the others warn
+            logging.set_verbosity(logging.WARNING)  # only process 0 logs information
 
 
 def rows_of_process(mesh: Mesh) -> tuple[int, int]:
-    """(part, parts): a batch's rows are cut into `parts` equal parts, and this process reads number `part`.
+    """Returns (part, parts): this process reads part number `part` of a batch's rows.
 
-    Processes whose devices lie at the same places of data × fsdp (they differ in tensor only) read the same rows.
+    The rows are split into `parts` equal parts. Processes whose devices differ only in their
+    tensor coordinate read the same rows.
+
+    Raises:
+        UserError: the rows of two processes overlap without being equal.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(-1, mesh.devices.shape[-1])  # [data × fsdp, tensor]
-    places = {
+    rows = {
         process: frozenset(np.flatnonzero((owners == process).any(axis=1)))
         for process in np.unique(owners).tolist()
     }
-    groups = sorted(set(places.values()), key=min)
+    groups = sorted(set(rows.values()), key=min)
     if sum(map(len, groups)) != len(owners) or len(set(map(len, groups))) != 1:
         raise UserError(
-            f"config.mesh {dict(mesh.shape)}: processes share some of their rows only; choose config.mesh.tensor as a divisor or "
-            "a multiple of the devices of a process"
+            f"config.mesh {dict(mesh.shape)}: the rows of some processes overlap only partly; "
+            "choose a config.mesh.tensor that divides the number of devices per process or is a "
+            "multiple of it"
         )
-    return groups.index(places[jax.process_index()]), len(groups)
+    return groups.index(rows[jax.process_index()]), len(groups)
 
 
 class Preemption:
-    """SIGTERM, as the whole run sees it: when one process gets it, all stop at the same step."""
+    """Handles SIGTERM for the whole run: if one process receives it, all stop at the same step."""
 
-    def __init__(self):
-        self._signalled = False
+    def __init__(self) -> None:
+        self._signaled = False
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._note)
-        # With several processes JAX's runtime takes the signal and agrees on a step.
+            signal.signal(signal.SIGTERM, self._on_signal)
+        # With several processes, the JAX runtime handles the signal and agrees on a step.
 
-    def _note(self, *_) -> None:
-        self._signalled = True
+    def _on_signal(self, *_: object) -> None:
+        self._signaled = True
 
     def reached(self, step: int) -> bool:
-        """Is this the step to save and stop at? All processes must ask at every step."""
-        return self._signalled or (
+        """Whether to save and stop at this step. Every process must call it at every step."""
+        return self._signaled or (
             jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
         )

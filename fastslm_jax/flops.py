@@ -1,60 +1,59 @@
-"""Floating-point operations of matrix products: those that a traced step executes, and the least that the model needs.
+"""FLOPs of matrix products: those a traced step executes, and the minimum the model requires.
 
-A matrix product [m, k] × [k, n] is 2·m·k·n operations. Elementwise work is not counted, in either number.
+A product [m, k] × [k, n] counts as 2·m·k·n. Elementwise operations are not counted.
 docs/performance.md derives the minimum term by term.
 """
 
 import itertools
 import json
 import math
+from collections.abc import Iterator
 
 import jax
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from fastslm_jax import audio
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.models.fastslm import FastSLM
 
-# Matrix products of splash attention's kernels, each over all visited scores. Forward: QK, PV. Backward, after the scores again:
-# dV, dP, dK (dkv) and dP, dQ (dq), or all in one kernel (use_fused_bwd_kernel).
+# Matrix products per visited score block in the splash attention kernels. Forward: QK and PV.
+# Backward, after recomputing QK: dV, dP and dK (dkv) and dP and dQ (dq), or all of them in one
+# kernel (use_fused_bwd_kernel).
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
 
 
 class UncountableError(ValueError):
-    """A loop or kernel whose operations cannot be known from its program."""
+    """The FLOPs of a loop or kernel cannot be derived from its jaxpr."""
 
 
-# ------------------------------------------------------------------------------------------------------------- executed
+# ------------------------------------------------------------------------------------- executed
 
 
 def executed(traced: jax.stages.Traced) -> int:
-    """Operations that a traced function (`jax.jit(f).trace(…)`) executes, on all devices together.
+    """FLOPs of a traced function (`jax.jit(f).trace(...)`), summed over all devices.
 
-    Scans count by their length, rematerialised parts as often as they run, branches by the costliest. Results that nobody
-    reads are not counted, since no compiler computes them.
+    Scan bodies are multiplied by the scan length, rematerialized operations are counted each time
+    they run, and a conditional counts as its most expensive branch. Dead code is not counted.
 
     Raises:
-        UncountableError: a while loop or a kernel with matrix products whose number is not known.
+        UncountableError: a while loop contains matrix products, or a kernel has no formula.
     """
     jaxpr = traced.jaxpr.jaxpr
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(live)
 
 
-def _count(jaxpr) -> int:
+def _count(jaxpr: Jaxpr) -> int:
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation) -> int:
+def _count_equation(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return (
-            2
-            * math.prod(equation.outvars[0].aval.shape)
-            * math.prod(left[axis] for axis in contracted)
-        )
+        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
@@ -67,16 +66,15 @@ def _count_equation(equation) -> int:
         return max(inner)
     if name == "while" and any(inner):
         raise UncountableError(
-            "a while loop holds matrix products, and how often it runs is not part of the program; use scan"
+            "a while loop with an unknown trip count contains matrix products; use scan"
         )
-    if name == "shard_map":  # its body is what one device does
-        return sum(inner) * math.prod(
-            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
-        )
+    if name == "shard_map":  # its body is the program of one device
+        axes = params["newly_manual_axes"]
+        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in axes)
     return sum(inner)
 
 
-def _inner_jaxprs(params):
+def _inner_jaxprs(params: dict[str, object]) -> Iterator[Jaxpr]:
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             part = getattr(part, "jaxpr", part)
@@ -84,25 +82,20 @@ def _inner_jaxprs(params):
                 yield part
 
 
-def _count_kernel(equation) -> int:
-    """Splash attention by its own formula: products × 2 × visited scores × head dimension, for every head (and batch row).
+def _count_kernel(equation: JaxprEqn) -> int:
+    """FLOPs of a splash attention kernel, for all heads and batch rows.
 
-    Visited scores are those of all blocks that a causal mask does not leave out; blocks are not split at the diagonal.
+    Every product costs 2 · visited scores · head dimension, see `visited_scores`.
     """
     params = equation.params
     name = str(params["name"])
-    kernel = next(
-        (
-            kind
-            for kind in ("fwd", "dq", "dkv")
-            if name.startswith("splash_mha") and f"_{kind}_" in name
-        ),
-        None,
-    )
-    if kernel is None:
-        raise UncountableError(f"the kernel {name} has no formula; add one to fastslm_jax/flops.py")
-    # Operands: two tables of blocks, q, k, v, segment ids of queries and keys, and for a causal mask the queries' positions;
-    # backward kernels have three more.
+    kernel = next((kind for kind in ("fwd", "dq", "dkv") if f"_{kind}_" in name), None)
+    if kernel is None or not name.startswith("splash_mha"):
+        raise UncountableError(
+            f"the FLOPs of kernel {name} are unknown; add its formula to fastslm_jax/flops.py"
+        )
+    # Operands: two block tables, q, k, v, query and key segment ids if there are segments, and the
+    # query positions if the mask is causal. Backward kernels have three more.
     operands = len(equation.invars) - 2 * ("_segmented" in name) - (0 if kernel == "fwd" else 3)
     is_causal = operands == 6
     *batch, num_heads, length, head_dim = equation.invars[2].aval.shape
@@ -118,40 +111,44 @@ def _count_kernel(equation) -> int:
 
 
 def visited_scores(length: int, context: int, block_q: int, block_kv: int, is_causal: bool) -> int:
-    """Scores that a kernel computes which goes block by block.
+    """Attention scores computed by a blockwise kernel, which skips fully masked blocks only.
 
-    Example: 4 queries and keys in blocks of 2, causal → 12 of 16.
+    Example: 4 queries and 4 keys in blocks of 2, causal → 12 of 16.
     """
     if not is_causal:
         return length * context
-    last_keys = range(block_q - 1, length, block_q)
-    return sum(min(context, (last // block_kv + 1) * block_kv) * block_q for last in last_keys)
+    last_queries = range(block_q - 1, length, block_q)
+    return sum(min(context, (last // block_kv + 1) * block_kv) * block_q for last in last_queries)
 
 
-# -------------------------------------------------------------------------------------------------------------- minimum
+# -------------------------------------------------------------------------------------- minimum
 
 
 def minimum(model: FastSLM, row: RowShape, rows: int = 1) -> dict[str, int]:
-    """The least operations of a training step on `rows` full rows, by term; docs/performance.md derives them.
+    """Minimum FLOPs of a training step by term; docs/performance.md derives them.
 
-    The Whisper encoder and the decoder's own weights are frozen: the encoder runs forward only, the decoder's weights get no
-    gradients. Every slot of a row is taken: one recording over all windows and tokens, and `row.labels` labels.
+    The encoder and the base weights of the decoder are frozen: the encoder runs forward only, and
+    the decoder computes no weight gradients. Rows are assumed full: one recording over all windows
+    and tokens, and `row.labels` labels.
     """
-    window = _encoder_minimum(model) | _hfq_former_minimum(model)
-    of_row = {
-        name: row.windows * operations for name, operations in window.items()
-    } | _decoder_minimum(model, row)
-    return {name: rows * operations for name, operations in of_row.items()}
+    per_window = _encoder_minimum(model) | _hfq_former_minimum(model)
+    per_row = {name: row.windows * flops for name, flops in per_window.items()}
+    per_row |= _decoder_minimum(model, row)
+    return {name: rows * flops for name, flops in per_row.items()}
 
 
 def _encoder_minimum(model: FastSLM) -> dict[str, int]:
-    """Of one window, forward only."""
+    """FLOPs per window, forward.
+
+    Log-mel is a DFT as two matrix products, real and imaginary. The symmetry of the window function
+    halves the N_FFT samples of a frame (`models.log_mel.power_spectrum`).
+    """
     encoder, frames = model.encoder, model.window.frames
     length, width = encoder.max_positions, encoder.width
     bins = audio.N_FFT // 2 + 1
     block = 2 * length * (4 * width * width + 2 * width * encoder.mlp_dim)
     return {
-        "log-mel": 2 * frames * (audio.N_FFT // 2 * 2 * bins + bins * encoder.num_mels),
+        "log-mel": 2 * frames * (2 * (audio.N_FFT // 2) * bins + bins * encoder.num_mels),
         "encoder convolutions": 2 * 3 * (frames * encoder.num_mels + length * width) * width,
         "encoder projections": encoder.num_layers * block,
         "encoder attention": encoder.num_layers * 2 * 2 * length * length * width,
@@ -159,7 +156,10 @@ def _encoder_minimum(model: FastSLM) -> dict[str, int]:
 
 
 def _hfq_former_minimum(model: FastSLM) -> dict[str, int]:
-    """Of one window, forward and backward. Nothing flows back into the encoder's features, the first level."""
+    """FLOPs per window, forward and backward.
+
+    The first level, the encoder's output, needs no gradient.
+    """
     former, width = model.hfq_former, model.encoder.width
     levels = [model.encoder.max_positions]
     for _ in former.stage_tokens[1:]:
@@ -169,34 +169,36 @@ def _hfq_former_minimum(model: FastSLM) -> dict[str, int]:
         conv1, conv2 = 2 * 3 * before * width * width, 2 * 3 * after * width * width
         down += (3 if level else 2) * conv1 + 3 * conv2
 
-    tokens, distilled = sum(former.stage_tokens), former.compression_size
-    readings = [*zip(former.stage_tokens, levels, strict=True), (distilled, tokens)]
-    scores = sum(queries * context for queries, context in readings)
-    compressors = 3 * 2 * (2 * scores * width + (tokens + distilled) * width * width)
+    tokens, compressed = sum(former.stage_tokens), former.compression_size
+    compressions = [*zip(former.stage_tokens, levels, strict=True), (compressed, tokens)]
+    scores = sum(queries * context for queries, context in compressions)
+    compressors = 3 * 2 * (2 * scores * width + (tokens + compressed) * width * width)
 
     features, layers = sum(levels), former.detail_recovery_layers
-    projections = (
-        3 * 2 * distilled * 6 * width * width
-    )  # all four of self-attention, query and out of cross-attention
+    # Query, key, value and output of self-attention; query and output of cross-attention.
+    projections = 3 * 2 * compressed * 6 * width * width
     key_value = 2 * 2 * (3 * features - levels[0]) * width * width
-    attention = 3 * 2 * 2 * distilled * (distilled + features) * width
+    attention = 3 * 2 * 2 * compressed * (compressed + features) * width
     return {
         "HFQ-Former downsamplers": down,
         "HFQ-Former compressors": compressors,
         "HFQ-Former detail recovery": layers * (projections + key_value + attention),
-        "HFQ-Former projection": 3 * 2 * distilled * width * former.output_width,
+        "HFQ-Former projection": 3 * 2 * compressed * width * former.output_width,
     }
 
 
 def _decoder_minimum(model: FastSLM, row: RowShape) -> dict[str, int]:
-    """Of one row, forward and backward. Frozen weights: two products (output, gradient of the input); LoRA's: three."""
+    """FLOPs per row, forward and backward.
+
+    A frozen weight takes two products (output, input gradient), a LoRA weight three.
+    """
     llm = model.llm
     heads, kv_heads = llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
     shapes = [(llm.width, heads), (llm.width, kv_heads), (llm.width, kv_heads), (heads, llm.width)]
     shapes += [(llm.width, llm.mlp_dim), (llm.width, llm.mlp_dim), (llm.mlp_dim, llm.width)]
     weights = sum(width * features for width, features in shapes)
     adapters = llm.lora.rank * sum(width + features for width, features in shapes)
-    pairs = row.tokens * (row.tokens + 1) // 2  # a token sees itself and those before it
+    pairs = row.tokens * (row.tokens + 1) // 2  # of a causal mask
     return {
         "decoder projections": llm.num_layers * 2 * 2 * row.tokens * weights,
         "decoder LoRA": llm.num_layers * 3 * 2 * row.tokens * adapters,

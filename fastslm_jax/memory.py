@@ -1,4 +1,4 @@
-"""Memory of devices: bytes by kind, and the one check that something fits."""
+"""Device memory: bytes by kind, and the check that something fits."""
 
 import math
 import os
@@ -15,11 +15,11 @@ GIB = 2**30
 
 
 class CapacityError(UserError):
-    """Something does not fit into memory: what it needs, what there is, and what to change."""
+    """Something does not fit in memory. The message has the sizes and what to change."""
 
 
 def bytes_per_device(tree: object) -> int:
-    """Bytes that arrays, or ShapeDtypeStructs with shardings, take on the fullest device."""
+    """Bytes per device of sharded arrays, or of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -27,7 +27,7 @@ def bytes_per_device(tree: object) -> int:
 
 
 def capacity_of(mesh: Mesh) -> int | None:
-    """Bytes of one device of the mesh, or None if unknown.
+    """Memory of one device of the mesh in bytes, or None if unknown.
 
     Virtual CPU devices share the memory of the machine equally.
     """
@@ -38,7 +38,7 @@ def capacity_of(mesh: Mesh) -> int | None:
 
 
 def free_bytes() -> int | None:
-    """Free bytes on the first local device (on a CPU, of the machine), or None if unknown."""
+    """Free bytes on the first local device (on CPU, of the machine), or None if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -50,7 +50,7 @@ def free_bytes() -> int | None:
 
 
 def step_bytes(frozen: object, trained: object, opt_state: object, batch: object) -> dict[str, int]:
-    """Bytes per device that a train step receives, by kind."""
+    """Bytes per device of the inputs of a train step, by kind."""
     kinds = {"frozen": frozen, "trained": trained, "optimizer": opt_state, "batch": batch}
     return {name: bytes_per_device(tree) for name, tree in kinds.items()}
 
@@ -58,7 +58,7 @@ def step_bytes(frozen: object, trained: object, opt_state: object, batch: object
 def kv_cache_bytes(
     *, layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
 ) -> int:
-    """Bytes of a key-value cache over all devices; int8 adds one float32 scale per head and slot."""
+    """Bytes of a key-value cache on all devices; int8 adds a float32 scale per head and slot."""
     per_head = head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * layers * rows * length * kv_heads * per_head
 
@@ -66,13 +66,13 @@ def kv_cache_bytes(
 def check(
     what: str, parts: Mapping[str, float], capacity: float | None, advice: Callable[[], str]
 ) -> None:
-    """Raises if parts exceed the capacity, before anything is loaded or compiled.
+    """Checks a lower bound of the required memory, before anything is loaded or compiled.
 
     Args:
-        what: what needs the memory, as the subject of the message.
-        parts: {kind: bytes on a device}, a lower bound: activations come on top.
-        capacity: available bytes on a device; None is not checked.
-        advice: called only when it does not fit: what to change.
+        what: subject of the error message.
+        parts: {kind: bytes per device}, without activations.
+        capacity: available bytes per device; None skips the check.
+        advice: returns what to change; called only if the parts do not fit.
 
     Raises:
         CapacityError: the parts exceed the capacity.
@@ -83,5 +83,5 @@ def check(
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     raise CapacityError(
         f"{what} needs at least {needed / GIB:.2f} GiB per device ({listed}), "
-        f"available are {capacity / GIB:.2f} GiB; {advice()}"
+        f"but only {capacity / GIB:.2f} GiB is available; {advice()}"
     )

@@ -1,9 +1,9 @@
-"""Twenty steps of a tiny model on several meshes; test_layouts.py runs this and compares.
+"""Trains a tiny model for twenty steps on several meshes; run by test_layouts.py.
 
-    python tests/layouts.py OUT MESH,…                  # meshes of MESHES, on eight virtual devices
-    python tests/layouts.py OUT PROCESS_ID PORT         # one of two processes of four devices
+    python tests/layouts.py OUT MESH,...            # keys of MESHES, on eight virtual devices
+    python tests/layouts.py OUT PROCESS_ID PORT     # one of two processes with four devices each
 
-Writes OUT/MESH.npz: for each stage the losses, and the gradients of the first step.
+Writes OUT/MESH.npz: the losses of each stage, and the gradients of its first step.
 """
 
 import os
@@ -12,11 +12,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ[
-    "XLA_FLAGS"
-] = (  # tiny programs that run a few times: most of the time would go into compiling them well
-    f"--xla_force_host_platform_device_count={4 if sys.argv[3:] else 8} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        f"--xla_force_host_platform_device_count={4 if sys.argv[3:] else 8}",
+        # Compile fast: the programs are tiny and run a few times.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
 )
 
 import functools
@@ -49,7 +51,7 @@ MESHES = {
 }
 STEPS, ROWS = 20, 8
 SHAPE = packing.RowShape(windows=3, tokens=40, labels=24)
-# What stands in a row, by stage: (seconds, tokens of the answer) of each example.
+# {stage: row number → examples of the row as (seconds of audio or None, answer tokens)}.
 STAGES = {
     "1 short": lambda n: [(0.6 + 0.05 * n, 2 + n % 3), (1.0, 3), (0.7, 1 + n % 2)],
     "2 long": lambda n: [(2.0 + 0.1 * n, 12 + n % 5)],
@@ -58,15 +60,25 @@ STAGES = {
 
 
 def make_model() -> FastSLM:
-    """Windows of 1 s with 3 speech tokens. LoRA drops out: its random numbers are the same on every mesh."""
+    """Windows of 1 s with 3 speech tokens. LoRA dropout must be the same on every mesh."""
     return FastSLM(
-        encoder=WhisperEncoder(width=64, num_layers=2, num_heads=2, mlp_dim=64, num_mels=16, max_positions=50),
-        hfq_former=HFQFormer(output_width=32, stage_tokens=(4, 4), compression_size=3, detail_recovery_layers=1),
+        encoder=WhisperEncoder(
+            width=64, num_layers=2, num_heads=2, mlp_dim=64, num_mels=16, max_positions=50
+        ),
+        hfq_former=HFQFormer(
+            output_width=32, stage_tokens=(4, 4), compression_size=3, detail_recovery_layers=1
+        ),
         llm=Qwen3(
-            vocab_size=64, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=48,
+            vocab_size=64,
+            width=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_dim=48,
             lora=LoRA(rank=4, alpha=8.0, dropout=0.1),
         ),
-    )  # fmt: skip
+    )
 
 
 def make_params(model: FastSLM) -> dict[str, np.ndarray]:
@@ -82,30 +94,20 @@ def make_params(model: FastSLM) -> dict[str, np.ndarray]:
 
 
 def make_batch(model: FastSLM, stage: str, step: int) -> dict[str, np.ndarray]:
-    """All rows of a step. An example without seconds has no audio."""
+    """All rows of a step, noise as audio. The tokens are periodic, so that the loss decreases."""
     rng = np.random.default_rng(step)
     rows = []
     for number in range(ROWS):
         parts = []
         for seconds, answer in STAGES[stage](number):
-            samples = (
-                None
-                if seconds is None
-                else rng.normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
-            )
-            num_speech = (
-                0 if samples is None else model.window.count(len(samples)) * model.tokens_per_window
-            )
-            tokens = (
-                1 + (np.arange(3 + num_speech + answer) + number) % 5
-            )  # something to learn within twenty steps
-            mask = np.arange(len(tokens)) >= 3 + num_speech
-            parts.append(
-                (
-                    Encoded(tokens, mask.astype(np.float32), 1 if num_speech else -1, num_speech),
-                    samples,
-                )
-            )
+            samples, num_speech = None, 0
+            if seconds is not None:
+                samples = rng.normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
+                num_speech = model.window.count(len(samples)) * model.tokens_per_window
+            tokens = 1 + (np.arange(3 + num_speech + answer) + number) % 5
+            mask = (np.arange(len(tokens)) >= 3 + num_speech).astype(np.float32)
+            encoded = Encoded(tokens, mask, 1 if num_speech else -1, num_speech)
+            parts.append((encoded, samples))
         rows.append(packing.assemble(parts, SHAPE, model.window, model.tokens_per_window))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -145,7 +147,7 @@ def run(name: str, mesh: jax.sharding.Mesh) -> None:
             batch = {key: value[mine] for key, value in make_batch(model, stage, step).items()}
             state, metrics = step_fn(state, frozen, sharding.shard_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
-            if step == 0:  # Adam's first moments are a tenth of the gradients
+            if step == 0:  # with b1 = 0.9, Adam's first moments are 0.1 times the gradients
                 moments = next(
                     leaf.mu
                     for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam)
@@ -157,7 +159,7 @@ def run(name: str, mesh: jax.sharding.Mesh) -> None:
         np.savez(OUT / f"{name}.npz", **out)
 
 
-def is_adam(leaf) -> bool:
+def is_adam(leaf: object) -> bool:
     return isinstance(leaf, optax.ScaleByAdamState)
 
 
@@ -167,7 +169,7 @@ def whole(leaf: jax.Array) -> np.ndarray:
     )
 
 
-def main():
+def main() -> None:
     if len(ARGUMENTS) > 1:
         process, port = map(int, ARGUMENTS)
         distributed.initialize(f"localhost:{port}", 2, process)

@@ -1,4 +1,4 @@
-"""Names of TPU topologies, and what is said about those that there are not."""
+"""Parsing of TPU topologies, and the lookup of a chip by its device."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from fastslm_jax.errors import UserError
         ("v5p:4x4x4x3", "v5p", (4, 4, 4), 3, 192),
     ],
 )
-def test_topologies(text, chip, shape, slices, count):
+def test_parse_topology(text, chip, shape, slices, count):
     topology = chips.parse_topology(text)
     assert (topology.chip.name, topology.shape, topology.slices, topology.chips) == (
         chip,
@@ -30,21 +30,21 @@ def test_topologies(text, chip, shape, slices, count):
     [
         (
             "v9:4x4",
-            r"--topology=v9:4x4: v9 is no chip with a table in chips.py; write for example v5e:4x4, v5p:4x4x4",
+            r"--topology=v9:4x4: unknown TPU 'v9'; valid topologies are v5e:4x4, v5p:4x4x4",
         ),
-        ("v5e", r"--topology=v5e: sizes are written like v5e:4x4; slices are 1x1, 2x2"),
-        ("v5e:4x0", "sizes are written like v5e:4x4"),
-        ("v5p:4x4", "v5p has slices of 3 axes, and after them their number"),
-        ("v5e:5x7", "v5e has no slice of 5x7; the nearest are v5e:4x8 and v5e:8x8"),
+        ("v5e", r"--topology=v5e: expected a shape such as v5e:4x4; supported slices are 1x1, 2x2"),
+        ("v5e:4x0", "expected a shape such as v5e:4x4"),
+        ("v5p:4x4", "a v5p slice has 3 dimensions, optionally followed by the number of slices"),
+        ("v5e:5x7", "there is no v5e:5x7 slice; the nearest are v5e:4x8 and v5e:8x8"),
     ],
 )
-def test_topologies_that_there_are_not(text, message):
+def test_invalid_topologies(text, message):
     with pytest.raises(UserError, match=message) as error:
         chips.parse_topology(text)
     assert "\n" not in str(error.value)
 
 
-def test_a_chip_is_known_by_its_device():
+def test_of_device():
     class Device:
         device_kind = "TPU v5 lite"
 

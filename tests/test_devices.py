@@ -1,4 +1,4 @@
-"""What a process knows of its devices and of its compilations."""
+"""Counts of compilations."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def test_compilations_are_counted():
     first = devices.compiled_so_far() - before
     double(x)  # already compiled
     assert devices.compiled_so_far() - before == first
-    double(y)  # another shape
+    double(y)  # a new shape
     assert first.programs == 1
     assert (devices.compiled_so_far() - before).programs == 2
     assert 0 < first.seconds < (devices.compiled_so_far() - before).seconds

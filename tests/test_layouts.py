@@ -1,7 +1,6 @@
-"""The same training on one device, on meshes of eight, and on two processes of four: losses and every gradient.
+"""Training on one device equals training on two processes: losses and every gradient.
 
-FASTSLM_ALL_LAYOUTS=1 runs the meshes too (some minutes); by default it is one device against two processes, and test_steps.py
-has a mesh of eight.
+FASTSLM_ALL_LAYOUTS=1 also runs meshes of eight devices, which takes a few minutes.
 """
 
 import os
@@ -20,7 +19,7 @@ STAGES = ("1 short", "2 long", "3 mixed")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{name: {stage: losses, "stage|parameter": gradient}}."""
+    """{layout: {stage: losses, "stage|parameter": gradient}}."""
     out = tmp_path_factory.mktemp("layouts")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -39,8 +38,8 @@ def results(tmp_path_factory):
     ]
     try:
         for process in processes:
-            _, said = process.communicate(timeout=1500)
-            assert process.returncode == 0, said[-2000:]
+            _, log = process.communicate(timeout=1500)
+            assert process.returncode == 0, log[-2000:]
     finally:
         for process in processes:
             process.kill()
@@ -49,7 +48,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", [*MESHES, "two processes"])
-def test_a_layout_trains_as_one_device_does(results, name, stage):
+def test_a_layout_matches_one_device(results, name, stage):
     one, other = results["1"], results[name]
     assert set(one) == set(other)
     np.testing.assert_allclose(other[stage][0], one[stage][0], rtol=1e-5)
@@ -63,7 +62,7 @@ def test_a_layout_trains_as_one_device_does(results, name, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_steps_learn(results, stage):
+def test_the_loss_decreases(results, stage):
     losses = results["1"][stage]
     assert len(losses) == 20
     assert losses[-3:].mean() < losses[:3].mean() - 0.05

@@ -1,4 +1,4 @@
-"""Bytes by kind, and the one check that something fits."""
+"""Device memory: bytes by kind, and the check that something fits."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from fastslm_jax import memory, sharding
 
 
-def test_bytes_of_the_fullest_device():
+def test_bytes_per_device():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     sharded = jax.ShapeDtypeStruct(
         (2, 32, 64), np.float32, sharding=NamedSharding(mesh, P(None, "fsdp", "tensor"))
@@ -20,14 +20,14 @@ def test_bytes_of_the_fullest_device():
 
 
 def test_kv_cache_of_eight_hours_of_speech():
-    """Qwen3-4B in bfloat16 takes 144 KiB a token, so 48 000 speech tokens take 6.6 GiB."""
+    """Qwen3-4B in bfloat16: 144 KiB per token, 6.6 GiB for 48 000 speech tokens."""
     sizes = {"layers": 36, "rows": 1, "length": 48_000, "kv_heads": 8, "head_dim": 128}
     assert memory.kv_cache_bytes(**sizes, dtype=jnp.bfloat16) == 48_000 * 144 * 1024
     quantized = memory.kv_cache_bytes(**sizes, dtype=jnp.int8)
     assert quantized == 48_000 * (72 * 1024 + 2 * 36 * 8 * 4)
 
 
-def test_a_step_that_does_not_fit_lists_its_parts():
+def test_an_error_lists_the_parts_that_do_not_fit():
     parts = {"frozen": 3 << 30, "batch": 1 << 29}
     memory.check("a step", parts, 4 << 30, lambda: pytest.fail("it fits"))
     memory.check("a step", parts, None, lambda: pytest.fail("the capacity is unknown"))
@@ -35,5 +35,5 @@ def test_a_step_that_does_not_fit_lists_its_parts():
         memory.check("a step", parts, 2 << 30, lambda: "use more devices")
     assert str(raised.value) == (
         "a step needs at least 3.50 GiB per device (frozen 3.00, batch 0.50), "
-        "available are 2.00 GiB; use more devices"
+        "but only 2.00 GiB is available; use more devices"
     )

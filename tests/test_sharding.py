@@ -1,4 +1,4 @@
-"""The mesh over eight devices, and where parameters and rows lie on it."""
+"""The mesh on eight devices, and the sharding of parameters, activations and rows."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fastslm_jax import sharding
+from fastslm_jax import chips, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.lora import Projection
 
@@ -21,7 +21,7 @@ from fastslm_jax.models.lora import Projection
         ({"data": 1, "fsdp": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}),
     ],
 )
-def test_meshes(axes, shape):
+def test_make_mesh(axes, shape):
     assert dict(sharding.make_mesh(**axes).shape) == shape
 
 
@@ -30,42 +30,38 @@ def test_meshes(axes, shape):
     [
         (
             {"data": 3},
-            r"\{'data': 3, 'fsdp': 1, 'tensor': 1\} does not fit 8 devices; its sizes must multiply to that number",
+            r"'fsdp': 1, 'tensor': 1\} does not fit 8 devices: the product of the sizes must be 8",
         ),
         ({"data": -1, "fsdp": 3}, "does not fit 8 devices"),
-        ({"data": -1, "fsdp": -1}, "one at most is -1"),
-        ({"data": 0}, "sizes are positive"),
+        ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+        ({"data": 0}, "sizes must be positive"),
     ],
 )
-def test_meshes_that_do_not_fit(axes, message):
+def test_invalid_meshes(axes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(**axes)
 
 
 @pytest.mark.parametrize(
-    ("asked", "devices", "nearest"),
+    ("requested", "devices", "nearest"),
     [
         ({"data": 3, "fsdp": 2, "tensor": 1}, 8, {"data": 4, "fsdp": 2, "tensor": 1}),
         ({"data": -1, "fsdp": 16, "tensor": 1}, 8, {"data": 1, "fsdp": 8, "tensor": 1}),
         ({"data": -1, "fsdp": 6, "tensor": 2}, 32, {"data": 2, "fsdp": 8, "tensor": 2}),
     ],
 )
-def test_the_nearest_mesh(asked, devices, nearest):
-    assert sharding.nearest_mesh(asked, devices) == nearest
+def test_nearest_mesh(requested, devices, nearest):
+    assert sharding.nearest_mesh(requested, devices) == nearest
 
 
-def test_slices_lie_along_data():
-    """Two slices of four chips: only `data` crosses from one to the other."""
+def test_slices_are_split_along_data():
+    """Two slices of four chips: only `data` spans both."""
     pytest.importorskip("libtpu")
-    from fastslm_jax import chips
-
     devices = chips.parse_topology("v5e:2x2x2").devices()
     mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, devices=devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
-    with pytest.raises(
-        UserError, match="data must be a multiple of the 2 slices, which lie along it"
-    ):
+    with pytest.raises(UserError, match="data must be a multiple of the number of slices, 2"):
         sharding.make_mesh(data=1, fsdp=8, devices=devices)
 
 
@@ -74,7 +70,7 @@ def mesh():
     return sharding.make_mesh(data=2, fsdp=2, tensor=2)
 
 
-def test_the_table_covers_the_model_and_every_pattern_is_needed(params, mesh):
+def test_the_table_covers_the_model_and_has_no_unused_pattern(params, mesh):
     shardings = sharding.parameter_shardings(flatten_dict(params, sep="/"), mesh)
     assert set(shardings) == set(flatten_dict(params, sep="/"))
     assert {spec for _, spec in sharding.PARAMETER_TABLE} == {
@@ -98,12 +94,12 @@ def test_the_table_covers_the_model_and_every_pattern_is_needed(params, mesh):
         ("hfq_former/compressor_1/query", P()),
     ],
 )
-def test_where_parameters_lie(params, mesh, path, spec):
+def test_parameter_shardings(params, mesh, path, spec):
     leaves = flatten_dict(params, sep="/")
     assert sharding.parameter_shardings({path: leaves[path]}, mesh)[path].spec == spec
 
 
-def test_a_device_holds_its_part_only(params, mesh):
+def test_a_device_stores_only_its_shard(params, mesh):
     path = "llm/layers/query/kernel"
     leaf = flatten_dict(params, sep="/")[path]
     placed = jax.device_put(leaf, sharding.parameter_shardings({path: leaf}, mesh)[path])
@@ -111,41 +107,40 @@ def test_a_device_holds_its_part_only(params, mesh):
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 16, 32)}
 
 
-def test_parameters_that_do_not_fit_are_named(mesh):
+def test_errors_name_the_parameter(mesh):
     def place(path, shape):
         sharding.parameter_shardings({path: jax.ShapeDtypeStruct(shape, np.float32)}, mesh)
 
-    with pytest.raises(
-        UserError,
-        match=r"parameter llm/gadget \(3,\) matches no pattern of sharding.PARAMETER_TABLE; add one",
-    ):
+    message = r"parameter llm/gadget \(3,\) matches no pattern of sharding.PARAMETER_TABLE"
+    with pytest.raises(UserError, match=message):
         place("llm/gadget", (3,))
     message = (
-        r"parameter llm/layers/query/kernel \(2, 7, 64\): dimension 1 does not divide over fsdp=2; "
-        r"choose config.mesh.fsdp among the divisors of 7, the nearest are 1 and 7"
+        r"parameter llm/layers/query/kernel \(2, 7, 64\): dimension 1 is not divisible by fsdp=2; "
+        r"set config.mesh.fsdp to a divisor of 7, for example 1 or 7"
     )
     with pytest.raises(UserError, match=message):
         place("llm/layers/query/kernel", (2, 7, 64))
 
 
-def test_a_table_with_two_dimensions_on_one_axis_is_refused(mesh, monkeypatch):
+def test_a_pattern_with_two_dimensions_on_one_axis_is_an_error(mesh, monkeypatch):
     monkeypatch.setattr(sharding, "PARAMETER_TABLE", ((r".*", P(None, "fsdp", "fsdp")),))
     leaf = jax.ShapeDtypeStruct((2, 8, 64), np.float32)
-    with pytest.raises(
-        UserError,
-        match=r"parameter llm/gate \(2, 8, 64\): .* puts two of its dimensions on one mesh axis",
-    ):
+    message = r"parameter llm/gate \(2, 8, 64\): .* assigns two dimensions to one mesh axis"
+    with pytest.raises(UserError, match=message):
         sharding.parameter_shardings({"llm/gate": leaf}, mesh)
 
 
-def test_batches_must_divide(mesh):
+def test_batches_must_be_divisible(mesh):
     sharding.check_batch(8, accumulate=2, mesh=mesh)
-    message = r"global_batch_size=7 does not divide over data × fsdp = 4 devices in 2 micro-batches; the nearest that does is 8"
+    message = (
+        "global_batch_size=7 is not divisible by data × fsdp × accumulate = 4 × 2; "
+        "the nearest valid size is 8"
+    )
     with pytest.raises(UserError, match=message):
         sharding.check_batch(7, accumulate=2, mesh=mesh)
 
 
-def test_rows_lie_over_data_and_fsdp(mesh):
+def test_rows_are_sharded_over_data_and_fsdp(mesh):
     tokens = np.arange(8 * 3).reshape(8, 3)
     placed = sharding.shard_batch({"tokens": tokens}, mesh)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
@@ -159,8 +154,8 @@ def test_nearest_divisors(number, near, divisors):
     assert sharding.nearest_divisors(number, near) == divisors
 
 
-def test_a_projection_gathers_its_weights_and_leaves_rows_where_they_are():
-    """The kernel lies over fsdp and the inputs are whole: only the tables say that the result lies by rows and columns."""
+def test_a_projection_gathers_its_weights_and_not_its_activations():
+    """Only ACTIVATION_TABLE determines the sharding of the output: the input is replicated."""
     mesh = sharding.make_mesh(2, 2, 2)
     layer = Projection(16, name="gate")
     x, kernel = jnp.ones((8, 4, 32)), jnp.ones((32, 16))
@@ -169,14 +164,14 @@ def test_a_projection_gathers_its_weights_and_leaves_rows_where_they_are():
         with sharding.activations_on(mesh):
             return layer.apply({"params": {"kernel": kernel}}, x)
 
-    lies = [NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp", "tensor"))]
-    compiled = jax.jit(apply, in_shardings=lies).lower(x, kernel).compile()
+    shardings = [NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp", "tensor"))]
+    compiled = jax.jit(apply, in_shardings=shardings).lower(x, kernel).compile()
     assert compiled.output_shardings.is_equivalent_to(
         NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3
     )
     gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert len(gathered) == 1
-    assert "f32[32,8]" in gathered[0]  # the kernel, whole over fsdp, half of its columns
+    assert "f32[32,8]" in gathered[0]  # all rows of the kernel, half of its columns
     np.testing.assert_array_equal(
-        jax.jit(apply, in_shardings=lies)(x, kernel), np.full((8, 4, 16), 32.0)
+        jax.jit(apply, in_shardings=shardings)(x, kernel), np.full((8, 4, 16), 32.0)
     )

@@ -250,12 +250,12 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
 ERRORS = {
     "wrong device count": (
         {"mesh.fsdp": 3},
-        "config.mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 1 devices; its sizes must multiply to that number, the "
-        "nearest that do are {'data': 1, 'fsdp': 1, 'tensor': 1}",
+        "config.mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 1 devices: the product of "
+        "the sizes must be 1; the nearest mesh is {'data': 1, 'fsdp': 1, 'tensor': 1}",
     ),
     "indivisible batch": (
         {"accumulate": 4},
-        "config.global_batch_size=2 does not divide over data × fsdp = 1 devices in 4 micro-batches",
+        "config.global_batch_size=2 is not divisible by data × fsdp × accumulate = 1 × 4",
     ),
     "unknown trainable pattern": (
         {"trainable": ((r"decoder/.*", True), (r".*", False))},

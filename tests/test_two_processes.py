@@ -1,4 +1,4 @@
-"""train.py on two real processes: dev evaluation, checkpoints, SIGTERM to one, going on as one; what TensorBoard shows."""
+"""train.py on two processes: dev evaluation, SIGTERM to one process, resuming with one process."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
 
 
 def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[subprocess.Popen]:
-    """A run on four virtual devices."""
+    """Starts a run on four virtual devices in total."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
     }
     command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}"]
@@ -69,16 +69,15 @@ def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
 def lines(workdir: pathlib.Path, field: str) -> dict[int, float]:
     """{step: value} of metrics.jsonl."""
     file = workdir / "metrics.jsonl"
-    whole = (
-        file.read_text().rpartition("\n")[0] if file.exists() else ""
-    )  # a line may be being written
-    found = [json.loads(line) for line in whole.splitlines()]
+    # The last line may be incomplete.
+    complete = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    found = [json.loads(line) for line in complete.splitlines()]
     return {line["step"]: line[field] for line in found if field in line}
 
 
-def test_two_processes_are_stopped_and_one_goes_on(folder, tmp_path):
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    finish(start(folder, undisturbed, processes=1), undisturbed)
+def test_one_process_resumes_a_run_of_two(folder, tmp_path):
+    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
+    finish(start(folder, reference, processes=1), reference)
 
     processes = start(folder, stopped, processes=2)
     deadline = time.time() + 240
@@ -88,20 +87,20 @@ def test_two_processes_are_stopped_and_one_goes_on(folder, tmp_path):
         and all(p.poll() is None for p in processes)
     ):
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)  # a scheduler need not tell all of them
+    processes[1].send_signal(signal.SIGTERM)  # a scheduler may signal only one
     finish(processes, stopped)
     done = max(lines(stopped, "loss"))
     assert 4 <= done < CHANGES["steps"]
     finish(start(folder, stopped, processes=1), stopped)
 
-    losses, expected = lines(stopped, "loss"), lines(undisturbed, "loss")
+    losses, expected = lines(stopped, "loss"), lines(reference, "loss")
     assert list(losses) == list(expected) == list(range(1, CHANGES["steps"] + 1))
     assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-5)
-    scores, expected = lines(stopped, "dev/wer"), lines(undisturbed, "dev/wer")
+    scores, expected = lines(stopped, "dev/wer"), lines(reference, "dev/wer")
     assert scores == expected
     assert set(scores) == {4, 8}
 
-    events = EventAccumulator(str(undisturbed)).Reload()
+    events = EventAccumulator(str(reference)).Reload()
     shown = {"loss", "learning_rate", "audio_seconds_per_second", "dev/wer", "dev/asr"}
     assert shown <= set(events.Tags()["tensors"])
     assert [event.step for event in events.Tensors("dev/wer")] == [4, 8]

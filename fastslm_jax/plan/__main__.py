@@ -1,8 +1,93 @@
-"""Command line of the planner; see `fastslm_jax.plan.compile`."""
+"""Compiles the train step of a config and reports whether it fits and what limits its speed.
 
-from fastslm_jax import cli
-from fastslm_jax.plan import compile as plan
+    python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:4x4
+    python -m fastslm_jax.plan --config=... --topology=v5e:16x16x2 --rows_per_chip=1    # two slices
+    python -m fastslm_jax.plan --config=... --config.mesh.fsdp=1                 # local devices
+    python -m fastslm_jax.plan --config=... --topology=v5p:4x4x4 --sweep
+
+For TPU topologies, the TPU compiler (pip install -e .[tpu]) compiles the step on any machine, with
+or without a TPU. Times are lower bounds from the peak figures of the chips: real steps take longer.
+--sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster: layouts and
+collectives are the same, but the machine code is slower (docs/performance.md).
+
+The last line of the output is a JSON object.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from fastslm_jax import chips, cli
+from fastslm_jax.plan import published_configs
+from fastslm_jax.plan.compile import plan, set_rows
+from fastslm_jax.plan.sweep import sweep
+from fastslm_jax.plan.table import print_table
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, for example configs/stage2_longform.py.", lock_config=True
+    )
+    flags.DEFINE_string(
+        "topology",
+        "",
+        "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; "
+        "default: the local devices.",
+    )
+    flags.DEFINE_integer(
+        "rows_per_chip",
+        0,
+        "Sets config.global_batch_size to this many rows per chip; 0: unchanged.",
+    )
+    flags.DEFINE_bool("sweep", False, "Plan several meshes and rows per chip, and rank them.")
+    flags.DEFINE_list("sweep_rows", ["1", "2", "4"], "Rows per chip of the sweep.")
+    flags.DEFINE_list(
+        "sweep_fsdp", [], "Sizes of the fsdp axis of the sweep; default: powers of two."
+    )
+    flags.DEFINE_list("sweep_tensor", ["1"], "Sizes of the tensor axis of the sweep.")
+    flags.DEFINE_enum(
+        "effort",
+        "default",
+        ["default", "O0", "O1", "O2", "O3"],
+        "Optimization level of the compiler.",
+    )
+    flags.DEFINE_string("hlo", "", "File to write the optimized HLO to.")
+    flags.mark_flag_as_required("config")
+
+
+def main(_: Sequence[str]) -> None:
+    config = FLAGS.config
+    jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct
+    if FLAGS.effort != "default":
+        jax.config.update("jax_optimization_level", FLAGS.effort)
+    if FLAGS.topology:
+        jax.config.update("jax_platforms", "cpu")
+        topology = chips.parse_topology(FLAGS.topology)
+        devices, chip, name = topology.devices(), topology.chip, FLAGS.topology
+    else:
+        devices = jax.devices()
+        chip = chips.of_device(devices[0])
+        name = f"{len(devices)} × {devices[0].device_kind}"
+    with tempfile.TemporaryDirectory() as folder:
+        for base in ("whisper", "llm"):
+            config.base[base] = published_configs.local(config.base[base], pathlib.Path(folder))
+        if FLAGS.sweep:
+            sizes = (FLAGS.sweep_rows, FLAGS.sweep_fsdp, FLAGS.sweep_tensor)
+            result = sweep(config, devices, chip, name, *(list(map(int, part)) for part in sizes))
+        else:
+            set_rows(config, devices, chip, FLAGS.rows_per_chip)
+            result = plan(config, devices, chip, name, FLAGS.hlo)
+            print_table(result)
+    print(json.dumps(result))
+
 
 if __name__ == "__main__":
-    plan.define_flags()
-    cli.run(plan.main)
+    define_flags()
+    cli.run(main)

@@ -1,5 +1,7 @@
-"""Sizes of the public bases that the full-size configs name, as in their config.json on the Hugging Face hub: a plan needs no
-download."""
+"""Sizes of the base models of the full-size configs, so that plans need no download.
+
+Copied from their config.json on the Hugging Face Hub.
+"""
 
 import json
 import pathlib
@@ -31,7 +33,10 @@ CONFIGS = {
 
 
 def local(name: str, folder: pathlib.Path) -> str:
-    """A base's name, or for one of CONFIGS a folder inside `folder` with its config.json and nothing else."""
+    """Writes the config.json of a known base model under `folder` and returns its folder.
+
+    Returns the name itself if it is a local folder or not in CONFIGS.
+    """
     if name not in CONFIGS or pathlib.Path(name).is_dir():
         return name
     target = folder / name

@@ -440,7 +440,9 @@ def test_requests_that_do_not_fit_are_rejected_before_any_work(model, params, en
     monkeypatch.setattr(memory, "free_bytes", lambda: 2**20)
     full = Generator(model, params, encoder)
     monkeypatch.setattr(full, "encode_speech", None)
-    message = r"\(key-value cache .*\), available are 0.00 GiB; use --kv_cache=int8, or lower"
+    message = (
+        r"\(key-value cache .*\), but only 0.00 GiB is available; use --kv_cache=int8, or lower"
+    )
     with pytest.raises(memory.CapacityError, match=message):
         full.answer([dataclasses.replace(request, max_new_tokens=20_000)])
 

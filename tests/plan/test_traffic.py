@@ -1,0 +1,43 @@
+"""HBM traffic of a compiled program."""
+
+from fastslm_jax.plan import hlo, traffic
+
+TEXT = """\
+%update (a: f32[4,100], b: f32[4,100], i: s32[]) -> f32[4,100] {
+  %a = f32[4,100]{1,0} parameter(0)
+  %b = f32[4,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %part = f32[1,100]{1,0} dynamic-slice(%b, %i, %z), dynamic_slice_sizes={1,100}
+  ROOT %new = f32[4,100]{1,0} dynamic-update-slice(%a, %part, %i, %z)
+}
+
+%condition (c: (s32[], f32[4,100], f32[4,100])) -> pred[] {
+  %c = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+%body (s: (s32[], f32[4,100], f32[4,100])) -> (s32[], f32[4,100], f32[4,100]) {
+  %s = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %a = f32[4,100]{1,0} get-tuple-element(%s), index=1
+  %b = f32[4,100]{1,0} get-tuple-element(%s), index=2
+  %updated = f32[4,100]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%update
+  ROOT %out = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) tuple(%i, %updated, %b)
+}
+
+ENTRY %main (s0: (s32[], f32[4,100], f32[4,100])) -> f32[4,100] {
+  %s0 = (s32[], f32[4,100]{1,0}, f32[4,100]{1,0}) parameter(0)
+  %loop = (s32[], f32[4,100], f32[4,100]) while(%s0), condition=%condition, body=%body, TRIPS
+  %a = f32[4,100]{1,0} get-tuple-element(%loop), index=1
+  ROOT %near = f32[4,100]{1,0:S(1)} negate(%a)
+}
+""".replace("TRIPS", 'config={"known_trip_count":{"n":"4"}}')
+
+
+def test_hbm_traffic():
+    """A loop that copies a slice of 400 bytes, in place; then a result in on-chip memory."""
+    counter = 4  # read by the fusion
+    loop = 4 * (400 + 400 + counter)
+    negate = 1600  # read from HBM, written on chip
+    assert traffic.hbm_traffic(hlo.Program(TEXT)) == loop + negate
