@@ -84,22 +84,22 @@ def recording(minutes: float) -> np.ndarray:
 def measure_one(minutes: float) -> dict:
     checkpoints = Checkpoints(FLAGS.checkpoint, read_only=True)
     step = load.find_step(checkpoints, FLAGS.checkpoint)
-    generator = load.load(
+    loaded = load.load(
         load.saved_config(checkpoints, FLAGS.checkpoint, step),
         checkpoints,
         step,
         cache_dtype=FLAGS.kv_cache,
         detect_repetition=False,
     )
-    generator.native_positions = None  # no limit: quality does not matter here
-    generator.answer([generator.Request(recording(0.2), "ssum")], [8])
+    loaded.native_positions = None  # no limit: quality does not matter here
+    loaded.answer([generator.Request(recording(0.2), "ssum")], [8])
     before_gib = devices.peak_memory_gib()
     samples, before, started = recording(minutes), compilation.so_far(), time.time()
-    generator.speech([samples])
+    loaded.speech([samples])
     encoder_gib = devices.peak_memory_gib()
     encoder_seconds = time.time() - started - (compilation.so_far() - before).seconds
     before, started = compilation.so_far(), time.time()
-    (answer,) = generator.answer([generator.Request(samples, "ssum")], [NEW_TOKENS])
+    (answer,) = loaded.answer([generator.Request(samples, "ssum")], [NEW_TOKENS])
     seconds = time.time() - started - (compilation.so_far() - before).seconds
     return {
         "minutes": minutes,
@@ -113,7 +113,7 @@ def measure_one(minutes: float) -> dict:
         "encoder_seconds": round(encoder_seconds, 2),
         "windows": answer.windows,
         "speech_tokens": answer.speech_tokens,
-        "covered_seconds": min(60 * minutes, answer.windows * generator.model.window.seconds),
+        "covered_seconds": min(60 * minutes, answer.windows * loaded.model.window.seconds),
         "rtfx": round(60 * minutes / seconds, 1),
     }
 
