@@ -1,15 +1,17 @@
 """Plans the three full-size stages for TPU slices and writes docs/tpu_plan.md.
 
-    python benchmarks/tpu_plan.py [--stages=stage1_shortform,…] [--topologies=v5e:4x4,…] [--effort=O0] [--render]
+    python benchmarks/tpu_plan.py [--stages=stage1_shortform,…] [--topologies=v5e:4x4,…]
+        [--effort=O0] [--render]
 
-Each plan is a process of its own (`python -m fastslm_jax.plan`), compiled by the TPU compiler (pip install -e .[tpu]) on any
-machine; several GiB of memory and minutes of a core each. Results are kept in docs/tpu_plan.jsonl, so that a run that was stopped
-goes on with what is missing; --render only writes the page. --effort is that of `plan`; a plan that is kept is not made again
-with another. The last line is a JSON object.
+Each plan runs `python -m fastslm_jax.plan` in a separate process. The TPU compiler runs on any
+machine (pip install -e .[tpu]) and takes several GiB of memory and minutes of one core per plan.
+Results are kept in docs/tpu_plan.jsonl, and existing ones are skipped, whatever their --effort;
+--render only writes the page. Last line: one JSON object.
 
-Targets: every plan fits in 85 % of a chip's memory with at least one row a chip; executed operations are at most 1.20 times the
-minimum on v5e and 1.10 times on v5p; no gather is larger than a layer's frozen weights or the embedding; on v5p, collectives take
-less than 20 % of the time of the matrix products.
+Targets: every plan fits in 85 % of a chip's memory with at least one row per chip; executed
+operations are at most 1.20 times the minimum on v5e and 1.10 times on v5p; no gather is larger than
+a layer's frozen weights or the embedding; on v5p, collectives take less than 20 % of the time of
+the matrix products.
 """
 
 import json
@@ -17,13 +19,17 @@ import pathlib
 import subprocess
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 from absl import app, flags
+from banner import print_banner
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs/tpu_plan.jsonl", ROOT / "docs/tpu_plan.md"
 STAGES = ("stage1_shortform", "stage2_longform", "stage3_instruct")
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5e:16x16x2", "v5p:4x4x4", "v5p:8x8x16", "v6e:16x16")
-# Where a chip has room, it holds all frozen weights (no gathers) and computes less again; the configs' own values are for v5e.
+# Chips with more memory replicate the frozen weights (no gathers); v5p also rematerializes less.
+# The configs' own values are for v5e.
 EVERYTHING = "attention,query,key,value,out,gate,up"
 OVERRIDES = {
     "v5e": (),
@@ -34,10 +40,35 @@ ROWS_PER_CHIP = {"stage1_shortform": 4, "stage2_longform": 1, "stage3_instruct":
 LARGEST_RATIO = {"v5e": 1.20, "v5p": 1.10}
 
 COLUMNS = (
-    "config", "slice", "data × fsdp × tensor", "rows a chip", "peak, GiB", "executed / minimum", "sent by a chip, GiB",
-    "largest gather, GiB", "compute / memory / interconnect, s", "MFU at most", "audio hours a day at most", "effort",
-    "compile, s", "targets",
-)  # fmt: skip
+    "config",
+    "slice",
+    "data × fsdp × tensor",
+    "rows per chip",
+    "peak, GiB",
+    "executed / minimum",
+    "sent per chip, GiB",
+    "largest gather, GiB",
+    "compute / memory / interconnect, s",
+    "MFU bound",
+    "audio hours per day, bound",
+    "effort",
+    "compile, s",
+    "targets",
+)
+
+INTRODUCTION = """\
+# Plans for TPU slices
+
+Written by `python benchmarks/tpu_plan.py` from docs/tpu_plan.jsonl. The TPU compiler compiled each
+of these steps for the whole slice; nothing ran on a TPU. Steps marked "not run" have not been
+compiled. Times are bounds (docs/performance.md): what the chips' peak rates allow, with no transfer
+hidden behind matrix products. Rows are full: in stages 2 and 3 a row is one 15-minute recording.
+
+Targets: memory (85 % of the chip), operations (executed / minimum at most 1.20 on v5e, 1.10 on
+v5p), gathers (none larger than a layer's frozen weights, except the embedding's), collectives (on
+v5p less than 20 % of the compute bound). Effort is the compiler's optimization effort (`--effort`,
+docs/performance.md). Compile seconds include pauses of the machine.
+"""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("stages", list(STAGES), "Names of configs.")
@@ -46,9 +77,9 @@ flags.DEFINE_enum(
     "effort",
     "default",
     ["default", "O0", "O1", "O2", "O3"],
-    "How hard the compiler tries (see `plan`).",
+    "Optimization effort of the compiler (see `plan`).",
 )
-flags.DEFINE_bool("render", False, "Only writes the page from what is kept.")
+flags.DEFINE_bool("render", False, "Only write the page from the stored results.")
 
 
 def command(stage: str, topology: str) -> list[str]:
@@ -64,34 +95,30 @@ def command(stage: str, topology: str) -> list[str]:
     ]
 
 
-def run(stage: str, topology: str) -> dict:
-    arguments = [sys.executable, *command(stage, topology), f"--effort={FLAGS.effort}"]
-    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+def run(stage: str, topology: str) -> dict | None:
+    """The plan as `fastslm_jax.plan` reports it; None if it failed."""
+    print(f"{stage} {topology}: compiling", flush=True)
+    arguments = command(stage, topology)
+    done = subprocess.run(
+        [sys.executable, *arguments, f"--effort={FLAGS.effort}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        return {
-            "stage": stage,
-            "topology": topology,
-            "command": command(stage, topology),
-            "failed": done.returncode,
-        }
-    return {
-        "stage": stage,
-        "command": command(stage, topology),
-        **json.loads(done.stdout.splitlines()[-1]),
-    }
+        return None
+    return {"stage": stage, "command": arguments, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def kept() -> dict[tuple[str, str], dict]:
-    """{(stage, topology): result} of plans whose command is still the one that would run."""
+def stored_results() -> dict[tuple[str, str], dict]:
+    """{(stage, topology): result} of stored plans whose command has not changed."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     results = {(r["stage"], r["topology"]): r for r in map(json.loads, lines)}
-    return {
-        key: r for key, r in results.items() if "failed" not in r and r["command"] == command(*key)
-    }
+    return {key: r for key, r in results.items() if r["command"] == command(*key)}
 
 
 def misses(r: dict) -> list[str]:
-    """Targets that a plan does not meet."""
+    """Names of the targets that a plan does not meet."""
     chip = r["topology"].partition(":")[0]
     bounds, ratio = r["bound_seconds"], r["flops_executed"] / r["flops_minimum"]
     checks = {
@@ -133,17 +160,7 @@ def row(stage: str, topology: str, r: dict | None) -> str:
 
 def render(results: dict) -> str:
     lines = [
-        "# Plans for TPU slices",
-        "",
-        "Written by `python benchmarks/tpu_plan.py` from docs/tpu_plan.jsonl. The TPU compiler compiled each of these steps for",
-        'the whole slice; nothing ran on a TPU. What is marked "not run" has not been compiled. Times are bounds',
-        "(docs/performance.md): what the chips' peak figures allow, with no transfer hidden behind products. Rows are full: in",
-        "stages 2 and 3 a row is a recording of 15 minutes.",
-        "",
-        "Targets: memory (85 % of the chip), operations (executed / minimum at most 1.20 on v5e, 1.10 on v5p), gathers (none",
-        "larger than a layer's frozen weights, but the embedding's), collectives (on v5p less than 20 % of the compute bound).",
-        "Effort is how hard the compiler tried (`--effort`, docs/performance.md); compile seconds include pauses.",
-        "",
+        INTRODUCTION,
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
         *(
@@ -165,38 +182,27 @@ def render(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(_):
-    results = kept()
+def main(_: list[str]) -> None:
+    print_banner("Plans of the full-size stages against their targets, by the TPU compiler.", "cpu")
+    results = stored_results()
     for topology in FLAGS.topologies:
         for stage in FLAGS.stages:
             if FLAGS.render or (stage, topology) in results:
                 continue
             result = run(stage, topology)
-            if "failed" in result:
+            if result is None:
                 print(f"{stage} {topology}: failed, see above", flush=True)
                 continue
             results[stage, topology] = result
             RESULTS.write_text("".join(json.dumps(r) + "\n" for r in results.values()))
-            print(
-                f"{stage} {topology}: {', '.join(misses(result)) or 'all targets met'}", flush=True
-            )
+            missed = ", ".join(misses(result)) or "all targets met"
+            print(f"{stage} {topology}: {missed}", flush=True)
     page = render(results)
     PAGE.write_text(page)
     print(page)
-    wanted = [(stage, topology) for stage in STAGES for topology in TOPOLOGIES]
-    print(
-        json.dumps(
-            {
-                "planned": len(results),
-                "of": len(wanted),
-                "missed": {
-                    f"{stage} {topology}": misses(r)
-                    for (stage, topology), r in results.items()
-                    if misses(r)
-                },
-            }
-        )
-    )
+    missed = {" ".join(key): misses(r) for key, r in results.items() if misses(r)}
+    planned = {"planned": len(results), "of": len(STAGES) * len(TOPOLOGIES)}
+    print(json.dumps(planned | {"missed": missed}))
 
 
 if __name__ == "__main__":
