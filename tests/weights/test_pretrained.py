@@ -286,9 +286,7 @@ def test_fingerprint_depends_on_content_only(llm_folder, tmp_path):
 
 def test_added_tokens_must_fit_the_embedding_rows(tokenizer_folder):
     assert len(prompts.load_tokenizer(tokenizer_folder, 309)) == 309
-    with pytest.raises(
-        UserError, match="added tokens reach id 308"
-    ):
+    with pytest.raises(UserError, match="added tokens reach id 308"):
         prompts.load_tokenizer(tokenizer_folder, 308)
 
 
