@@ -17,7 +17,7 @@ from clu import metric_writers, parameter_overview
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from fastslm_jax import chips, cli, distributed, flops, sharding
+from fastslm_jax import chips, cli, devices, distributed, flops, memory, sharding
 from fastslm_jax.data import rows as pipeline
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.errors import UserError
@@ -29,7 +29,6 @@ from fastslm_jax.training import experiment, optim
 from fastslm_jax.training import step as steps
 from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
 from fastslm_jax.training.logging import (
-    Compilations,
     JsonLinesWriter,
     Profile,
     Timer,
@@ -57,7 +56,7 @@ def main(_):
     setup = experiment.build(config, mesh=mesh)
     model, encoder = setup.model, setup.prompt_tokenizer()
     built = training.build(config, setup, mesh)
-    training.check_capacity(config, setup, built, mesh)
+    training.check_capacity(config, setup, built, mesh, memory.capacity_of(mesh))
 
     # ---------------------------------------------------------------------------------------------------------- data
     rows = experiment.make_rows(config, setup, encoder)
@@ -125,7 +124,7 @@ def main(_):
             )
     profile = Profile(config.profile if is_first_process else "", workdir / "profile")
     part, parts = distributed.rows_of_process(mesh)
-    timer, compilations = Timer(parts), Compilations()
+    timer, compiled, first_programs = Timer(parts), devices.Compiled(), 0
     flops_per_step = sum(flops.minimum(model, rows.shape, config.global_batch_size).values())
     dev_scores, pending, stopped, not_finite = {}, collections.deque(), False, 0
 
@@ -148,8 +147,9 @@ def main(_):
             batch, on_devices = next(batches)
         timer.count(batch)
         profile.begin(step)
-        with compilations.counting():
-            state, metrics = built.train_step(state, frozen, on_devices)
+        before = devices.compiled_so_far()
+        state, metrics = built.train_step(state, frozen, on_devices)
+        compiled += devices.compiled_so_far() - before
         profile.end(step, metrics)
         bar.update()
 
@@ -160,15 +160,15 @@ def main(_):
             not_finite += not check_finite(*pending.popleft(), config)
             timer.finished()
         if step == first_step + 1:
-            first_programs = compilations.programs
+            first_programs = compiled.programs
             for choice, count in sorted(attention.CHOICES.items()):
                 logging.info("attention by %s (%d times)", choice, count)
         if is_logged:
             rates = timer.rates()
             rates |= speed(flops_per_step, rates.get("step_seconds"), mesh)
             rates |= {
-                "compile_seconds": compilations.seconds,
-                "recompilations": compilations.programs - first_programs,
+                "compile_seconds": compiled.seconds,
+                "recompilations": compiled.programs - first_programs,
             }
             rates["skipped_total"] = not_finite
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -261,7 +261,7 @@ def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
     main_metric = {"asr": "wer", "ast": "chrf", "ssum": "rougeL", "sqqa": "em"}
     scores = {}
     for task, utterances in dev.items():
-        predictions = evaluation.predict(generator, utterances, batch_size=batch_size)
+        predictions = evaluation.predictions(generator, utterances, batch_size=batch_size)
         scores[main_metric[task]] = evaluation.summarize(predictions)[main_metric[task]]
         examples = "\n\n".join(
             f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5]

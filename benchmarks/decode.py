@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax import compilation, devices
+from fastslm_jax import devices
 from fastslm_jax.inference.batching import CHUNK, Prompt
 from fastslm_jax.inference.generator import Generator, bucketed_length
 from fastslm_jax.models.fastslm import FastSLM
@@ -123,9 +123,9 @@ def main(_):
                         inputs, attention_mask=torch.ones_like(inputs), **options
                     )[:, PROMPT:].numpy()
 
-            before = compilation.so_far()
+            before = devices.compiled_so_far()
             tokens = ours()
-            compiling = (compilation.so_far() - before).seconds
+            compiling = (devices.compiled_so_far() - before).seconds
             equal = float(np.mean(tokens == pytorch()))
             seconds = {"ours": [], "pytorch": []}
             for _ in range(FLAGS.rounds):

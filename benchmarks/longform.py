@@ -35,7 +35,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from fastslm_jax import audio, chips, cli, compilation, devices, sharding
+from fastslm_jax import audio, chips, cli, devices, sharding
 from fastslm_jax import config as config_lib
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import batching, generator, load, long_form, programs
@@ -90,15 +90,15 @@ def measure_one(minutes: float) -> dict:
     generator.native_positions = None  # memory and time do not ask what the model was trained for
     generator.answer([generator.Request(recording(0.2), "ssum")], [8])
     before_gib = devices.peak_memory_gib()
-    samples, before, started = recording(minutes), compilation.so_far(), time.time()
+    samples, before, started = recording(minutes), devices.compiled_so_far(), time.time()
     generator.speech([samples])
     encoder_gib, encoded = (
         devices.peak_memory_gib(),
-        time.time() - started - (compilation.so_far() - before).seconds,
+        time.time() - started - (devices.compiled_so_far() - before).seconds,
     )
-    before, started = compilation.so_far(), time.time()
+    before, started = devices.compiled_so_far(), time.time()
     (answer,) = generator.answer([generator.Request(samples, "ssum")], [NEW_TOKENS])
-    seconds = time.time() - started - (compilation.so_far() - before).seconds
+    seconds = time.time() - started - (devices.compiled_so_far() - before).seconds
     return {
         "minutes": minutes,
         "peak_gib": devices.peak_memory_gib(),

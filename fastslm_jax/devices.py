@@ -1,7 +1,7 @@
 """What the device has: its name, cores, free memory, and the most that was in use."""
 
+import dataclasses
 import os
-import pathlib
 import resource
 
 import jax
@@ -16,18 +16,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_memory() -> int | None:
-    """Bytes free on a device of this process (on a CPU: of the machine); None where the system does not tell."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    meminfo = pathlib.Path("/proc/meminfo")
-    if jax.default_backend() != "cpu" or not meminfo.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
-
-
 def peak_memory_gib() -> float:
     """The most memory in use so far: of the fullest device, or of this process on a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -35,3 +23,35 @@ def peak_memory_gib() -> float:
     if peaks and jax.default_backend() != "cpu":
         return round(max(peaks) / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Programs compiled so far, and seconds spent lowering and compiling them."""
+
+    programs: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Compiled") -> "Compiled":
+        return Compiled(self.programs + other.programs, self.seconds + other.seconds)
+
+    def __sub__(self, other: "Compiled") -> "Compiled":
+        return Compiled(self.programs - other.programs, self.seconds - other.seconds)
+
+
+_compiled = Compiled()
+
+
+def _count(event: str, seconds: float, **_: object) -> None:
+    global _compiled
+    is_program = event.endswith("backend_compile_duration")
+    if is_program or event.endswith("jaxpr_to_mlir_module_duration"):
+        _compiled = Compiled(_compiled.programs + is_program, _compiled.seconds + seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def compiled_so_far() -> Compiled:
+    """Compilations of this process since import; subtract two results for an interval."""
+    return _compiled

@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -168,41 +167,6 @@ def nearest_divisors(number: int, near: int) -> list[int]:
         [size for size in divisors if size > near][:1],
     )
     return below + above
-
-
-def bytes_per_device(tree) -> int:
-    """What arrays (or ShapeDtypeStructs with shardings) take of the fullest device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
-
-
-def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that a device of the mesh has; of virtual CPU devices, their share of this machine's. None if it does not say."""
-    device = mesh.local_devices[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(mesh.local_devices)
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def check_capacity(
-    parts: Mapping[str, int], capacity: int | None, fits_with: Callable[[], str]
-) -> None:
-    """Ends a run that cannot fit before anything is loaded or compiled.
-
-    Args:
-        parts: {what: bytes on a device}; a lower bound, activations come on top.
-        capacity: bytes of a device; None is not checked.
-        fits_with: asked only when it does not fit: what to choose instead.
-    """
-    needed = sum(parts.values())
-    if capacity is not None and needed > capacity:
-        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        raise UserError(
-            f"config.mesh: a device needs at least {needed / 2**30:.2f} GiB ({listed}) and has {capacity / 2**30:.2f}; "
-            f"{fits_with()}"
-        )
 
 
 def shard_batch(batch: Mapping, mesh: Mesh) -> dict[str, jax.Array]:

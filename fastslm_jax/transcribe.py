@@ -1,130 +1,107 @@
-"""Answers audio files of any length with a checkpoint.
+"""Transcribes, translates, summarizes or answers questions about audio files of any length.
 
-    python -m fastslm_jax.transcribe FILE|FOLDER|-… --checkpoint=WORKDIR [--task=asr|ast|ssum|sqqa] [--prompt=…]
-        [--format=text|json|srt|vtt] [--out=FOLDER] [--span=auto|none|SECONDS] [--stream]
+    python -m fastslm_jax.transcribe FILE|FOLDER|-… --checkpoint=WORKDIR [--prompt=…]
+        [--task=asr|ast|ssum|sqqa] [--format=text|json|srt|vtt] [--out=FOLDER]
+        [--span=auto|none|SECONDS] [--stream]
 
-The config saved in the checkpoint says which bases it stands on. A folder gives all audio files below it, `-` is read from the
-standard input. Subtitles have one entry for each span: coarse ones, cut at silence.
+The config in the checkpoint names the pretrained models that it builds on. A folder stands for all
+audio files below it, `-` for the standard input. Subtitles have one entry per segment, cut at
+silence.
 """
 
+import functools
 import json
 import pathlib
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 from tqdm import tqdm
 
-from fastslm_jax import audio, cli, compilation, devices
+from fastslm_jax import audio, cli, devices
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
 from fastslm_jax.inference import long_form
-from fastslm_jax.inference.generator import Generator, bucketed_length
+from fastslm_jax.inference.generator import Generator
+from fastslm_jax.inference.long_form import Recording, Result, Segment
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
-GROUP_SECONDS = 3600.0  # audio that is held at a time
+EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others are named as the format
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    options = {"flag_values": flag_values}
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Working directory of a trained or imported model.",
-        required=True,
-        **options,
+    string, integer, number, enum = (
+        functools.partial(define, flag_values=flag_values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_enum,
+        )
     )
-    flags.DEFINE_integer("step", None, "Its checkpoint (default: the newest).", **options)
-    flags.DEFINE_string(
-        "whisper",
-        None,
-        "Folder or hub id of the speech encoder, if it is not where the config says.",
-        **options,
-    )
-    flags.DEFINE_string(
-        "llm",
-        None,
-        "Folder or hub id of the language model, if it is not where the config says.",
-        **options,
-    )
-    flags.DEFINE_enum("task", "asr", sorted(TASKS), "What to do with the audio.", **options)
-    flags.DEFINE_string(
-        "prompt", None, "An instruction of your own (default: the task's).", **options
-    )
-    flags.DEFINE_enum(
+    string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
+    integer("step", None, "Step of the checkpoint (default: the newest).")
+    string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
+    string("llm", None, "Folder or hub id of the language model (default: the config's).")
+    enum("task", "asr", sorted(TASKS), "What to do with the audio.")
+    string("prompt", None, "An instruction that replaces the task's default.")
+    enum(
         "format",
         "text",
         ["text", "json", "jsonl", "srt", "vtt"],
-        "Text, a JSON object per line, or subtitles.",
-        **options,
+        "Text, one JSON object per line, or subtitles.",
     )
-    flags.DEFINE_string(
+    string(
         "out",
         None,
-        "Write FOLDER/NAME.txt, .json, .srt or .vtt for each file, not to the standard output.",
-        **options,
+        "Folder for one NAME.txt, .json, .srt or .vtt per file (default: the standard output).",
     )
-    flags.DEFINE_string(
+    string(
         "span",
         "auto",
-        "Seconds of a span of long recordings, none (one context), or auto.",
-        **options,
+        "Length of the segments that long recordings are cut into: seconds, none, or auto.",
     )
-    flags.DEFINE_integer(
+    integer(
         "running_prompt",
         0,
-        "Words of the transcript so far that the next span is given.",
+        "Words of the transcript so far that the next segment's prompt quotes.",
         lower_bound=0,
-        **options,
     )
-    flags.DEFINE_integer(
+    integer(
         "max_new_tokens",
         None,
-        "The most new tokens of a span (default: grows with it).",
+        "Token budget of each segment (default: grows with its length).",
         lower_bound=1,
-        **options,
     )
-    flags.DEFINE_integer(
-        "batch_size",
-        8,
-        "Spans at a time; fewer where the context is long.",
-        lower_bound=1,
-        **options,
-    )
-    flags.DEFINE_enum(
+    integer("batch_size", 8, "Segments per batch; fewer if the context is long.", lower_bound=1)
+    enum(
         "kv_cache",
         None,
         ["float32", "bfloat16", "int8"],
         "Type of the key-value cache (default: the model's).",
-        **options,
     )
-    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **options)
-    flags.DEFINE_integer("top_k", 0, "Draw from the k best tokens only (0: all).", **options)
-    flags.DEFINE_float(
-        "top_p", 1.0, "Draw from the best tokens with this probability together only.", **options
-    )
-    flags.DEFINE_float(
-        "repetition_penalty", 1.0, "Above 1: tokens that were said become less likely.", **options
-    )
-    flags.DEFINE_integer("seed", 0, "Of the draws.", **options)
+    number("temperature", 0.0, "Sampling temperature; 0 is greedy.")
+    integer("top_k", 0, "Sample from the k most likely tokens only (0: all).")
+    number("top_p", 1.0, "Sample from the most likely tokens with this total probability only.")
+    number("repetition_penalty", 1.0, "Values above 1 make tokens less likely to be repeated.")
+    integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_bool(
         "stream",
         None,
-        "Write text as it comes (default: one file, as text, to a terminal).",
-        **options,
+        "Print text while it is generated (default: for one file, as text, to a terminal).",
+        flag_values=flag_values,
     )
 
 
 def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib.Path]:
-    """Files named, audio files of folders, and `-` as a file of the standard input's bytes.
+    """The named files, the audio files of named folders, and `-` as a copy of the standard input.
 
     Raises:
-        UserError: nothing named, a name that is not there, or a folder without audio.
+        UserError: nothing is named, or a folder contains no audio.
     """
     files = []
     for name in names:
@@ -142,109 +119,85 @@ def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib
             files.append(path)
     if not files:
         raise UserError(
-            "no audio file named: python -m fastslm_jax.transcribe FILE… --checkpoint=WORKDIR"
+            "no audio file given: python -m fastslm_jax.transcribe FILE… --checkpoint=WORKDIR"
         )
     return files
 
 
-# --------------------------------------------------------------------------------------------------------------- formats
+# -------------------------------------------------------------------------------------- formats
 
 
-def _clock(seconds: float, comma: str) -> str:
+def _clock(seconds: float, decimal: str) -> str:
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
-    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{comma}{rest % 1000:03}"
+    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{decimal}{rest % 1000:03}"
 
 
-def subtitles(segments: Sequence[long_form.TranscriptSegment], kind: str) -> str:
-    """SRT or WebVTT with an entry for each span that has text."""
-    comma = "," if kind == "srt" else "."
+def subtitles(segments: Sequence[Segment], kind: str) -> str:
+    """SRT or WebVTT with an entry for each segment that has text."""
+    decimal = "," if kind == "srt" else "."
     entries = [] if kind == "srt" else ["WEBVTT\n"]
     for number, segment in enumerate((s for s in segments if s.text), start=1):
-        times = f"{_clock(segment.start, comma)} --> {_clock(segment.end, comma)}"
-        entries.append(
-            f"{number}\n{times}\n{segment.text}\n"
-            if kind == "srt"
-            else f"{times}\n{segment.text}\n"
-        )
+        times = f"{_clock(segment.start, decimal)} --> {_clock(segment.end, decimal)}"
+        head = f"{number}\n{times}" if kind == "srt" else times
+        entries.append(f"{head}\n{segment.text}\n")
     return "\n".join(entries).rstrip("\n")
 
 
-def record(
-    name: str,
-    task: str,
-    seconds: float,
-    result: long_form.Result,
-    rtfx: float,
-    compile_seconds: float,
-) -> dict:
-    """What --format=json says of a file."""
+def record(name: str, recording: Recording, result: Result) -> dict:
+    """The JSON object of a file."""
     return {
         "file": name,
         "text": result.text,
-        "task": task,
-        "seconds": round(seconds, 3),
+        "task": recording.task,
+        "seconds": round(recording.seconds, 3),
         "windows": result.windows,
         "speech_tokens": result.speech_tokens,
         "covered_seconds": result.covered_seconds,
         "stop_reason": result.stop_reason,
         "new_tokens": result.new_tokens,
-        "rtfx": round(rtfx, 2),
+        "rtfx": round(result.rtfx, 2),
         "segments": [
             {
-                "start": round(s.start, 3),
-                "end": round(s.end, 3),
-                "text": s.text,
-                "stop_reason": s.stop_reason,
+                "start": round(segment.start, 3),
+                "end": round(segment.end, 3),
+                "text": segment.text,
+                "stop_reason": segment.stop_reason,
             }
-            for s in result.segments
+            for segment in result.segments
         ],
         "decoded_again": result.again,
         "first_token_seconds": result.first_token_seconds,
-        "compile_seconds": round(compile_seconds, 2),
+        "compile_seconds": round(result.compile_seconds, 2),
         "device": devices.name(),
         "peak_memory_gib": devices.peak_memory_gib(),
     }
 
 
-class Stream:
-    """Writes an answer as it grows; `text` is all of it so far."""
+class TerminalStream:
+    """Prints an answer while it grows."""
 
     def __init__(self):
         self.written = ""
 
-    def __call__(self, _: int, text: str) -> None:
-        text = text.rstrip("\ufffd")  # a character whose bytes have not all come
+    def update(self, text: str) -> None:
+        text = text.rstrip("\ufffd")  # a character whose bytes are incomplete
         if text.startswith(self.written):
             print(text[len(self.written) :], end="", flush=True)
             self.written = text
 
     def end(self, text: str) -> None:
-        """The final text; on a line of its own if it is not what was written (a loop was mended)."""
-        print(
-            text[len(self.written) :] if text.startswith(self.written) else f"\n{text}", flush=True
-        )
+        """Prints the rest, or the whole text if it differs (a repetition loop was cut)."""
+        rest = text[len(self.written) :] if text.startswith(self.written) else f"\n{text}"
+        print(rest, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
-
-
-def groups(seconds: Sequence[float], limit: float = GROUP_SECONDS) -> Iterator[list[int]]:
-    """Files in their order, up to `limit` seconds together."""
-    members, total = [], 0.0
-    for i, length in enumerate(seconds):
-        if members and total + length > limit:
-            yield members
-            members, total = [], 0.0
-        members.append(i)
-        total += length
-    if members:
-        yield members
+# ----------------------------------------------------------------------------------------- main
 
 
 def load(options: flags.FlagValues) -> tuple[Generator, float]:
-    """The model of a working directory, as the flags say, and the seconds of the longest recordings that it was trained on."""
+    """The generator, and the length in seconds of the longest recordings in its training."""
     checkpoints = Checkpoints(options.checkpoint, read_only=True)
     step = loading.find_step(checkpoints, options.checkpoint, options.step)
     config = loading.saved_config(
@@ -252,29 +205,44 @@ def load(options: flags.FlagValues) -> tuple[Generator, float]:
     )
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     sampling = SamplingParams(
-        options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.repetition_penalty,
+        options.seed,
     )
     generator = loading.load(
         config, checkpoints, step, cache_dtype=options.kv_cache, sampling=sampling
     )
-    return generator, long_form.trained_seconds(config, generator.model.window.seconds)
+    return generator, long_form.trained_seconds(config.data.train, generator.model.window.seconds)
 
 
 def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = find_files(argv[1:], pathlib.Path(folder))
-        seconds = [
-            audio.probe(file) for file in files
-        ]  # what cannot be read is refused before the model is loaded
+        # Unreadable files are rejected before the model is loaded.
+        recordings = [_recording(options, file) for file in files]
         if options.format in ("srt", "vtt") and len(files) > 1 and not options.out:
             raise UserError(
-                f"--format={options.format}: {len(files)} files need --out=FOLDER, a file of subtitles for each"
+                f"--format={options.format}: {len(files)} files need --out=FOLDER, "
+                "for one file of subtitles each"
             )
         if options.out and len({out_path(options, file) for file in files}) < len(files):
             raise UserError(
-                f"--out={options.out}: two of the audio files have the same name; transcribe them apart"
+                f"--out={options.out}: two audio files have the same name; transcribe them apart"
             )
-        transcribe(options, *load(options), files, seconds)
+        transcribe(options, *load(options), files, recordings)
+
+
+def _recording(options: flags.FlagValues, file: pathlib.Path) -> Recording:
+    return Recording(
+        audio.probe(file),
+        functools.partial(audio.read_audio, file),
+        options.task,
+        options.prompt,
+        context_words=options.running_prompt,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
 def transcribe(
@@ -282,83 +250,57 @@ def transcribe(
     generator: Generator,
     trained: float,
     files: Sequence[pathlib.Path],
-    seconds: Sequence[float],
+    recordings: Sequence[Recording],
 ) -> None:
-    """Answers files of known lengths, as the flags say; `trained`: seconds of the longest recordings of the training."""
-    what, limit = (options.task, options.prompt), options.max_new_tokens
-    span_of = [
-        long_form.span_for(generator, length, *what, trained, options.span, limit)
-        for length in seconds
+    """Answers files as the flags say; `trained`: seconds of the longest training recordings."""
+    recordings = [
+        long_form.with_segments(generator.capacity, recording, trained, options.span)
+        for recording in recordings
     ]
-    needed = [
-        long_form.needed_positions(generator, length, *what, span, limit)
-        for length, span in zip(seconds, span_of, strict=True)
-    ]
-    streams = (
-        options.stream
-        if options.stream is not None
-        else len(files) == 1 and sys.stdout.isatty() and not options.out
-    )
+    to_terminal = len(files) == 1 and sys.stdout.isatty() and not options.out
+    streams = options.stream if options.stream is not None else to_terminal
     if streams and (options.format != "text" or len(files) > 1):
-        raise UserError("--stream: is for one file and --format=text")
-    stream = Stream() if streams else None
-    with tqdm(
-        total=round(sum(seconds)),
-        unit="s",
-        desc="audio",
-        disable=streams or not sys.stderr.isatty(),
-    ) as bar:
-        for members in groups(seconds):
-            jobs = [
-                long_form.LongFormRequest(
-                    audio.read_audio(files[i]),
-                    *what,
-                    span_of[i],
-                    options.running_prompt,
-                    options.max_new_tokens,
-                )
-                for i in members
-            ]
-            started, before = time.time(), compilation.so_far()
-            results = long_form.answer(
-                generator,
-                jobs,
-                options.batch_size,
-                slots=bucketed_length(max(needed)),
-                progress=bar.update,
-                on_text=stream,
-            )
-            compiling = (compilation.so_far() - before).seconds
-            rtfx = sum(job.seconds for job in jobs) / max(time.time() - started - compiling, 1e-9)
-            for i, job, result in zip(members, jobs, results, strict=True):
-                if stream:
-                    stream.end(result.text)
-                else:
-                    described = record(
-                        shown(files[i]), options.task, job.seconds, result, rtfx, compiling
-                    )
-                    write(options, files[i], described, result, len(files))
-                warn(files[i], result)
+        raise UserError("--stream: works with one file and --format=text")
+    terminal = TerminalStream()
+    total = round(sum(recording.seconds for recording in recordings))
+    covered = [0.0] * len(files)
+    hide = streams or not sys.stderr.isatty()
+    with tqdm(total=total, unit="s", desc="audio", disable=hide) as bar:
+        for i, result in long_form.stream(
+            generator, recordings, batch_size=options.batch_size, in_order=True, partial=streams
+        ):
+            bar.update(result.covered_seconds - covered[i])
+            covered[i] = result.covered_seconds
+            if streams:
+                terminal.update(result.text)
+            if result.stop_reason is None:
+                continue
+            if streams:
+                terminal.end(result.text)
+            else:
+                write(options, files[i], recordings[i], result, num_files=len(files))
+            warn(files[i], result)
 
 
-def shown(file: pathlib.Path) -> str:
+def display_name(file: pathlib.Path) -> str:
     return "-" if file.name == "-" else str(file)
 
 
 def write(
     options: flags.FlagValues,
     file: pathlib.Path,
-    described: dict,
-    result: long_form.Result,
+    recording: Recording,
+    result: Result,
     num_files: int,
 ) -> None:
-    """One answer, to the standard output or its own file."""
+    """Writes one answer to the standard output or to its own file."""
     if options.format in ("json", "jsonl"):
-        text = json.dumps(described, ensure_ascii=False)
+        text = json.dumps(record(display_name(file), recording, result), ensure_ascii=False)
     elif options.format in ("srt", "vtt"):
         text = subtitles(result.segments, options.format)
     else:
-        text = result.text if num_files == 1 or options.out else f"{shown(file)}\t{result.text}"
+        is_alone = num_files == 1 or options.out
+        text = result.text if is_alone else f"{display_name(file)}\t{result.text}"
     if not options.out:
         print(text, flush=True)
         return
@@ -368,22 +310,19 @@ def write(
 
 
 def out_path(options: flags.FlagValues, file: pathlib.Path) -> pathlib.Path:
-    suffix = {"text": "txt", "jsonl": "json"}.get(options.format, options.format)
-    return pathlib.Path(options.out) / f"{'stdin' if file.name == '-' else file.stem}.{suffix}"
+    name = "stdin" if file.name == "-" else file.stem
+    return pathlib.Path(options.out) / f"{name}.{EXTENSIONS.get(options.format, options.format)}"
 
 
-def warn(file: pathlib.Path, result: long_form.Result) -> None:
-    """Says aloud what an answer lacks."""
+def warn(file: pathlib.Path, result: Result) -> None:
+    """Reports an incomplete answer on the standard error."""
     if result.stop_reason == "budget":
-        print(
-            f"{shown(file)}: an answer was cut at its budget of tokens; raise --max_new_tokens",
-            file=sys.stderr,
-        )
-    if result.stop_reason == "loop":
-        print(
-            f"{shown(file)}: an answer repeated itself; its repetitions were left out",
-            file=sys.stderr,
-        )
+        problem = "an answer was cut at its token budget; raise --max_new_tokens"
+    elif result.stop_reason == "loop":
+        problem = "an answer repeated itself; the repetitions were removed"
+    else:
+        return
+    print(f"{display_name(file)}: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

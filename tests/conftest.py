@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fastslm_jax.data import packing, prompts
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
-from fastslm_jax.demo import sentences
+from fastslm_jax.demo import examples
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.layers import sinusoids
@@ -48,7 +48,7 @@ def tokenizer_folder(tmp_path_factory):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [example.text for example in sentences.text_examples("train", 0, 100)]
+    texts = [example.text for example in examples.text_examples("train", 0, 100)]
     tokenizer.train_from_iterator([*texts, "user\n", "assistant\n"] * 2, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"

@@ -1,4 +1,4 @@
-"""The real entry points on the checked-in bases: corpus, three stages with a kill, evaluation, transcription."""
+"""The commands end to end: corpus, three stages with a kill, evaluation, transcription."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # a few steps: compiling takes longest
+# Compilation dominates the time of a few steps.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
 STEPS = {1: 6, 2: 3, 3: 4}
 COMMON = [
@@ -50,8 +51,8 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    counts = "utterances=80 train_ast=12 train_ssum=12 train_sqqa=12 dev=4 test_asr=4 test_ast=2 test_ssum=2 test_sqqa=2"
-    counts += " test_unseen_voices=2 test_long=1"
+    counts = "utterances=80 train_ast=12 train_ssum=12 train_sqqa=12 dev=4 test_asr=4 test_ast=2"
+    counts += " test_ssum=2 test_sqqa=2 test_unseen_voices=2 test_long=1"
     done = command(
         "-m",
         "fastslm_jax.demo.corpus",
@@ -63,11 +64,11 @@ def out(tmp_path_factory):
 
 
 def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
-    # Stage 1 undisturbed, and once more killed in the middle: the same losses.
+    # Stage 1 uninterrupted, and again with a kill: the same losses.
     done = command(*train(out, 1))
     assert done.returncode == 0, done.stderr
-    undisturbed = losses(out / "stage1")
-    assert sorted(undisturbed) == list(range(1, STEPS[1] + 1))
+    uninterrupted = losses(out / "stage1")
+    assert sorted(uninterrupted) == list(range(1, STEPS[1] + 1))
     again = [argument.replace(f"{out}/stage1", f"{out}/killed") for argument in train(out, 1)]
     killed = subprocess.Popen(
         [sys.executable, *again], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
@@ -78,9 +79,9 @@ def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert command(*again).returncode == 0
-    assert losses(out / "killed") == undisturbed
+    assert losses(out / "killed") == uninterrupted
 
-    # Stages 2 and 3 begin where the one before ended.
+    # Stages 2 and 3 start from the stage before.
     for stage in (2, 3):
         done = command(*train(out, stage))
         assert done.returncode == 0, done.stderr
@@ -98,7 +99,8 @@ def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
         json.loads(line)
         for line in (out / "stage3/eval/test_long/asr/predictions.jsonl").read_text().splitlines()
     ]
-    # A barely trained model loops: a span that did is decoded again in pieces, which take a window or two more.
+    # A barely trained model gets into repetition loops: the span is decoded again in pieces, which
+    # take a window or two more.
     assert predictions[0]["windows"] >= -(-int(100 * predictions[0]["seconds"]) // 600)
     assert predictions[0]["covered_seconds"] == pytest.approx(predictions[0]["seconds"], abs=0.01)
     assert predictions[0]["speech_tokens"] == 10 * predictions[0]["windows"]

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from safetensors.numpy import load_file
 
 from fastslm_jax import audio
 from fastslm_jax.convert import exporting, importing
-from fastslm_jax.inference.batching import CHUNK, Prompt
-from fastslm_jax.inference.generator import Generator, bucketed_length
+from fastslm_jax.inference.batching import ContinuousBatch, Prompt
+from fastslm_jax.inference.capacity import PREFILL_CHUNK, bucketed_length
+from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models import log_mel
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
@@ -180,14 +180,21 @@ def test_greedy_tokens(case, model_and_params):
     prompt = golden["input_ids"][: int(golden["prompt_len"])]
     tokens, slots, speech, length = spliced(case, prompt, *model_and_params)
     at = int(np.flatnonzero(slots[0] == 0)[0])
+    model, params = model_and_params
     decoded = Prompt(tokens[0, :length], speech[0, : slots.max() + 1], at, len(expected))
-    generator = Generator(
-        *model_and_params, types.SimpleNamespace(end_id=-1), detect_repetition=False
+    batch = ContinuousBatch(
+        model,
+        params,
+        rows=1,
+        cache_length=bucketed_length(length + len(expected) + PREFILL_CHUNK),
+        cache_dtype=jnp.float32,
+        sampling=SamplingParams(),
+        end_id=-1,
+        detect_repetition=False,
+        mesh=None,
     )
-    ((_, new, reason, _),) = generator.run(
-        [(0.0, decoded)], rows=1, slots=bucketed_length(length + len(expected) + CHUNK)
-    )
-    assert (new, reason) == (expected.tolist(), "budget")
+    (running,) = batch.run(iter([decoded]))
+    assert (running.tokens, running.stop_reason) == (expected.tolist(), "budget")
     logits = golden_logits(case, np.concatenate([prompt, expected]), *model_and_params)
     np.testing.assert_array_equal(np.argmax(logits[length - 1 : -1], axis=-1), expected)
 

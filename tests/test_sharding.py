@@ -152,28 +152,6 @@ def test_rows_lie_over_data_and_fsdp(mesh):
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
 
-# --------------------------------------------------------------------------------------------------------------- capacity
-
-
-def test_bytes_of_the_fullest_device(mesh):
-    spread = jax.ShapeDtypeStruct(
-        (2, 32, 64), np.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp", "tensor"))
-    )
-    everywhere = jax.ShapeDtypeStruct((10,), np.int16, sharding=jax.NamedSharding(mesh, P()))
-    assert sharding.bytes_per_device({"a": spread, "b": [everywhere]}) == 4 * 2 * 16 * 32 + 20
-
-
-def test_what_does_not_fit_is_listed():
-    parts = {"frozen parameters": 3 << 30, "batch": 1 << 29}
-    sharding.check_capacity(parts, 4 << 30, lambda: pytest.fail("it fits"))
-    sharding.check_capacity(parts, None, lambda: pytest.fail("nobody knows"))
-    with pytest.raises(UserError) as raised:
-        sharding.check_capacity(parts, 2 << 30, lambda: "take more devices")
-    assert str(raised.value) == (
-        "config.mesh: a device needs at least 3.50 GiB (frozen parameters 3.00, batch 0.50) and has 2.00; take more devices"
-    )
-
-
 @pytest.mark.parametrize(
     ("number", "near", "divisors"), [(24, 5, [4, 6]), (24, 6, [6, 8]), (7, 8, [7]), (7, 0, [1])]
 )

@@ -15,7 +15,7 @@ import tiny_experiment
 from absl import logging as absl_logging
 
 import train
-from fastslm_jax import sharding
+from fastslm_jax import memory
 from fastslm_jax.errors import UserError
 
 
@@ -303,10 +303,10 @@ def test_a_config_that_cannot_run(run, tmp_path, name, monkeypatch):
 
 def test_too_little_memory_is_said_before_anything_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda devices=jax.local_devices()[:2]: devices)
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 1_200_000)
+    monkeypatch.setattr(memory, "capacity_of", lambda mesh: 1_200_000)
     monkeypatch.setattr(train.experiment, "init_params", lambda *_: pytest.fail("it went on"))
     with pytest.raises(UserError) as raised:
         run(tmp_path)
     assert str(raised.value).startswith(
-        "config.mesh: a device needs at least 0.00 GiB (frozen parameters 0.00, trained"
+        "config.mesh {'data': 2, 'fsdp': 1, 'tensor': 1}: a train step needs at least 0.00 GiB"
     )

@@ -1,4 +1,4 @@
-"""The transcribe command: files in, answers out, on a tiny model; what cannot be read is refused before a model is loaded."""
+"""The transcribe command on a tiny model; unreadable files are rejected before it is loaded."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def answered(model, params, encoder, monkeypatch, capsys):
-    """answered(*arguments) → what the command writes, with the tiny model (windows of 1 s) trained on up to 10 s."""
+    """answered(*arguments) → the output with the tiny model (windows of 1 s, trained on 10 s)."""
 
     def run(*arguments):
         monkeypatch.setattr(transcribe, "load", lambda _: (Generator(model, params, encoder), 10.0))
@@ -82,7 +82,7 @@ def test_json_of_a_folder(answered, folder):
     assert by_name["narrow.mp3"]["seconds"] == pytest.approx(3.4, abs=0.2)  # mp3 comes in frames
     for name in ("under", "exact", "over"):
         segments = by_name[f"{name}.wav"]["segments"]
-        assert len(segments) >= 3  # longer than the training's recordings: in spans
+        assert len(segments) >= 3  # longer than in training: cut into segments
         assert all(s["end"] - s["start"] <= 10 for s in segments)
 
 
@@ -130,9 +130,9 @@ def test_files_of_answers(answered, folder, tmp_path):
 
 
 SEGMENTS = [
-    long_form.TranscriptSegment(0, 61.5, "anna left", "eos"),
-    long_form.TranscriptSegment(61.5, 62, "", "eos"),
-    long_form.TranscriptSegment(62, 3700, "bye", "eos"),
+    long_form.Segment(0, 61.5, "anna left", "eos"),
+    long_form.Segment(61.5, 62, "", "eos"),
+    long_form.Segment(62, 3700, "bye", "eos"),
 ]
 
 
@@ -145,20 +145,16 @@ def test_subtitles():
     )
 
 
-def test_a_stream_waits_for_whole_characters_and_mends_loops(capsys):
-    stream = transcribe.Stream()
+def test_a_stream_waits_for_whole_characters_and_removes_loops(capsys):
+    stream = transcribe.TerminalStream()
     for text in ("안", "안\ufffd", "안녕"):
-        stream(0, text)
+        stream.update(text)
     stream.end("안녕!")
     assert capsys.readouterr().out == "안녕!\n"
-    stream = transcribe.Stream()
-    stream(0, "no no no")
+    stream = transcribe.TerminalStream()
+    stream.update("no no no")
     stream.end("no")
     assert capsys.readouterr().out == "no no no\nno\n"
-
-
-def test_files_go_in_groups_of_an_hour():
-    assert list(transcribe.groups([1800, 1800, 1, 9000, 1])) == [[0, 1], [2], [3], [4]]
 
 
 def never(*_):
@@ -180,7 +176,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_refused_first(name, tmp_path, folder, monkeypatch):
+def test_unreadable_files_are_rejected_first(name, tmp_path, folder, monkeypatch):
     make, message = BAD[name]
     make(tmp_path / "bad.wav")
     monkeypatch.setattr(transcribe, "load", never)
@@ -191,16 +187,16 @@ def test_what_cannot_be_read_is_refused_first(name, tmp_path, folder, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no audio file named"),
+        ((), "no audio file given"),
         (("{empty}",), "no audio file in this folder"),
         (("{folder}", "--format=srt"), "6 files need --out=FOLDER"),
         (
             ("{folder}/short.flac", "{folder}/short.flac", "--out=x"),
-            "two of the audio files have the same name",
+            "two audio files have the same name",
         ),
     ],
 )
-def test_requests_that_cannot_be_met(arguments, message, folder, tmp_path, monkeypatch):
+def test_impossible_requests_are_rejected(arguments, message, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe, "load", never)
     with pytest.raises(UserError, match=message):
         transcribe.main(
@@ -211,10 +207,10 @@ def test_requests_that_cannot_be_met(arguments, message, folder, tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--span=x",), "--span=x: give auto, none, or seconds"),
-        (("--stream", "--format=json"), "--stream: is for one file"),
+        (("--span=x",), "--span=x: use auto, none, or a number"),
+        (("--stream", "--format=json"), "--stream: works with one file"),
     ],
 )
-def test_flags_that_do_not_go_together(arguments, message, answered, folder):
+def test_conflicting_flags_are_rejected(arguments, message, answered, folder):
     with pytest.raises(UserError, match=message):
         answered(folder / "short.flac", *arguments)

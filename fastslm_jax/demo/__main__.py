@@ -1,21 +1,23 @@
-"""The whole way in one command: corpus, three stages, evaluation, report (`make demo`).
+"""The whole demo in one command: corpus, three training stages, evaluation, report (`make demo`).
 
     python -m fastslm_jax.demo [--out=runs/demo] [--seed=0]
 
-Every phase is a command of its own that goes on where it was; so does this.
+Interrupt at any time; rerunning resumes. Each phase is a resumable command.
 """
 
+import ctypes
 import json
-import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
-from fastslm_jax import cli
+from fastslm_jax import cli, devices
 from fastslm_jax.demo import report
 from fastslm_jax.errors import UserError
 
@@ -24,36 +26,45 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("out", "runs/demo", "Where everything goes.")
+    flags.DEFINE_string("out", "runs/demo", "Output folder.")
     flags.DEFINE_integer("seed", 0, "Seed of the corpus and of training.")
     flags.DEFINE_list(
         "train_flags",
         [],
-        "Further flags for train.py, for example --config.steps=8 (to try things out).",
+        "More flags for train.py, for example --config.steps=8 for a quick trial.",
     )
-    flags.DEFINE_list(
-        "corpus_flags", [], "Further flags for the corpus, for example --utterances=60."
-    )
+    flags.DEFINE_list("corpus_flags", [], "More flags for the corpus, for example --utterances=60.")
 
 
 class Phases:
-    """Runs commands one after another; remembers which are done, and the minutes and memory of each over all attempts."""
+    """Runs commands one after another, skipping those that are done.
 
-    def __init__(self, out: pathlib.Path):
+    OUT/phases.json records which are done, and their time and peak memory over all attempts.
+    """
+
+    def __init__(self, out: pathlib.Path) -> None:
         self.out, self.file = out, out / "phases.json"
-        self.state = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.state: dict[str, dict] = {}
+        if self.file.exists():
+            self.state = json.loads(self.file.read_text())
 
     def run(self, name: str, command: list[str]) -> None:
+        """Runs `python COMMAND` as the phase `name`.
+
+        Raises:
+            UserError: the command failed, or the phase was run with another command before.
+        """
         phase = self.state.setdefault(
             name, {"done": False, "seconds": 0.0, "peak_rss_gib": 0.0, "command": command}
         )
         if phase["command"] != command:
             before = " ".join(phase["command"])
             raise UserError(
-                f"{self.out} was made with other flags ({before}); name another --out, or remove it"
+                f"{self.out} was created with other flags ({before}); "
+                "choose another --out or delete it"
             )
         if phase["done"]:
-            print(f"[{name}] done before", flush=True)
+            print(f"[{name}] already done", flush=True)
             return
         print(f"[{name}] {' '.join(command)}", flush=True)
         before, started = phase["seconds"], time.time()
@@ -73,7 +84,8 @@ class Phases:
         self._write()
         if code:
             raise UserError(
-                f"{name} stopped with exit code {code}; mend what it says above and run the same command again"
+                f"{name} failed with exit code {code}; "
+                "fix the error above and run the same command again"
             )
 
     def _write(self) -> None:
@@ -83,15 +95,12 @@ class Phases:
 
 
 def _die_with_parent() -> None:
-    """A killed demo may not leave a trainer behind that writes beside the next one. Elsewhere train.py's lock holds."""
+    """Ends the phase if the demo is killed (Linux only; elsewhere train.py's lock protects it)."""
     if sys.platform == "linux":
-        import ctypes
-        import signal
-
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
     out = pathlib.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     phases, seed = Phases(out), FLAGS.seed
@@ -100,7 +109,7 @@ def main(_):
         "fastslm_jax.demo.corpus",
         f"--out={out}/corpus",
         f"--seed={seed}",
-        f"--workers={os.cpu_count()}",
+        f"--workers={devices.cores()}",
     ]
     phases.run("corpus", corpus + FLAGS.corpus_flags)
     for number, stage in enumerate(STAGES, start=1):
@@ -115,9 +124,8 @@ def main(_):
     summary = report.write(out, phases.state)
     print(report.table(summary))
     print(f"\nreport: {out}/report.json and {out}/report.png; curves: tensorboard --logdir {out}")
-    print(
-        f"your own file: {sys.executable} -m fastslm_jax.transcribe FILE --checkpoint={out}/stage3"
-    )
+    transcribe = f"{sys.executable} -m fastslm_jax.transcribe FILE --checkpoint={out}/stage3"
+    print(f"to transcribe a file: {transcribe}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""A minimal binding of espeak-ng (a formant synthesiser) through `espeakng_loader`, which ships the library inside a wheel.
+"""A minimal ctypes binding of espeak-ng, a formant synthesizer.
 
-espeak-ng keeps its state in globals: one synthesiser per process, never two threads. It also carries state (the flutter phase,
-for one) from an utterance to the next, which no call resets, not even `espeak_Terminate`. `synthesize_words` therefore loads the
-library afresh, which takes a fraction of a millisecond: its samples are a pure function of its arguments.
+The `espeakng_loader` wheel provides the library. espeak-ng keeps its state in globals: use one
+synthesizer per process, and never two threads. Some state (the flutter phase, for example) carries
+over between utterances and no call resets it, not even `espeak_Terminate`. `synthesize_words`
+therefore reloads the library, which takes a fraction of a millisecond, so that its samples depend
+on its arguments only.
 """
 
 import contextlib
@@ -12,15 +14,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from fastslm_jax.errors import UserError
+
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _CHARS_UTF8 = 1
 _BUFFER_MILLISECONDS = 500
 _RATE, _VOLUME, _PITCH = 1, 2, 3
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-
-
-class EspeakError(RuntimeError):
-    """espeak-ng is missing or refused a call."""
 
 
 class _Event(ctypes.Structure):
@@ -42,7 +42,8 @@ _words: list[tuple[int, int]] = []
 
 
 @_CALLBACK
-def _collect(samples, count, events):
+def _collect(samples: int | None, count: int, events: int) -> int:
+    """Callback of espeak-ng: collects samples, and the text positions of words."""
     if samples and count > 0:
         _chunks.append(ctypes.string_at(samples, 2 * count))
     events, i = ctypes.cast(events, ctypes.POINTER(_Event)), 0
@@ -57,20 +58,20 @@ def _library_paths() -> tuple[str, str]:
     try:
         import espeakng_loader
     except ImportError:
-        raise EspeakError(
-            "the synthetic corpus needs espeak-ng: pip install -r requirements-demo.txt"
+        raise UserError(
+            "the synthetic corpus needs espeak-ng; run pip install -r requirements-demo.txt"
         ) from None
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
 
 def check() -> None:
-    """Raises EspeakError unless espeak-ng can be used."""
+    """Raises UserError if espeak-ng is not installed."""
     _library_paths()
 
 
 @contextlib.contextmanager
 def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
-    """Loads and starts the library; unloads it at the end, which resets its globals. Yields (library, sample rate)."""
+    """Yields (library, sample rate). Unloads the library at the end, which resets its globals."""
     path, data_path = _library_paths()
     library, libc = ctypes.CDLL(path), ctypes.CDLL(None)
     libc.dlclose.argtypes = [ctypes.c_void_p]
@@ -90,10 +91,9 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
             _AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MILLISECONDS, data_path.encode(), 0
         )
         if rate <= 0:
-            raise EspeakError(f"espeak-ng did not start from {data_path}")
-        library.espeak_ng_SetRandSeed(
-            1
-        )  # starting seeds it with the time; breathy voices draw noise from it
+            raise UserError(f"espeak-ng did not start from {data_path}")
+        # The library seeds itself with the time; breathy voices draw noise from it.
+        library.espeak_ng_SetRandSeed(1)
         library.espeak_SetSynthCallback(_collect)
         yield library, rate
         library.espeak_Terminate()
@@ -104,31 +104,33 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
 def synthesize_words(
     text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, volume: int = 100
 ) -> tuple[np.ndarray, int, list[tuple[int, int]]]:
-    """Speaks `text`: (int16 samples [n], sample rate, [(character, sample) where a word starts]).
-
-    Words that espeak-ng speaks as one ("in the") have one start.
+    """Synthesizes speech.
 
     Args:
-      text: words to speak, in the voice's language.
-      voice: an espeak-ng voice, with a variant if wanted: "en-us", "en-gb-scotland+f3".
-      rate: words a minute, 80 to 450.
-      pitch: 0 to 99.
-      volume: 0 to 200; 100 is normal.
+        text: words in the voice's language.
+        voice: an espeak-ng voice with an optional variant: "en-us", "en-gb-scotland+f3".
+        rate: words per minute, 80 to 450.
+        pitch: 0 to 99.
+        volume: 0 to 200; 100 is normal.
+
+    Returns:
+        int16 samples [n], their sample rate, and (character, sample) where each word starts.
+        Words that espeak-ng speaks as one ("in the") have one start.
     """
     with _fresh_library() as (library, sample_rate):
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise EspeakError(f"espeak-ng has no voice {voice!r}")
+            raise UserError(f"espeak-ng has no voice {voice!r}")
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_VOLUME, volume)):
             if library.espeak_SetParameter(parameter, value, 0) != 0:
-                raise EspeakError(f"espeak-ng refused parameter {parameter} = {value}")
+                raise UserError(f"espeak-ng rejected parameter {parameter} = {value}")
         _chunks.clear()
         _words.clear()
         data = text.encode()
         if library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None) != 0:
-            raise EspeakError(f"espeak-ng could not speak {text!r}")
+            raise UserError(f"espeak-ng could not speak {text!r}")
         library.espeak_Synchronize()
         if not _chunks:
-            raise EspeakError(f"espeak-ng gave no sound for {text!r}")
+            raise UserError(f"espeak-ng produced no audio for {text!r}")
         samples = np.frombuffer(b"".join(_chunks), np.int16)
         _chunks.clear()
         return samples, sample_rate, _words.copy()

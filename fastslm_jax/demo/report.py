@@ -1,6 +1,5 @@
-"""The demo's report: report.json, a one-page picture, and a table."""
+"""The demo's report: report.json, a one-page figure, and a table."""
 
-import itertools
 import json
 import pathlib
 import textwrap
@@ -10,14 +9,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
-from fastslm_jax.evaluation import metrics
+from fastslm_jax.evaluation.predict import wer_by_duration
 
 STAGE_NAMES = {
     "stage1": "1 short-form ASR",
     "stage2": "2 long-form ASR",
     "stage3": "3 instructions",
 }
+DURATION_EDGES = (0, 2.5, 3, 3.5, 4.5, 6, 60, 100, 140)  # seconds
 
 
 def _read_lines(path: pathlib.Path) -> list[dict]:
@@ -38,11 +39,19 @@ def _losses(out: pathlib.Path, stage: str) -> tuple[list[int], list[float]]:
 
 
 def write(out: pathlib.Path, phases: dict) -> dict:
-    """Gathers the scores of a finished demo into report.json and report.png; returns the former."""
+    """Writes report.json and report.png of a finished demo.
+
+    Args:
+        out: folder of the demo.
+        phases: `Phases.state`.
+
+    Returns:
+        the content of report.json.
+    """
     stages = []
     for stage in STAGE_NAMES:
         _, losses = _losses(out, stage)
-        tenth = max(1, len(losses) // 10)  # one batch's loss says little: a row has a few examples
+        tenth = max(1, len(losses) // 10)  # the loss of one small batch is noisy
         first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
         minutes = round(phases[stage]["seconds"] / 60, 2)
         stages.append(
@@ -65,12 +74,13 @@ def write(out: pathlib.Path, phases: dict) -> dict:
         "peak_rss_gib": max(phase["peak_rss_gib"] for phase in phases.values()),
         "stages": stages,
     }
-    picture(out, summary)
+    _plot(out, summary)
     (out / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
 def table(summary: dict) -> str:
+    """The scores as text, one per line."""
     rows = [
         ("ASR, trained voices", f"WER {summary['wer_short']:.2f} %"),
         ("ASR, unseen voices", f"WER {summary['wer_unseen_voices']:.2f} %"),
@@ -84,33 +94,13 @@ def table(summary: dict) -> str:
     return "\n".join(f"{name:<32} {value}" for name, value in rows)
 
 
-EDGES = (0, 2.5, 3, 3.5, 4.5, 6, 60, 100, 140, 200)  # seconds
-
-
-def wer_by_duration(
-    predictions: list[dict], edges: tuple[float, ...] = EDGES
-) -> list[tuple[str, float]]:
-    """Corpus WER of the ASR predictions whose recordings last between two edges, in seconds."""
-    bars = []
-    for low, high in itertools.pairwise(edges):
-        inside = [p for p in predictions if low <= p["seconds"] < high]
-        if inside:
-            wer = metrics.asr([p["reference"] for p in inside], [p["hypothesis"] for p in inside])[
-                "wer"
-            ]
-            bars.append((f"{low:g}-{high:g} s", wer))
-    return bars
-
-
-def _plot_losses(axes, out: pathlib.Path) -> None:
+def _plot_losses(axes: Axes, out: pathlib.Path) -> None:
     done = 0
     for stage, name in STAGE_NAMES.items():
         steps, losses = _losses(out, stage)
         places = [done + step for step in steps]
         (line,) = axes.plot(places, losses, linewidth=0.6, alpha=0.35)
-        width = max(
-            1, len(losses) // 10
-        )  # a batch's loss is noisy: the mean of a tenth of the stage says more
+        width = max(1, len(losses) // 10)  # moving average over a tenth of the stage
         means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
         axes.plot(places[width - 1 :], means, label=name, linewidth=1.6, color=line.get_color())
         done += steps[-1]
@@ -118,7 +108,7 @@ def _plot_losses(axes, out: pathlib.Path) -> None:
     axes.legend(fontsize=8)
 
 
-def _plot_dev_wer(axes, out: pathlib.Path, minutes: dict[str, float]) -> None:
+def _plot_dev_wer(axes: Axes, out: pathlib.Path, minutes: dict[str, float]) -> None:
     done = 0.0
     for stage, name in STAGE_NAMES.items():
         lines = _read_lines(out / stage / "metrics.jsonl")
@@ -136,8 +126,21 @@ def _plot_dev_wer(axes, out: pathlib.Path, minutes: dict[str, float]) -> None:
     axes.legend(fontsize=8)
 
 
-def picture(out: pathlib.Path, summary: dict) -> None:
-    """One page: losses, WER over time, WER by duration, the scores, five examples."""
+def _plot_wer_by_duration(axes: Axes, out: pathlib.Path) -> None:
+    sets = ("test", "test_unseen_voices", "test_long")
+    predictions = [p for name in sets for p in _predictions(out, name, "asr")]
+    buckets = wer_by_duration(predictions, DURATION_EDGES)
+    labels = [
+        f"{bucket['from']:g}-{bucket['to']:g} s" if bucket["to"] else f"{bucket['from']:g}+ s"
+        for bucket in buckets
+    ]
+    axes.barh(labels, [bucket["wer"] for bucket in buckets], color="tab:blue")
+    axes.invert_yaxis()
+    axes.set(title="WER by length of recording", xlabel="%")
+
+
+def _plot(out: pathlib.Path, summary: dict) -> None:
+    """Saves report.png: losses, WER over time, WER by duration, five examples and the scores."""
     figure = plt.figure(figsize=(13, 8))
     figure.suptitle("FastSLM demo: small model, synthetic speech, held-out sentences", fontsize=13)
     grid = figure.add_gridspec(
@@ -150,13 +153,7 @@ def picture(out: pathlib.Path, summary: dict) -> None:
         {stage["name"]: stage["minutes"] for stage in summary["stages"]},
     )
 
-    axes = figure.add_subplot(grid[0, 2])
-    sets = ("test", "test_unseen_voices", "test_long")
-    bars = wer_by_duration([p for name in sets for p in _predictions(out, name, "asr")])
-    axes.barh([name for name, _ in bars], [wer for _, wer in bars], color="tab:blue")
-    axes.invert_yaxis()
-    axes.set(title="WER by length of recording", xlabel="%")
-
+    _plot_wer_by_duration(figure.add_subplot(grid[0, 2]), out)
     picks = [
         ("test", "asr"),
         ("test_unseen_voices", "asr"),
@@ -178,7 +175,7 @@ def picture(out: pathlib.Path, summary: dict) -> None:
     plt.close(figure)
 
 
-def _write_text(axes, title: str, text: str) -> None:
+def _write_text(axes: Axes, title: str, text: str) -> None:
     axes.axis("off")
     axes.set_title(title, loc="left")
     axes.text(0, 0.97, text, va="top", family="monospace", fontsize=7.8)

@@ -1,4 +1,4 @@
-"""A language model as a judge of free answers, through any endpoint that speaks the OpenAI chat protocol."""
+"""A language model as a judge of free answers, through an OpenAI-compatible chat endpoint."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from fastslm_jax.errors import UserError
 
-PROMPT = """Rate how well an answer agrees with the reference, from 1 (wrong) to 5 (says the same).
-Give the number only.
+PROMPT = """Rate how well the answer agrees with the reference, from 1 (wrong) to 5 (equivalent).
+Reply with the number only.
 
 Reference: {reference}
 Answer: {hypothesis}"""
@@ -19,11 +19,18 @@ ATTEMPTS = 3
 
 
 class JudgeError(UserError):
-    """The endpoint does not answer, or not with a rating."""
+    """The endpoint does not respond, or not with a rating."""
 
 
 class Judge:
-    """Rates answers 1 … 5. url: the endpoint's base, such as http://localhost:8000/v1; a key comes from OPENAI_API_KEY."""
+    """Rates answers from 1 to 5.
+
+    The API key, if any, comes from the environment variable OPENAI_API_KEY.
+
+    Args:
+        url: base URL of the endpoint, such as http://localhost:8000/v1.
+        timeout: seconds to wait for a response.
+    """
 
     def __init__(self, url: str, model: str, timeout: float = 60.0):
         self.url, self.model, self.timeout = f"{url.rstrip('/')}/chat/completions", model, timeout
@@ -39,12 +46,12 @@ class Judge:
         found = re.search(r"[1-5]", said)
         if not found:
             raise JudgeError(
-                f"{self.url}: {self.model} gave no rating from 1 to 5 but {said[:80]!r}"
+                f"{self.url}: {self.model} responded without a rating from 1 to 5: {said[:80]!r}"
             )
         return int(found.group())
 
     def score(self, predictions: Sequence[dict]) -> dict[str, float]:
-        """The mean rating, and which model gave it."""
+        """The mean rating, and the name of the judge."""
         ratings = [self.rate(p["reference"], p["hypothesis"]) for p in predictions]
         return {"judge": round(sum(ratings) / len(ratings), 4), "judge_model": self.model}
 
@@ -62,6 +69,6 @@ class Judge:
                     raise JudgeError(f"{self.url}: answered {error.code} {error.reason}") from None
             except (OSError, ValueError, LookupError, TypeError) as error:
                 if attempt == ATTEMPTS:
-                    raise JudgeError(f"{self.url}: no usable answer ({error})") from None
+                    raise JudgeError(f"{self.url}: no usable response ({error})") from None
             time.sleep(attempt)
         raise AssertionError("not reached")

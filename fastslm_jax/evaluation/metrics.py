@@ -1,9 +1,9 @@
-"""Scores by task, by the conventions of their fields, with 95 % bootstrap intervals.
+"""Scores of each task by the conventions of its field, with 95 % bootstrap intervals.
 
-ASR   corpus-level WER and CER (jiwer) after Whisper's normaliser: the English one, or the basic one with diacritics kept.
+ASR   corpus-level WER and CER (jiwer) after Whisper's normalizer.
 AST   sacrebleu's BLEU, chrF++ and chrF, with their signatures.
-SSUM  ROUGE-1, -2 and -L.
-SQQA  exact match and word F1; accuracy where every reference is one of the options A to D.
+SSUM  ROUGE-1, ROUGE-2 and ROUGE-L.
+SQQA  exact match and word F1; accuracy if all references are options A to D.
 """
 
 import collections
@@ -22,13 +22,10 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from fastslm_jax.data.tasks import TASKS
 
-CHARACTERS_FIRST = (
-    "ko",
-    "ja",
-    "zh",
-)  # languages whose papers give CER: their word spaces are loose, or there are none
+# Languages with loose or no word boundaries, for which papers report CER.
+CER_LANGUAGES = ("ko", "ja", "zh")
 WITHOUT_SPACES = ("ja", "zh")
-BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}  # all others: 13a
+BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}  # default: 13a
 RESAMPLES = 1000
 OPTION = re.compile(r"\(?\s*([A-D])\s*(?:[).:]|$)")
 ARTICLES = ("a", "an", "the")
@@ -36,7 +33,10 @@ ARTICLES = ("a", "an", "the")
 
 @functools.cache
 def normalizer(lang: str) -> Callable[[str], str]:
-    """Whisper's text normaliser: the English one, or the basic one with diacritics kept (letters apart where no spaces are)."""
+    """Whisper's text normalizer: the English one, or the basic one that keeps diacritics.
+
+    Languages without spaces are split into characters.
+    """
     if lang == "en":
         return EnglishTextNormalizer()
     return BasicTextNormalizer(remove_diacritics=False, split_letters=lang in WITHOUT_SPACES)
@@ -53,14 +53,14 @@ def _normalized(texts: Sequence[str], lang: str) -> list[str]:
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, seed: int = 0
 ) -> list[float] | None:
-    """The 95 % interval of a score, utterances drawn anew RESAMPLES times.
+    """The 95 % interval of a score, by resampling the utterances.
 
     Args:
         statistic: sums of rows [..., columns] → scores [...].
-        rows: what each utterance adds to the sums, [utterances, columns].
+        rows: the contribution of each utterance to the sums, [utterances, columns].
 
     Returns:
-        [low, high], None for fewer than two utterances.
+        [low, high]; None for fewer than two utterances.
     """
     if len(rows) < 2:
         return None
@@ -77,11 +77,8 @@ def _mean_interval(values: Sequence[float]) -> list[float] | None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- asr
-
-
 def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
-    """(substitutions, insertions, deletions, words) of a normalised pair."""
+    """(substitutions, insertions, deletions, words) of a normalized pair."""
     words = jiwer.process_words(reference, hypothesis)
     return (
         words.substitutions,
@@ -94,7 +91,7 @@ def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
 def asr(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
-    """Corpus-level word and character error rates in percent, and the counts behind them."""
+    """Corpus-level WER and CER in percent, and the error counts."""
     references, hypotheses = _normalized(references, lang), _normalized(hypotheses, lang)
     spaceless = [
         text.replace(" ", "") if lang in WITHOUT_SPACES else text
@@ -133,13 +130,13 @@ def asr(
     return scores
 
 
-# ------------------------------------------------------------------------------------------------------------------- ast
-
-
 def ast(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "ko", intervals: bool = False
 ) -> dict:
-    """BLEU (its tokenizer chosen by the target language), chrF++ and chrF, 0 … 100, with sacrebleu's signatures."""
+    """BLEU, chrF++ and chrF from 0 to 100, with their signatures.
+
+    The target language determines the tokenizer of BLEU.
+    """
     scores, found = {}, {}
     makers = {
         "chrf": lambda: CHRF(),
@@ -156,7 +153,7 @@ def ast(
 
 
 def _sacrebleu_interval(
-    metric, references: Sequence[str], hypotheses: Sequence[str]
+    metric: BLEU | CHRF, references: Sequence[str], hypotheses: Sequence[str]
 ) -> list[float] | None:
     if len(references) < 2:
         return None
@@ -167,11 +164,8 @@ def _sacrebleu_interval(
     return [round(told["confidence_mean"] + sign * told["confidence_var"], 4) for sign in (-1, 1)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ ssum
-
-
 class _Whitespace:
-    """ROUGE's own tokenizer drops everything outside a-z0-9, and with it every script but the Latin."""
+    """Splits at spaces; the default tokenizer of ROUGE drops all characters but a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return text.lower().split()
@@ -180,7 +174,7 @@ class _Whitespace:
 def ssum(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
-    """Mean ROUGE-1, -2 and -L F-measures, 0 … 1: rouge-score's own tokens, unstemmed; words as written outside English."""
+    """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measures from 0 to 1, without stemming."""
     names = ("rouge1", "rouge2", "rougeL")
     tokenizer = DefaultTokenizer(use_stemmer=False) if lang == "en" else _Whitespace()
     scorer = rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
@@ -197,11 +191,11 @@ def ssum(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ sqqa
-
-
 def word_f1(reference: str, hypothesis: str, lang: str = "en") -> float:
-    """F1 of the words that two normalised answers share (arXiv 1606.05250); English articles do not count."""
+    """F1 of the words shared by two normalized answers (SQuAD, arXiv 1606.05250).
+
+    English articles are ignored.
+    """
     skip = ARTICLES if lang == "en" else ()
     ours, theirs = (
         [word for word in text.split() if word not in skip] for text in (hypothesis, reference)
@@ -213,7 +207,10 @@ def word_f1(reference: str, hypothesis: str, lang: str = "en") -> float:
 
 
 def option(text: str) -> str | None:
-    """The option A to D that an answer begins with, or names last. Examples: "B", "(c) red" → None, "The answer is C." → "C"."""
+    """The option A to D that an answer starts with, or mentions last.
+
+    Examples: "B" → "B", "(c) red" → None, "The answer is C." → "C".
+    """
     found = OPTION.match(text.strip())
     named = re.findall(r"\b([A-D])\b", text)
     return found.group(1) if found else named[-1] if named else None
@@ -222,7 +219,7 @@ def option(text: str) -> str | None:
 def sqqa(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
-    """Exact match and word F1 after normalisation; accuracy if the references are options. In percent."""
+    """Exact match and word F1 after normalization, and accuracy of options, in percent."""
     pairs = list(zip(_normalized(references, lang), _normalized(hypotheses, lang), strict=True))
     values = {
         "em": [100.0 * (reference == hypothesis) for reference, hypothesis in pairs],
@@ -245,12 +242,12 @@ SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
 
 
 def main_metric(task: str, lang: str) -> str:
-    """The score that a table gives first."""
-    return "cer" if task == "asr" and lang in CHARACTERS_FIRST else TASKS[task].metric
+    """The main score of a task: it is shown first, and tracked on dev sets."""
+    return "cer" if task == "asr" and lang in CER_LANGUAGES else TASKS[task].metric
 
 
 def score(predictions: Sequence[dict], intervals: bool = False) -> dict:
-    """Scores of one set: predictions have task, lang, reference and hypothesis; all of one task and language."""
+    """Scores of predictions (task, lang, reference, hypothesis) of one task and language."""
     task, lang = predictions[0]["task"], predictions[0]["lang"]
     scores = SCORERS[task](
         [p["reference"] for p in predictions],

@@ -1,45 +1,44 @@
-"""Answers a manifest's utterances and scores them; used by eval.py, and by train.py on dev sets."""
+"""Answers the utterances of a manifest and scores them, for eval.py and train.py."""
 
+import functools
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastslm_jax import audio, compilation
 from fastslm_jax.data.manifest import Utterance, read_clip
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics
 from fastslm_jax.inference import long_form
-from fastslm_jax.inference.generator import Generator, bucketed_length
-from fastslm_jax.inference.long_form import budget as budget
+from fastslm_jax.inference.generator import Generator
+from fastslm_jax.inference.long_form import Recording, Result
 
-EDGES = (0, 5, 10, 20, 30, 60, 180, 600, 1800, 3600, 7200)  # seconds; the last bucket is open
-GROUP_SECONDS = 3600.0  # audio that is read at a time
+DURATION_EDGES = (0, 5, 10, 20, 30, 60, 180, 600, 1800, 3600, 7200)  # seconds; the last is open
 
 
-def _groups(
-    generator: Generator, utterances: Sequence[Utterance], order: Sequence[int], span_of
-) -> Iterator[tuple[int, list]]:
-    """(slots, members): utterances whose contexts take caches of one size, and not too much audio at a time."""
+def groups(items: Sequence, key: Callable[[object], tuple[str, str]]) -> dict[str, list]:
+    """{label: items} by (task, language): "asr", or "asr-ko" if a task has several languages."""
+    found: dict[tuple[str, str], list] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    tasks = [task for task, _ in found]
+    return {
+        task if tasks.count(task) == 1 else f"{task}-{lang}": members
+        for (task, lang), members in sorted(found.items())
+    }
 
-    def slots_of(i):
-        u = utterances[i]
-        return bucketed_length(
-            long_form.needed_positions(generator, u.seconds, u.task, u.instruction, span_of(u))
-        )
 
-    keyed = sorted((slots_of(i), utterances[i].num_samples, i) for i in order)
-    for slots, same in itertools.groupby(keyed, key=lambda entry: entry[0]):
-        members, seconds = [], 0.0
-        for _, samples, i in same:
-            if members and seconds + samples / audio.SAMPLE_RATE > GROUP_SECONDS:
-                yield slots, members
-                members, seconds = [], 0.0
-            members.append(i)
-            seconds += samples / audio.SAMPLE_RATE
-        yield slots, members
+def by_task(utterances: Sequence[Utterance]) -> dict[str, list[Utterance]]:
+    """Utterances by label (see `groups`); each group is normalized and scored by its language."""
+    return groups(utterances, lambda utterance: (utterance.task, utterance.lang))
+
+
+def recording(utterance: Utterance, clip: Utterance | None = None) -> Recording:
+    """An utterance as a recording, optionally with the audio of another one."""
+    clip = clip or utterance
+    read = functools.partial(read_clip, clip)
+    return Recording(clip.seconds, read, utterance.task, utterance.instruction)
 
 
 def predict(
@@ -47,57 +46,45 @@ def predict(
     utterances: Sequence[Utterance],
     *,
     batch_size: int = 32,
-    progress: Callable[[float], None] = lambda _: None,
-    clip_for: Callable[[int], Utterance] | None = None,
-    span_of: Callable[[Utterance], float | None] = lambda _: None,
-    known: dict[str, dict] | None = None,
-    keep: Callable[[list[dict]], None] = lambda _: None,
-) -> list[dict]:
-    """Answers every utterance.
+    recordings: Sequence[Recording] | None = None,
+    known: Mapping[str, dict] | None = None,
+) -> Iterator[tuple[int, float, dict | None]]:
+    """Answers every utterance; yields as audio is done.
 
     Args:
-        progress: called with the audio seconds done since the last call.
-        clip_for: whose audio stands in for that of utterance i (a control: the model must then fail).
-        span_of: seconds of an utterance's spans (see `long_form.span_for`); None: one context.
-        known: predictions of an earlier run by id, which are taken as they are.
-        keep: called with predictions as they come.
+        recordings: what to answer for each utterance (default: `recording`); another audio is the
+            wrong-audio control.
+        known: predictions of an earlier run by id; these utterances are skipped.
 
-    Returns:
-        per utterance, in order: id, task, lang, seconds, reference, hypothesis, windows, speech_tokens, new_tokens,
-        stop_reason, covered_seconds, again, first_token_seconds, batch_seconds (run time without compilation, its share of
-        its group's), rtfx (audio seconds a second of its group), and for ASR and SQQA both texts as they are scored.
+    Yields:
+        (index, seconds of its audio done since its last item, its prediction or None if it is
+        incomplete). A prediction has id, task, lang, seconds, reference, hypothesis, windows,
+        speech_tokens, new_tokens, stop_reason, covered_seconds, again, first_token_seconds,
+        batch_seconds (its share of its group's run time, without compilation), rtfx (of its group),
+        and for tasks with normalized scores both texts as they are scored.
     """
-    clip_for, known = clip_for or utterances.__getitem__, known or {}
-    predictions: list[dict | None] = [known.get(utterance.id) for utterance in utterances]
-    progress(sum(utterances[i].seconds for i, found in enumerate(predictions) if found))
-    clips = [clip_for(i) for i in range(len(utterances))]
-    for slots, members in _groups(
-        generator, clips, [i for i, found in enumerate(predictions) if not found], span_of
+    recordings = recordings or [recording(utterance) for utterance in utterances]
+    open_ = [i for i, utterance in enumerate(utterances) if utterance.id not in (known or {})]
+    covered = dict.fromkeys(open_, 0.0)
+    for index, result in long_form.stream(
+        generator, [recordings[i] for i in open_], batch_size=batch_size
     ):
-        jobs = []
-        for i in members:
-            samples = read_clip(clips[i])
-            jobs.append(
-                long_form.LongFormRequest(
-                    samples, utterances[i].task, utterances[i].instruction, span_of(clips[i])
-                )
-            )
-        started, before = time.time(), compilation.so_far()
-        results = long_form.answer(generator, jobs, batch_size, slots=slots, progress=progress)
-        compiling = (compilation.so_far() - before).seconds
-        per_second = max(0.0, time.time() - started - compiling) / sum(job.seconds for job in jobs)
-        for i, job, result in zip(members, jobs, results, strict=True):
-            predictions[i] = _prediction(utterances[i], job, result, per_second)
-        keep([predictions[i] for i in members])
-    return predictions
+        i = open_[index]
+        progress = result.covered_seconds - covered[i]
+        covered[i] = result.covered_seconds
+        is_done = result.stop_reason is not None
+        yield i, progress, _prediction(utterances[i], result) if is_done else None
 
 
-def _prediction(
-    utterance: Utterance,
-    job: long_form.LongFormRequest,
-    result: long_form.Result,
-    per_second: float,
-) -> dict:
+def predictions(
+    generator: Generator, utterances: Sequence[Utterance], **options: object
+) -> list[dict]:
+    """The predictions in the order of the utterances; see `predict` for the options."""
+    found = {i: prediction for i, _, prediction in predict(generator, utterances, **options)}
+    return [found[i] for i in range(len(utterances))]
+
+
+def _prediction(utterance: Utterance, result: Result) -> dict:
     prediction = {
         "id": utterance.id,
         "task": utterance.task,
@@ -112,77 +99,75 @@ def _prediction(
         "covered_seconds": result.covered_seconds,
         "again": result.again,
         "first_token_seconds": result.first_token_seconds,
-        "batch_seconds": round(per_second * job.seconds, 4),
-        "rtfx": round(1 / max(per_second, 1e-9), 2),
+        "batch_seconds": round(result.run_seconds, 4),
+        "rtfx": round(result.rtfx, 2),
     }
     if TASKS[utterance.task].is_normalized:
         for name in ("reference", "hypothesis"):
-            prediction[f"{name}_normalized"] = metrics.normalize(prediction[name], utterance.lang)
+            text = metrics.normalize(prediction[name], utterance.lang)
+            prediction[f"{name}_normalized"] = text
     return prediction
 
 
-def by_task(utterances: Sequence[Utterance]) -> dict[tuple[str, str], list[Utterance]]:
-    """Utterances of a set by (task, language)."""
-    groups: dict[tuple[str, str], list[Utterance]] = {}
-    for utterance in utterances:
-        groups.setdefault((utterance.task, utterance.lang), []).append(utterance)
-    return groups
-
-
-def swapped(utterances: Sequence[Utterance], seed: int = 0) -> Callable[[int], Utterance]:
-    """For the wrong-audio control: utterance i hears another utterance of the set.
+def swapped(utterances: Sequence[Utterance], seed: int = 0) -> list[Utterance]:
+    """For the wrong-audio control: for each utterance another one, whose audio it gets.
 
     Raises:
         UserError: there is no other utterance.
     """
     if len(utterances) < 2:
         raise UserError(
-            "the wrong-audio control needs two utterances of a task at least: each hears another's audio"
+            "--swap_audio: the wrong-audio control needs at least two utterances of a task"
         )
     order = np.random.default_rng(seed).permutation(len(utterances))
-    other = {int(order[i]): int(order[(i + 1) % len(order)]) for i in range(len(order))}
-    return lambda i: utterances[other[i]]
+    other = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
+    return [utterances[other[i]] for i in range(len(utterances))]
 
 
-def wer_by_duration(predictions: Sequence[dict], edges: Sequence[float] = EDGES) -> list[dict]:
-    """Corpus WER of the recordings that last between two edges, in seconds; buckets without recordings are left out."""
+def wer_by_duration(
+    predictions: Sequence[dict], edges: Sequence[float] = DURATION_EDGES
+) -> list[dict]:
+    """Corpus WER and CER by duration, between consecutive edges in seconds; without empty ones."""
     buckets = []
     for low, high in itertools.pairwise([*edges, float("inf")]):
         inside = [p for p in predictions if low <= p["seconds"] < high]
         if inside:
             scores = metrics.score(inside)
-            bucket = {
-                "from": low,
-                "to": high if high < float("inf") else None,
-                "utterances": len(inside),
-            }
-            buckets.append(bucket | {name: scores[name] for name in ("wer", "cer")})
+            buckets.append(
+                {
+                    "from": low,
+                    "to": high if high < float("inf") else None,
+                    "utterances": len(inside),
+                    "wer": scores["wer"],
+                    "cer": scores["cer"],
+                }
+            )
     return buckets
 
 
 def summarize(predictions: Sequence[dict], *, intervals: bool = False) -> dict:
-    """Scores of the set; how much audio it has and how much of it was heard; how answers ended; speed, where it was measured.
+    """Scores of predictions of one task and language, with coverage, stop reasons and speed.
 
-    rtfx: audio seconds per second of run time, compilation left out; first_token_seconds: the median.
+    rtfx is audio seconds per second of run time without compilation; first_token_seconds is the
+    median. Both only if they were measured.
     """
     seconds, count = sum(p["seconds"] for p in predictions), len(predictions)
+    stopped = [p["stop_reason"] for p in predictions]
     summary = metrics.score(predictions, intervals) | {
         "utterances": count,
         "audio_seconds": round(seconds, 1),
-        "out_of_budget": sum(p["stop_reason"] == "budget" for p in predictions),
-        "loop_rate": round(sum(p["stop_reason"] == "loop" for p in predictions) / count, 4),
+        "out_of_budget": stopped.count("budget"),
+        "loop_rate": round(stopped.count("loop") / count, 4),
     }
     if all("covered_seconds" in p for p in predictions):
-        summary["coverage"] = round(
-            sum(min(p["covered_seconds"], p["seconds"]) for p in predictions) / seconds, 4
-        )
+        covered = sum(min(p["covered_seconds"], p["seconds"]) for p in predictions)
+        summary["coverage"] = round(covered / seconds, 4)
     if predictions[0]["task"] == "asr" and intervals:
         summary["wer_by_duration"] = wer_by_duration(predictions)
     spent = sum(p.get("batch_seconds", 0.0) for p in predictions)
     if spent:
         summary["rtfx"] = round(seconds / spent, 2)
     if all("first_token_seconds" in p for p in predictions):
-        summary["first_token_seconds"] = float(
-            np.median([p["first_token_seconds"] for p in predictions])
-        )
+        waits = [p["first_token_seconds"] for p in predictions]
+        summary["first_token_seconds"] = float(np.median(waits))
     return summary

@@ -1,153 +1,209 @@
-"""Continuous batching: rows that decode together, and take the next prompt when they are done.
-
-A lane is a batch with its own cache. An accelerator works on one. A CPU with a small decoder has one lane a core: a product of
-few rows and small weights keeps no more than one core at work.
-"""
+"""Continuous batching: rows that decode together and take the next prompt when they are done."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from fastslm_jax.inference import programs
-from fastslm_jax.inference.programs import DecodeState
+from fastslm_jax.inference.capacity import PREFILL_CHUNK
+from fastslm_jax.inference.programs import DECODE_STEPS, DecodeState
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.kv_cache import KVCache
 
-CHUNK = 32  # prompt tokens of several rows at a time
-LONG_CHUNK = 512  # prompt tokens of one row at a time
-CHUNK_ROWS = 8
+LONG_CHUNK = 512  # prompt tokens of one row that are prefilled at a time
+PREFILL_ROWS = 8
+PARTIAL_STEPS = 4  # tokens between two partial answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A request as the decoder takes it: ids [n], and speech tokens [s, d] that stand at speech_start (−1: none)."""
+    """A request as the decoder takes it.
+
+    Attributes:
+        tokens: ids [n].
+        speech: speech tokens [s, d] that replace tokens from speech_start on; None without audio.
+        began: when work on the request began (time.time()).
+    """
 
     tokens: np.ndarray
     speech: np.ndarray | None
     speech_start: int
-    budget: int
+    max_new_tokens: int
+    began: float = 0.0
 
 
 @dataclasses.dataclass
-class Work:
-    """What a row is at: the prompt's number, when it began, its new tokens so far (the end token too), and, once it is done,
-    its stop reason; first_seconds: from its beginning to its first token."""
+class Running:
+    """A row's prompt and its new tokens so far, the end token included.
+
+    stop_reason is None while the row is running.
+    """
 
     number: int
-    began: float
+    prompt: Prompt
     tokens: list[int] = dataclasses.field(default_factory=list)
-    reason: str = ""
-    first_seconds: float = 0.0
+    stop_reason: str | None = None
+    first_token_seconds: float = 0.0
 
 
-class Lane:
-    """Prompts that all have audio, or that all have none, in the rows of one batch."""
+class ContinuousBatch:
+    """A batch of rows with one key-value cache, for prompts that all have audio, or all have none.
+
+    Args:
+        rows: prompts that decode at the same time.
+        cache_length: positions of each row, prompt and answer.
+        end_id: the token that ends an answer.
+    """
 
     def __init__(
-        self, model: FastSLM, params: dict, *, rows: int, slots: int, cache_dtype, sampling: SamplingParams, end_id: int,
-        detect_repetition: bool, mesh: Mesh | None,
-    ):  # fmt: skip
+        self,
+        model: FastSLM,
+        params: dict,
+        *,
+        rows: int,
+        cache_length: int,
+        cache_dtype: jnp.dtype,
+        sampling: SamplingParams,
+        end_id: int,
+        detect_repetition: bool,
+        mesh: Mesh | None,
+    ):
         self.model, self.params, self.sampling, self.mesh = model, params, sampling, mesh
         self.end_id, self.detect_repetition = end_id, detect_repetition
         self.cache = programs.empty_cache(
-            model, rows=rows, slots=slots, dtype=cache_dtype, mesh=mesh
+            model, rows=rows, cache_length=cache_length, dtype=cache_dtype, mesh=mesh
         )
-        self.rows = DecodeState.idle(rows)
-        self.seen = np.zeros((rows, model.llm.vocab_size), bool) if sampling.penalizes else None
-        self.work: dict[int, Work] = {}  # of each row that is not idle
-        self.new: list[tuple[int, Prompt]] = []  # rows and prompts that are not in the cache yet
+        self.state = DecodeState.idle(rows)
+        vocabulary = model.llm.vocab_size
+        self.seen = np.zeros((rows, vocabulary), bool) if sampling.penalizes else None
+        self.running: dict[int, Running] = {}  # by row; other rows are idle
+        self._new: list[int] = []  # rows whose prompts are not in the cache yet
 
-    @property
-    def has_room(self) -> bool:
-        return len(self.work) < len(self.rows.done)
+    def run(self, prompts: Iterator[Prompt], partial: bool = False) -> Iterator[Running]:
+        """Yields prompts as they end; with `partial`, also every few tokens."""
+        waiting = enumerate(prompts)
+        upcoming = next(waiting, None)
+        while upcoming is not None or self.running:
+            while upcoming is not None and len(self.running) < len(self.state.done):
+                self._start(*upcoming)
+                upcoming = next(waiting, None)
+            # One step after a prefill, so that the time to the first token is measured.
+            steps = 1 if self._new else PARTIAL_STEPS if partial else DECODE_STEPS
+            for running in self._advance(steps, is_last=upcoming is None):
+                if partial or running.stop_reason:
+                    yield running
 
-    def begin(self, number: int, began: float, prompt: Prompt) -> None:
-        """Gives the first idle row a prompt."""
-        row = next(row for row in range(len(self.rows.done)) if row not in self.work)
-        self.work[row] = Work(number, began)
-        self.new.append((row, prompt))
-        self.rows.begin(row, int(prompt.tokens[-1]), len(prompt.tokens) - 1, prompt.budget, number)
+    def _start(self, number: int, prompt: Prompt) -> None:
+        """Assigns a prompt to the first idle row."""
+        row = next(row for row in range(len(self.state.done)) if row not in self.running)
+        self.running[row] = Running(number, prompt)
+        self._new.append(row)
+        last = len(prompt.tokens) - 1
+        self.state.start(row, int(prompt.tokens[last]), last, prompt.max_new_tokens, number)
         if self.seen is not None:
             self.seen[row] = False
-            self.seen[row, [] if prompt.speech is not None else prompt.tokens] = True
+            if prompt.speech is None:
+                self.seen[row, prompt.tokens] = True
 
-    def advance(self, max_steps: int, is_last: bool) -> list[Work]:
-        """Prefills what is new and decodes up to max_steps tokens; done rows turn idle. The work that got on, in rows' order.
+    def _advance(self, max_steps: int, is_last: bool) -> list[Running]:
+        """Prefills new prompts and decodes up to max_steps tokens; returns what advanced, by row.
 
-        is_last: no prompt waits for a row; else it is enough that a quarter of the rows are done.
+        If prompts are waiting, decoding stops as soon as a quarter of the rows are done.
         """
-        count = len(self.rows.done)
-        enough = count if is_last else count - len(self.work) + max(1, count // 4)
-        before = self.rows.count.copy()
         self._prefill()
-        self.cache, rows, out = programs.decode(
-            self.model, self.params, self.cache, self.rows, self.seen, self.sampling.controls(), self.end_id,
-            max_steps, enough, self.detect_repetition, greedy=self.sampling.is_greedy, mesh=self.mesh,
-        )  # fmt: skip
-        self.rows, out = jax.tree.map(np.array, (rows, out))
-        advanced = [(row, self.work[row]) for row in sorted(self.work)]
-        for row, work in advanced:
-            fresh = out[row, : self.rows.count[row] - before[row]].tolist()
-            if fresh and not work.tokens:
-                work.first_seconds = time.time() - work.began
-            work.tokens.extend(fresh)
+        rows = len(self.state.done)
+        enough = rows if is_last else rows - len(self.running) + max(1, rows // 4)
+        before = self.state.count
+        self.cache, state, out = programs.decode(
+            self.model,
+            self.params,
+            self.cache,
+            self.state,
+            self.seen,
+            self.sampling.controls(),
+            self.end_id,
+            max_steps,
+            enough,
+            self.detect_repetition,
+            greedy=self.sampling.is_greedy,
+            mesh=self.mesh,
+        )
+        self.state, out = jax.tree.map(np.array, (state, out))
+        advanced = sorted(self.running.items())
+        for row, running in advanced:
+            fresh = out[row, : self.state.count[row] - before[row]].tolist()
+            if fresh and not running.tokens:
+                running.first_token_seconds = time.time() - running.prompt.began
+            running.tokens.extend(fresh)
             if self.seen is not None:
                 self.seen[row, fresh] = True
-            if self.rows.done[row]:
-                work.reason = (
-                    "eos"
-                    if work.tokens[-1] == self.end_id
-                    else "loop"
-                    if self.rows.looped[row]
-                    else "budget"
-                )
-                del self.work[row]
-        return [work for _, work in advanced]
+            if self.state.done[row]:
+                running.stop_reason = self._stop_reason(row, running)
+                del self.running[row]
+        return [running for _, running in advanced]
+
+    def _stop_reason(self, row: int, running: Running) -> str:
+        if running.tokens[-1] == self.end_id:
+            return "eos"
+        return "loop" if self.state.looped[row] else "budget"
 
     def _prefill(self) -> None:
-        """All but the last token of new prompts, into their rows: long stretches row by row, what is left in groups of rows."""
-        new, self.new = self.new, []
-        starts = [0] * len(new)
-        for i, (row, prompt) in enumerate(new):
-            while len(prompt.tokens) - 1 - starts[i] >= LONG_CHUNK:
-                self.cache = self._chunk([(row, prompt, starts[i])], LONG_CHUNK)
-                starts[i] += LONG_CHUNK
-        size = min(CHUNK_ROWS, len(self.rows.done))
-        for first in range(0, len(new), size):
-            group = [(*new[i], starts[i]) for i in range(first, min(first + size, len(new)))]
-            group += group[:1] * (size - len(group))  # the same once more changes nothing
-            while any(start < len(prompt.tokens) - 1 for _, prompt, start in group):
-                self.cache = self._chunk(group, CHUNK)
-                group = [
-                    (row, prompt, min(start + CHUNK, len(prompt.tokens) - 1))
-                    for row, prompt, start in group
-                ]
+        """Writes new prompts into the cache, all but their last token.
 
-    def _chunk(self, group: Sequence[tuple[int, Prompt, int]], length: int) -> KVCache:
-        """`length` tokens of (row, prompt, first token) each."""
-        tokens, speech, is_speech = np.zeros((len(group), length), np.int32), None, None
-        if group[0][1].speech is not None:
-            speech = np.zeros((len(group), length, self.model.llm.width), group[0][1].speech.dtype)
-            is_speech = np.zeros((len(group), length), bool)
-        for i, (_, prompt, start) in enumerate(group):
+        Long stretches go row by row in large chunks, the rest in small chunks of several rows.
+        """
+        new, self._new = self._new, []
+        starts = dict.fromkeys(new, 0)
+        ends = {row: len(self.running[row].prompt.tokens) - 1 for row in new}
+        for row in new:
+            while ends[row] - starts[row] >= LONG_CHUNK:
+                self.cache = self._prefill_chunk([row], [starts[row]], LONG_CHUNK)
+                starts[row] += LONG_CHUNK
+        size = min(PREFILL_ROWS, len(self.state.done))
+        for first in range(0, len(new), size):
+            group = new[first : first + size]
+            group += group[:1] * (size - len(group))  # writing the same again changes nothing
+            while any(starts[row] < ends[row] for row in group):
+                chunk = [starts[row] for row in group]
+                self.cache = self._prefill_chunk(group, chunk, PREFILL_CHUNK)
+                starts |= {
+                    row: min(start + PREFILL_CHUNK, ends[row])
+                    for row, start in zip(group, chunk, strict=True)
+                }
+
+    def _prefill_chunk(self, rows: Sequence[int], starts: Sequence[int], length: int) -> KVCache:
+        """Prefills `length` tokens of each row's prompt, from its start on."""
+        prompts = [self.running[row].prompt for row in rows]
+        tokens = np.zeros((len(rows), length), np.int32)
+        speech = is_speech = None
+        if prompts[0].speech is not None:
+            shape = (len(rows), length)
+            speech = np.zeros((*shape, self.model.llm.width), prompts[0].speech.dtype)
+            is_speech = np.zeros(shape, bool)
+        for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             part = prompt.tokens[start : min(start + length, len(prompt.tokens) - 1)]
             tokens[i, : len(part)] = part
             if speech is None:
                 continue
-            low, high = (
-                min(max(at, start), start + length)
-                for at in (prompt.speech_start, prompt.speech_start + len(prompt.speech))
-            )
-            speech[i, low - start : high - start] = prompt.speech[
-                low - prompt.speech_start : high - prompt.speech_start
-            ]
+            first = prompt.speech_start
+            low = min(max(first, start), start + length)
+            high = min(max(first + len(prompt.speech), start), start + length)
+            speech[i, low - start : high - start] = prompt.speech[low - first : high - first]
             is_speech[i, low - start : high - start] = True
-        rows, starts = (np.array([entry[at] for entry in group], np.int32) for at in (0, 2))
         return programs.prefill(
-            self.model, self.params, self.cache, rows, starts, tokens, speech, is_speech, mesh=self.mesh
-        )  # fmt: skip
+            self.model,
+            self.params,
+            self.cache,
+            np.array(rows, np.int32),
+            np.array(starts, np.int32),
+            tokens,
+            speech,
+            is_speech,
+            mesh=self.mesh,
+        )

@@ -1,4 +1,4 @@
-"""A working directory → a `Generator`: what eval, transcribe and the benchmarks share."""
+"""Loads a Generator from a working directory; shared by eval, transcribe and the benchmarks."""
 
 import os
 import pathlib
@@ -14,53 +14,64 @@ from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
 from fastslm_jax.weights import pretrained
 
 
-def find_step(checkpoints: Checkpoints, workdir: str | os.PathLike, step: int | None = None) -> int:
-    """The step asked for, or the newest.
+def find_step(
+    checkpoints: Checkpoints, workdir: str | os.PathLike[str], step: int | None = None
+) -> int:
+    """The requested step, or the newest.
 
     Raises:
-        CheckpointError: there is none, or not that one.
+        CheckpointError: there is no checkpoint, or not that one.
     """
     steps = checkpoints.steps()
     if not steps:
-        raise CheckpointError(f"{workdir}: holds no finished checkpoint")
+        raise CheckpointError(f"{workdir}: contains no finished checkpoint")
     if step is not None and step not in steps:
-        raise CheckpointError(
-            f"{workdir}: has checkpoints of steps {', '.join(map(str, steps))}, not {step}"
-        )
+        available = ", ".join(map(str, steps))
+        raise CheckpointError(f"{workdir}: has checkpoints of steps {available}, not {step}")
     return steps[-1] if step is None else step
 
 
 def saved_config(
     checkpoints: Checkpoints,
-    workdir: str | os.PathLike,
+    workdir: str | os.PathLike[str],
     step: int,
     whisper: str | None = None,
     llm: str | None = None,
 ) -> ConfigDict:
-    """The config in a checkpoint, its bases replaced by those given.
+    """The config in a checkpoint.
 
-    A base's folder that is gone is looked for in WORKDIR/bases, where an import puts it: a working directory may be moved.
+    Args:
+        whisper, llm: pretrained folders or hub ids that replace the config's. By default a folder
+            that no longer exists is replaced by WORKDIR/bases, which an import writes, so that
+            working directories can be moved.
     """
     config = ConfigDict(checkpoints.meta(step)["config"])
     for name, given in (("whisper", whisper), ("llm", llm)):
-        beside = pathlib.Path(workdir) / "bases" / name
+        local = pathlib.Path(workdir) / "bases" / name
         if given:
             config.base[name] = given
-        elif not os.path.isdir(config.base[name]) and beside.is_dir():
-            config.base[name] = str(beside)
+        elif not os.path.isdir(config.base[name]) and local.is_dir():
+            config.base[name] = str(local)
     return config
 
 
-def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options) -> Generator:
-    """The model of a checkpoint on all devices: on config.mesh or, if that is for others, along data. See `Generator`."""
+def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: object) -> Generator:
+    """The model of a checkpoint on all devices; see `Generator` for the options.
+
+    config.mesh is used if it fits the devices, else they all form the data axis.
+    """
     try:
         mesh = sharding.make_mesh(**config.mesh)
     except UserError:
         mesh = sharding.make_mesh()
-        logging.info("config.mesh is for other devices: the %d at hand lie along data", mesh.size)
+        logging.info("config.mesh does not fit the %d devices: using the data axis", mesh.size)
     setup = experiment.build(config, mesh=mesh)
-    params = optim.merge(experiment.restore_params(setup, config, checkpoints, step, mesh), {})
+    params = experiment.restore_params(setup, config, checkpoints, step, mesh)
     native = pretrained.read_config(setup.llm_folder).get("max_position_embeddings")
     return Generator(
-        setup.model, params, setup.prompt_tokenizer(), native_positions=native, **options
+        setup.model,
+        optim.merge(params, {}),
+        setup.prompt_tokenizer(),
+        native_positions=native,
+        **options,
     )

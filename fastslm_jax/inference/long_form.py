@@ -1,359 +1,354 @@
-"""Recordings of any length, in one context or in spans cut at silence; what ends in a loop is decoded again in pieces."""
+"""Recordings of any length: in one context, or in segments cut at silence.
+
+A segment whose answer ends in a repetition loop is split in two and decoded again.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastslm_jax import audio
+from fastslm_jax import devices
+from fastslm_jax.audio import SAMPLE_RATE, WindowSpec
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
-from fastslm_jax.inference.batching import CHUNK
-from fastslm_jax.inference.generator import Answer, CapacityError, Generator, Request
+from fastslm_jax.inference.capacity import Capacity, bucketed_length
+from fastslm_jax.inference.cutting import cut, halves
+from fastslm_jax.inference.generator import Answer, Generator, Request
+from fastslm_jax.memory import CapacityError
 
-TOKENS_PER_SECOND = (
-    6.0  # speech has up to three words a second; an answer may take two tokens for each
-)
-SHORT_TASKS_PER_SECOND = 0.1  # summaries and answers grow more slowly
+# Speech has up to three words per second, and a word takes about two tokens.
+TOKENS_PER_SECOND = 6.0
+SUMMARY_TOKENS_PER_SECOND = 0.1  # summaries and answers grow more slowly beyond SUMMARY_TOKENS
+SUMMARY_TOKENS = 448
 MIN_NEW_TOKENS = 64
-SEARCH = (
-    6 * audio.SAMPLE_RATE
-)  # samples at a span's end where silence is looked for, at most half of it
-SILENCE = (
-    3 * audio.SAMPLE_RATE // 10
-)  # samples whose loudness is compared: longer than a stop inside a word
-SMALLEST_PIECE = 2.0  # seconds; what is shorter than two of these is not cut again
+GROUP_SECONDS = 3600.0  # audio that is in memory at a time
 
 
-def budget(seconds: float, task: str | None = "asr") -> int:
-    """The most new tokens of an answer: it grows with the recording, so that no transcript is cut."""
-    if TASKS[task].is_splittable:
-        return MIN_NEW_TOKENS + int(TOKENS_PER_SECOND * seconds)
-    return MIN_NEW_TOKENS + int(
-        min(TOKENS_PER_SECOND * seconds, 448 + SHORT_TASKS_PER_SECOND * seconds)
-    )
+def default_new_tokens(seconds: float, task: str) -> int:
+    """The default token budget of an answer; it grows with the audio, so that no text is cut."""
+    tokens = TOKENS_PER_SECOND * seconds
+    if not TASKS[task].is_splittable:
+        tokens = min(tokens, SUMMARY_TOKENS + SUMMARY_TOKENS_PER_SECOND * seconds)
+    return MIN_NEW_TOKENS + int(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class LongFormRequest:
-    """A recording (int16 at 16 kHz) with what to do with it.
+class Recording:
+    """A recording and what to do with it.
 
-    span: seconds of a span; None: the whole recording in one context.
-    running_prompt: words of the transcript so far that the next span's prompt is given; spans then wait for each other.
+    Attributes:
+        seconds: its length.
+        read: loads the samples, int16 at 16 kHz.
+        segment_seconds: length of the segments it is cut into; None: one context.
+        context_words: words of the transcript so far that the next segment's prompt quotes;
+            segments are then decoded one after another.
+        max_new_tokens: token budget of each segment; None: `default_new_tokens`.
     """
 
-    samples: np.ndarray
+    seconds: float
+    read: Callable[[], np.ndarray]
     task: str = "asr"
     instruction: str | None = None
-    span: float | None = None
-    running_prompt: int = 0
+    segment_seconds: float | None = None
+    context_words: int = 0
     max_new_tokens: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        return len(self.samples) / audio.SAMPLE_RATE
 
 
 @dataclasses.dataclass(frozen=True)
-class TranscriptSegment:
-    """What was said from `start` to `end`, in seconds: borders of spans, not of words."""
+class Segment:
+    """The text from `start` to `end`, in seconds: boundaries of segments, not of words."""
 
     start: float
     end: float
     text: str
-    stop_reason: str
+    stop_reason: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The answer of a job, from all its spans.
+    """The answer to a recording, from all its segments so far.
 
-    covered_seconds: audio that the model heard; all of it, but for less than one frame (10 ms) at the end.
-    stop_reason: "loop" or "budget" if any span stopped so, else "eos".
-    again: spans that ended in a loop and were decoded once more in pieces.
+    Attributes:
+        covered_seconds: audio that was answered; at the end all of it, except for less than one
+            frame (10 ms).
+        stop_reason: "loop" or "budget" if any segment ended so, else "eos"; None while segments
+            are missing.
+        again: segments that ended in a loop and were split and decoded again.
+        run_seconds: this recording's share of its group's run time, without compilation.
+        compile_seconds: of its group.
+        rtfx: audio seconds per second of run time, of its group.
     """
 
     text: str
-    segments: tuple[TranscriptSegment, ...]
+    segments: tuple[Segment, ...]
     windows: int
     speech_tokens: int
     covered_seconds: float
-    stop_reason: str
+    stop_reason: str | None
     new_tokens: int
     first_token_seconds: float
     again: int
+    run_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    rtfx: float = 0.0
 
 
-def _quietest(samples: np.ndarray, low: int, high: int) -> int:
-    """The middle of the quietest SILENCE samples between two places."""
-    step = SILENCE // 12
-    count = (high - low) // step
-    if count < 24:
-        return high
-    energy = (
-        np.square(samples[low : low + count * step].astype(np.float64))
-        .reshape(count, -1)
-        .sum(axis=1)
-    )
-    loudness = np.convolve(energy, np.ones(12), mode="valid")
-    last = len(loudness) - 1 - int(np.argmin(loudness[::-1]))  # the latest of equals
-    return low + last * step + SILENCE // 2
+def stream(
+    generator: Generator,
+    recordings: Sequence[Recording],
+    *,
+    batch_size: int | None = None,
+    in_order: bool = False,
+    partial: bool = False,
+) -> Iterator[tuple[int, Result]]:
+    """Yields (index, result) of recordings; segments of several recordings share batches.
 
+    A result is yielded each time a segment ends, the complete one (with a stop reason) when its
+    group of recordings is done.
 
-def cut(samples: np.ndarray, span: int, window: int) -> list[tuple[int, int]]:
-    """Spans (start, stop) that cover all samples, each `span` samples at most, cut at the quietest place of their end (SEARCH).
-
-    span, window: samples; spans longer than a window take whole ones. Example: 70 s in spans of 30 s → cuts between 24 and 30 s,
-    and as far again.
+    Args:
+        batch_size: see `Generator.stream`.
+        in_order: take recordings in their order; by default those of one cache length together.
+        partial: also yield a result every few tokens; segments are then decoded one by one.
     """
-    if span < window and span < audio.SAMPLE_RATE:
-        raise UserError(f"a span of {span / audio.SAMPLE_RATE:g} s is too short: give 1 s at least")
-    length = span // window * window if span >= window else span
-    spans, start = [], 0
-    while len(samples) - start > length:
-        border = start + length
-        stop = _quietest(samples, border - min(SEARCH, length // 2), border)
-        spans.append((start, stop))
-        start = stop
-    return [*spans, (start, len(samples))]
+    lengths = [cache_length(generator.capacity, recording) for recording in recordings]
+    order = sorted(range(len(recordings)), key=lambda i: (lengths[i], recordings[i].seconds, i))
+    if in_order:
+        order, lengths = sorted(order), [max(lengths, default=0)] * len(lengths)
+    for members in _groups(order, lengths, recordings):
+        plans = [_Plan(recordings[i], generator.model.window) for i in members]
+        started, before = time.time(), devices.compiled_so_far()
+        for number in _answer(generator, plans, batch_size, lengths[members[0]], partial):
+            if not plans[number].is_done:
+                yield members[number], plans[number].result()
+        compiling = (devices.compiled_so_far() - before).seconds
+        running = max(1e-9, time.time() - started - compiling)
+        seconds = sum(plan.seconds for plan in plans)
+        for i, plan in zip(members, plans, strict=True):
+            yield (
+                i,
+                dataclasses.replace(
+                    plan.result(),
+                    run_seconds=running * plan.seconds / seconds,
+                    compile_seconds=compiling,
+                    rtfx=seconds / running,
+                ),
+            )
 
 
-def halves(samples: np.ndarray) -> list[tuple[int, int]]:
-    """Two pieces, cut at silence in the middle third; one if they would be too short."""
-    if len(samples) < 2 * SMALLEST_PIECE * audio.SAMPLE_RATE:
-        return [(0, len(samples))]
-    middle = _quietest(samples, len(samples) // 3, 2 * len(samples) // 3)
-    return [(0, middle), (middle, len(samples))]
+def _groups(
+    order: Sequence[int], lengths: Sequence[int], recordings: Sequence[Recording]
+) -> Iterator[list[int]]:
+    """Consecutive recordings of one cache length, up to GROUP_SECONDS of audio."""
+    members: list[int] = []
+    total = 0.0
+    for i in order:
+        seconds = recordings[i].seconds
+        if members and (lengths[i] != lengths[members[0]] or total + seconds > GROUP_SECONDS):
+            yield members
+            members, total = [], 0.0
+        members.append(i)
+        total += seconds
+    if members:
+        yield members
+
+
+def _answer(
+    generator: Generator,
+    plans: Sequence["_Plan"],
+    batch_size: int | None,
+    cache_length: int,
+    partial: bool,
+) -> Iterator[int]:
+    """Answers all pieces; yields the index of a plan each time it advances."""
+    while True:
+        ready = [(number, piece) for number, plan in enumerate(plans) for piece in plan.ready()]
+        ready = ready[:1] if partial else ready
+        if not ready:
+            return
+        requests = [plans[number].request(piece) for number, piece in ready]
+        for i, answer in generator.stream(
+            requests, batch_size=batch_size, cache_length=cache_length, partial=partial
+        ):
+            number, piece = ready[i]
+            plans[number].update(piece, answer)
+            yield number
 
 
 @dataclasses.dataclass
 class _Piece:
-    """A stretch of a job's samples: where it lies, and its answer. Pieces take the place of one that looped."""
+    """Samples [start, stop) of a recording, and their answer."""
 
-    job: int
     start: int
     stop: int
     answer: Answer | None = None
-    after: str = ""  # text before it, for the running prompt
+
+    @property
+    def is_done(self) -> bool:
+        return self.answer is not None and self.answer.stop_reason is not None
 
 
-class _Jobs:
-    """Pieces of all jobs, and how far each job is."""
+class _Plan:
+    """A recording's samples and its pieces, in order; a piece that loops is replaced by two."""
 
-    def __init__(self, jobs: Sequence[LongFormRequest], window: int):
-        self.jobs = jobs
-        self.pieces: list[list[_Piece]] = []
-        for number, job in enumerate(jobs):
-            is_cut = job.span is not None and TASKS[job.task].is_splittable
-            spans = (
-                cut(job.samples, round(job.span * audio.SAMPLE_RATE), window)
-                if is_cut
-                else [(0, len(job.samples))]
-            )
-            self.pieces.append([_Piece(number, *span) for span in spans])
-        self.again = [0] * len(jobs)
+    def __init__(self, recording: Recording, window: WindowSpec):
+        self.recording, self.window, self.samples = recording, window, recording.read()
+        self.is_splittable = TASKS[recording.task].is_splittable
+        self.again = 0
+        pieces = [(0, len(self.samples))]
+        if recording.segment_seconds is not None and self.is_splittable:
+            length = round(recording.segment_seconds * SAMPLE_RATE)
+            pieces = cut(self.samples, length, window.samples)
+        self.pieces = [_Piece(*piece) for piece in pieces]
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / SAMPLE_RATE
+
+    @property
+    def is_done(self) -> bool:
+        return all(piece.is_done for piece in self.pieces)
 
     def ready(self) -> list[_Piece]:
-        """What can be decoded now: all that is open, but only the first of a job with a running prompt."""
-        ready = []
-        for job, pieces in zip(self.jobs, self.pieces, strict=True):
-            waiting = [piece for piece in pieces if piece.answer is None]
-            if job.running_prompt and waiting:
-                done = " ".join(piece.answer.text for piece in pieces[: pieces.index(waiting[0])])
-                waiting[0].after = " ".join(done.split()[-job.running_prompt :])
-                waiting = waiting[:1]
-            ready += waiting
-        return ready
+        """Pieces that can be decoded now: with context words only the first open one."""
+        waiting = [piece for piece in self.pieces if not piece.is_done]
+        return waiting[:1] if self.recording.context_words else waiting
 
-    def samples(self, piece: _Piece) -> np.ndarray:
-        return self.jobs[piece.job].samples[piece.start : piece.stop]
+    def request(self, piece: _Piece) -> Request:
+        recording, samples = self.recording, self.samples[piece.start : piece.stop]
+        instruction = recording.instruction
+        if recording.context_words:
+            done = self.pieces[: self.pieces.index(piece)]
+            words = " ".join(other.answer.text for other in done).split()
+            if words:
+                base = instruction or TASKS[recording.task].instruction
+                context = " ".join(words[-recording.context_words :])
+                instruction = f"{base}\nThe transcript so far ends with: {context}"
+        budget = default_new_tokens(len(samples) / SAMPLE_RATE, recording.task)
+        budget = recording.max_new_tokens or budget
+        return Request(samples, recording.task, instruction, budget)
 
-    def split(self, piece: _Piece) -> bool:
-        """Replaces a piece that looped by two smaller ones, if it can be."""
-        if piece.answer.stop_reason != "loop" or not TASKS[self.jobs[piece.job].task].is_splittable:
-            return False
-        parts = halves(self.samples(piece))
-        if len(parts) == 1:
-            return False
-        self.again[piece.job] += 1
-        pieces = self.pieces[piece.job]
-        at = pieces.index(piece)
-        pieces[at : at + 1] = [
-            _Piece(piece.job, piece.start + low, piece.start + high) for low, high in parts
-        ]
-        return True
+    def update(self, piece: _Piece, answer: Answer) -> None:
+        """Records an answer, or splits its piece if it ends in a loop."""
+        piece.answer = answer
+        if answer.stop_reason != "loop" or not self.is_splittable:
+            return
+        parts = halves(self.samples[piece.start : piece.stop])
+        if len(parts) > 1:
+            self.again += 1
+            at = self.pieces.index(piece)
+            start = piece.start
+            self.pieces[at : at + 1] = [_Piece(start + low, start + high) for low, high in parts]
 
-
-def answer(
-    generator: Generator,
-    jobs: Sequence[LongFormRequest],
-    batch_size: int | None = None,
-    *,
-    slots: int = 0,
-    progress: Callable[[float], None] = lambda _: None,
-    on_text: Callable[[int, str], None] | None = None,
-) -> list[Result]:
-    """Answers jobs in their order; spans of all jobs share batches.
-
-    Args:
-        batch_size, slots: see `Generator.answer`.
-        progress: called with the audio seconds done since the last call.
-        on_text: called with a job's number and its text so far, every few tokens; the jobs' spans then go one by one.
-    """
-    spec = generator.model.window
-    state = _Jobs(jobs, spec.samples)
-    while ready := state.ready():
-        ready = ready[:1] if on_text else ready
-        requests = [
-            Request(
-                state.samples(p), jobs[p.job].task, _instruction(generator, jobs[p.job], p.after)
-            )
-            for p in ready
-        ]
-        budgets = [_budget(jobs[p.job], p) for p in ready]
-
-        def on_answer(i, found, ready=ready):
-            piece = ready[i]
-            piece.answer = found
-            if not state.split(piece):
-                progress((piece.stop - piece.start) / audio.SAMPLE_RATE)
-
-        listening = _listening(generator, state, ready, on_text)
-        generator.answer(
-            requests, budgets, batch_size, slots=slots, on_answer=on_answer, **listening
+    def result(self) -> Result:
+        answered = [piece for piece in self.pieces if piece.answer is not None]
+        answers = [piece.answer for piece in answered]
+        covered = sum(
+            min((piece.stop - piece.start) / SAMPLE_RATE, answer.windows * self.window.seconds)
+            for piece, answer in zip(answered, answers, strict=True)
+            if piece.is_done
         )
-    return [
-        _result(job, pieces, again, spec)
-        for job, pieces, again in zip(jobs, state.pieces, state.again, strict=True)
-    ]
+        reason = None
+        if self.is_done:
+            reasons = {answer.stop_reason for answer in answers}
+            reason = next((name for name in ("loop", "budget") if name in reasons), "eos")
+        return Result(
+            text=" ".join(answer.text for answer in answers if answer.text),
+            segments=tuple(
+                Segment(
+                    piece.start / SAMPLE_RATE,
+                    piece.stop / SAMPLE_RATE,
+                    piece.answer.text,
+                    piece.answer.stop_reason,
+                )
+                for piece in answered
+            ),
+            windows=sum(answer.windows for answer in answers),
+            speech_tokens=sum(answer.speech_tokens for answer in answers),
+            covered_seconds=round(min(self.seconds, covered), 3),
+            stop_reason=reason,
+            new_tokens=sum(len(answer.token_ids) for answer in answers),
+            first_token_seconds=answers[0].first_token_seconds if answers else 0.0,
+            again=self.again,
+        )
 
 
-def _budget(job: LongFormRequest, piece: _Piece) -> int:
-    grown = budget((piece.stop - piece.start) / audio.SAMPLE_RATE, job.task)
-    return job.max_new_tokens or grown
+# ---------------------------------------------------------------------------------- segment length
 
 
-def _instruction(generator: Generator, job: LongFormRequest, after: str) -> str | None:
-    if not after:
-        return job.instruction
-    return f"{job.instruction or TASKS[job.task].instruction}\nIt goes on from: {after}"
-
-
-def _listening(generator: Generator, state: _Jobs, ready: Sequence[_Piece], on_text) -> dict:
-    if on_text is None:
-        return {}
-    piece = ready[0]
-    before = [other.answer.text for other in state.pieces[piece.job] if other.answer is not None]
-
-    def on_tokens(_, tokens):
-        on_text(piece.job, " ".join([*before, generator.encoder.decode(tokens)]))
-
-    return {"on_tokens": on_tokens}
-
-
-def _result(
-    job: LongFormRequest, pieces: Sequence[_Piece], again: int, spec: audio.WindowSpec
-) -> Result:
-    answers = [piece.answer for piece in pieces]
-    reasons = {found.stop_reason for found in answers}
-    rate = audio.SAMPLE_RATE
-    covered = sum(min((p.stop - p.start) / rate, p.answer.windows * spec.seconds) for p in pieces)
-    return Result(
-        text=" ".join(found.text for found in answers if found.text),
-        segments=tuple(
-            TranscriptSegment(p.start / rate, p.stop / rate, p.answer.text, p.answer.stop_reason)
-            for p in pieces
-        ),
-        windows=sum(found.windows for found in answers),
-        speech_tokens=sum(found.speech_tokens for found in answers),
-        covered_seconds=round(min(job.seconds, covered), 3),
-        stop_reason=next((reason for reason in ("loop", "budget") if reason in reasons), "eos"),
-        new_tokens=sum(len(found.token_ids) for found in answers),
-        first_token_seconds=answers[0].first_token_seconds,
-        again=again,
-    )
-
-
-def trained_seconds(config, window_seconds: float) -> float:
-    """The longest recordings that a model was trained on, by its config; without training data there, 30 windows."""
-    sources = [dict(source) for source in config.data.train.values()]
+def trained_seconds(sources: Mapping[str, Mapping], window_seconds: float) -> float:
+    """The longest recordings of config.data.train; without training data, 30 windows."""
     if not sources:
         return 30 * window_seconds
-    return max(
-        [
-            window_seconds,
-            *(source["join"]["max_seconds"] for source in sources if source.get("join")),
-        ]
-    )
+    joins = (dict(source).get("join") for source in sources.values())
+    return max([window_seconds, *(join["max_seconds"] for join in joins if join)])
 
 
-def span_for(
-    generator: Generator,
-    seconds: float,
-    task: str,
-    instruction: str | None,
-    trained: float,
-    choice: str = "auto",
-    limit: int | None = None,
-) -> float | None:
-    """Seconds of a recording's spans, or None for one context: what --span says.
+def positions(capacity: Capacity, recording: Recording) -> int:
+    """Cache positions that the longest segment of a recording needs, its answer included."""
+    longest, task = recording.seconds, recording.task
+    if recording.segment_seconds is not None and TASKS[task].is_splittable:
+        longest = min(longest, recording.segment_seconds)
+    budget = recording.max_new_tokens or default_new_tokens(longest, task)
+    num_samples = round(longest * SAMPLE_RATE)
+    return capacity.positions(num_samples, task, recording.instruction, budget)
 
-    auto: one context for recordings no longer than the longest of the training (`trained` seconds), and for tasks that need the
-    whole; spans of half that length for others, well inside what the training covered, or shorter ones that fit the memory.
-    none: one context. A number: seconds.
+
+def cache_length(capacity: Capacity, recording: Recording) -> int:
+    return bucketed_length(positions(capacity, recording))
+
+
+def with_segments(
+    capacity: Capacity, recording: Recording, trained: float, choice: str = "auto"
+) -> Recording:
+    """Sets the length of a recording's segments from the --span flag.
+
+    Args:
+        trained: seconds of the longest recordings in training.
+        choice: "none": one context. Seconds: segments of this length. "auto": one context for
+            recordings up to `trained` and for tasks that need the whole recording; otherwise
+            segments of half of `trained`, well inside the training range, or shorter ones that fit
+            into memory.
 
     Raises:
-        UserError: it is none of these, or the recording does not fit (see `Generator.check`).
+        UserError: choice is none of these.
+        CapacityError: the recording does not fit; says what would.
     """
-    if choice not in ("auto", "none"):
-        try:
-            span = float(choice)
-        except ValueError:
-            span = 0.0
-        if not 1 <= span < float("inf"):
-            raise UserError(f"--span={choice}: give auto, none, or seconds (1 at least)")
-    else:
-        span = None if choice == "none" or seconds <= trained else trained / 2
-    if not TASKS[task].is_splittable:
-        span = None
+    is_splittable = TASKS[recording.task].is_splittable
+    length = _parse_choice(choice, recording.seconds, trained)
+    length = length if is_splittable else None
     while True:
+        recording = dataclasses.replace(recording, segment_seconds=length)
         try:
-            generator.check(needed_positions(generator, seconds, task, instruction, span, limit))
-            return span
+            capacity.check(positions(capacity, recording))
+            return recording
         except CapacityError as error:
-            shorter = min(seconds, span or seconds) / 2
-            if (
-                choice != "auto"
-                or not TASKS[task].is_splittable
-                or shorter < generator.model.window.seconds
-            ):
-                if not TASKS[task].is_splittable:
-                    other = f"cut the recording, which {task} hears as a whole"
+            shorter = min(recording.seconds, length or recording.seconds) / 2
+            can_shorten = choice == "auto" and is_splittable
+            if not can_shorten or shorter < capacity.model.window.seconds:
+                if not is_splittable:
+                    other = f"cut the recording: {recording.task} needs it as a whole"
+                elif length is None:
+                    other = "use segments (--span=auto)"
                 else:
-                    other = (
-                        "take spans (--span=auto)"
-                        if span is None
-                        else f"take spans shorter than {span:g} s (--span=SECONDS)"
-                    )
+                    other = f"use segments shorter than {length:g} s (--span=SECONDS)"
                 raise CapacityError(
-                    f"a recording of {seconds / 60:.1f} minutes: {error}, or {other}"
+                    f"a recording of {recording.seconds / 60:.1f} minutes: {error}, or {other}"
                 ) from None
-            span = shorter
+            length = shorter
 
 
-def needed_positions(
-    generator: Generator,
-    seconds: float,
-    task: str,
-    instruction: str | None,
-    span: float | None,
-    limit: int | None = None,
-) -> int:
-    """Cache slots that a recording needs, its answer of `limit` tokens included (None: its budget)."""
-    longest = min(seconds, span) if span is not None and TASKS[task].is_splittable else seconds
-    windows = generator.model.window.count(round(longest * audio.SAMPLE_RATE))
-    prompt = (
-        len(generator.encoder.prompt_ids(task, instruction))
-        + windows * generator.model.tokens_per_window
-    )
-    return prompt + max(limit or budget(longest, task), CHUNK)
+def _parse_choice(choice: str, seconds: float, trained: float) -> float | None:
+    if choice == "none" or (choice == "auto" and seconds <= trained):
+        return None
+    if choice == "auto":
+        return trained / 2
+    try:
+        length = float(choice)
+    except ValueError:
+        length = 0.0
+    if not 1 <= length < float("inf"):
+        raise UserError(f"--span={choice}: use auto, none, or a number of seconds (at least 1)")
+    return length

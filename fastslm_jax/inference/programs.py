@@ -1,9 +1,13 @@
-"""The compiled programs of generation. Their shapes do not depend on a recording's length, only on the cache's size.
+"""The compiled programs of generation: encode, prefill, decode.
 
-Shapes: m windows of a micro-batch, b rows of the cache, r of them in a prefill, t tokens of a chunk, d width, v vocabulary.
+Their shapes depend on the cache length, never on the length of a recording.
+
+Shapes: m windows of a micro-batch, b rows of the cache, r rows of a prefill, t tokens of a chunk,
+d width, v vocabulary.
 """
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +21,18 @@ from fastslm_jax.models import log_mel
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.kv_cache import KVCache
 
-STEPS = 64  # tokens of a row in one call of `decode`, at most
+T = TypeVar("T")
+DECODE_STEPS = 64  # maximum tokens per row in one call of `decode`
 
 
 class DecodeState(struct.PyTreeNode):
-    """Where each row of a running batch stands; arrays [b], on the host between calls.
+    """The state of each row of a batch; arrays [b], on the host between calls.
 
-    token goes to slot `position` next; count new tokens came so far, of `budget`; stream numbers the row's random draws;
-    recent and repeated: see `loops`.
+    Attributes:
+        token: the next input token, which is written to cache position `position`.
+        count: new tokens so far, of `budget`.
+        stream: number of the row's random stream (see `sampling.choose`).
+        recent, repeated: see `repetition`.
     """
 
     token: jax.Array
@@ -42,52 +50,57 @@ class DecodeState(struct.PyTreeNode):
         zeros = (np.zeros(rows, np.int32) for _ in range(5))
         return cls(*zeros, np.ones(rows, bool), np.zeros(rows, bool), *repetition.start(rows))
 
-    def begin(self, row: int, token: int, position: int, budget: int, stream: int) -> None:
-        """A row starts with a new request: its prompt's last token is fed first."""
-        for name, value in (
-            ("token", token),
-            ("position", position),
-            ("budget", budget),
-            ("stream", stream),
-            ("count", 0),
-        ):
-            getattr(self, name)[row] = value
+    def start(self, row: int, token: int, position: int, budget: int, stream: int) -> None:
+        """Resets a row for a new request whose last prompt token is `token`."""
+        self.token[row], self.position[row], self.count[row] = token, position, 0
+        self.budget[row], self.stream[row] = budget, stream
         self.done[row] = self.looped[row] = False
         recent, repeated = repetition.start(1)
         self.recent[row], self.repeated[row] = recent[0], repeated[0]
 
 
-def shards(mesh: Mesh | None) -> int:
-    """Devices that rows are spread over."""
+Carry = tuple[jax.Array, KVCache, DecodeState, jax.Array | None, jax.Array]  # of the decode loop
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Number of devices that rows are sharded over."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _constrain(tree, mesh: Mesh | None, *spec):
+def _constrain(tree: T, mesh: Mesh | None, *spec: str | tuple[str, ...] | None) -> T:
+    """Constrains the sharding of every leaf; without a spec, to replicated."""
     if mesh is None or mesh.size == 1:
         return tree
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec))),
-        tree,
+    placed = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, placed), tree)
+
+
+def _shard_windows(windows: jax.Array, mesh: Mesh | None) -> jax.Array:
+    return _constrain(
+        windows, mesh, *(sharding.ROWS if len(windows) % row_shards(mesh) == 0 else ())
     )
 
 
 def _constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """DecodeState over data × fsdp and heads over tensor, where they divide."""
+    """Rows over data × fsdp and heads over tensor, where they divide."""
     if mesh is None or mesh.size == 1:
         return cache
     _, rows, heads = cache.keys.shape[:3]
     spec = (
         None,
-        ("data", "fsdp") if rows % shards(mesh) == 0 else None,
+        ("data", "fsdp") if rows % row_shards(mesh) == 0 else None,
         "tensor" if heads % mesh.shape["tensor"] == 0 else None,
     )
     stores = ("keys", "values", "key_scales", "value_scales")
     return cache.replace(**{name: _constrain(getattr(cache, name), mesh, *spec) for name in stores})
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "mesh"))
-def empty_cache(model: FastSLM, *, rows: int, slots: int, dtype, mesh: Mesh | None) -> KVCache:
-    cache = model.llm.init_cache(rows, slots, dtype).replace(
+@functools.partial(jax.jit, static_argnames=("model", "rows", "cache_length", "dtype", "mesh"))
+def empty_cache(
+    model: FastSLM, *, rows: int, cache_length: int, dtype: jnp.dtype, mesh: Mesh | None
+) -> KVCache:
+    """A key-value cache of `cache_length` positions per row."""
+    cache = model.llm.init_cache(rows, cache_length, dtype).replace(
         is_spread=mesh is not None and mesh.size > 1
     )
     return _constrain_cache(cache, mesh)
@@ -97,10 +110,8 @@ def empty_cache(model: FastSLM, *, rows: int, slots: int, dtype, mesh: Mesh | No
 def window_maxima(
     model: FastSLM, windows: jax.Array, frames: jax.Array, *, mesh: Mesh | None
 ) -> jax.Array:
-    """Windows [m, samples] and their valid frames [m] → each one's highest log-mel power [m]."""
-    windows = _constrain(
-        windows, mesh, sharding.ROWS[0] if len(windows) % shards(mesh) == 0 else None
-    )
+    """Windows [m, samples] and valid frames [m] → the maximum log-mel power of each [m]."""
+    windows = _shard_windows(windows, mesh)
     with sharding.activations_on(mesh):
         maxima = log_mel.window_maxima(windows[None], frames[None], model.encoder.num_mels)[0]
     return _constrain(maxima, mesh)
@@ -108,13 +119,20 @@ def window_maxima(
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
 def encode(
-    model: FastSLM, params: dict, windows: jax.Array, frames: jax.Array, recording: jax.Array, elsewhere: jax.Array,
-    *, mesh: Mesh | None,
-) -> jax.Array:  # fmt: skip
-    """Windows [m, samples], their valid frames, recording and its maximum elsewhere [m] → speech tokens [m, tokens, d]."""
-    windows = _constrain(
-        windows, mesh, sharding.ROWS[0] if len(windows) % shards(mesh) == 0 else None
-    )
+    model: FastSLM,
+    params: dict,
+    windows: jax.Array,
+    frames: jax.Array,
+    recording: jax.Array,
+    elsewhere: jax.Array,
+    *,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Windows [m, samples] → speech tokens [m, tokens_per_window, d].
+
+    See `log_mel.log_mel` for the arguments.
+    """
+    windows = _shard_windows(windows, mesh)
     with sharding.activations_on(mesh):
         mel = log_mel.log_mel(
             windows[None], frames[None], recording[None], model.encoder.num_mels, elsewhere[None]
@@ -125,15 +143,25 @@ def encode(
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames=("cache",))
 def prefill(
-    model: FastSLM, params: dict, cache: KVCache, rows: jax.Array, start: jax.Array, tokens: jax.Array,
-    speech: jax.Array | None, is_speech: jax.Array | None, *, mesh: Mesh | None,
-) -> KVCache:  # fmt: skip
-    """Writes a chunk of prompts into rows of the cache.
+    model: FastSLM,
+    params: dict,
+    cache: KVCache,
+    rows: jax.Array,
+    start: jax.Array,
+    tokens: jax.Array,
+    speech: jax.Array | None,
+    is_speech: jax.Array | None,
+    *,
+    mesh: Mesh | None,
+) -> KVCache:
+    """Writes a chunk of prompts into the cache.
 
     Args:
-        rows: [r]; start: [r], the slot of each row's first token here.
-        tokens: [r, t]. Slots behind a prompt's end may get anything: each is written anew before it is seen.
-        speech: [r, t, d], what stands where is_speech [r, t]; None without audio.
+        rows: [r], the rows of the cache.
+        start: [r], the position of each row's first token of this chunk.
+        tokens: [r, t]. Positions beyond a prompt's end may receive anything: each is overwritten
+            before attention reads it.
+        speech: [r, t, d], replaces embeddings where is_speech [r, t]; None without audio.
     """
     variables = {"params": params["llm"]}
     embeddings = model.llm.apply(variables, tokens, method="embed")
@@ -144,50 +172,79 @@ def prefill(
     return _constrain_cache(cache.replace(rows=None), mesh)
 
 
+def _layers_of(stacked: dict, num_layers: int) -> list[dict]:
+    """The weights of each layer, sliced before the decode loop: inside it, XLA would copy them."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "greedy", "mesh"), donate_argnames=("cache",))
 def decode(
-    model: FastSLM, params: dict, cache: KVCache, rows: DecodeState, seen: jax.Array | None, controls: sampling.Controls,
-    end_id: int, max_steps: int, enough: int, detect_repetition: bool, *, greedy: bool, mesh: Mesh | None,
-) -> tuple[KVCache, DecodeState, jax.Array]:  # fmt: skip
-    """Decodes until all rows are done, `enough` of them are, or max_steps (≤ STEPS) tokens were made.
+    model: FastSLM,
+    params: dict,
+    cache: KVCache,
+    state: DecodeState,
+    seen: jax.Array | None,
+    controls: sampling.Controls,
+    end_id: int,
+    max_steps: int,
+    enough: int,
+    detect_repetition: bool,
+    *,
+    greedy: bool,
+    mesh: Mesh | None,
+) -> tuple[KVCache, DecodeState, jax.Array]:
+    """Decodes until `enough` rows (or all) are done, or max_steps (≤ DECODE_STEPS) have run.
 
     Args:
         seen: [b, v], tokens that the repetition penalty acts on; None: no penalty.
         end_id: the token that ends an answer.
 
     Returns:
-        the cache, the rows, and their new tokens [b, STEPS]: those of a row are the first, as many as its count grew by.
+        The cache, the state, and the new tokens [b, DECODE_STEPS]; a row's are the first ones, as
+        many as its count grew by.
     """
-    variables, batch = {"params": params["llm"]}, rows.token.shape[0]
+    batch = state.token.shape[0]
+    layers = _layers_of(params["llm"]["layers"], model.llm.num_layers)
 
-    def body(carry):
-        step, cache, rows, seen, out = carry
-        embedding = model.llm.apply(variables, rows.token[:, None], method="embed")
-        position = jnp.where(
-            rows.done, 0, rows.position
-        )  # an idle row may not lengthen what attention reads
+    def body(carry: Carry) -> Carry:
+        step, cache, state, seen, out = carry
+        llm = params["llm"]
+        if not model.llm.scan_layers:  # slices of a stack are its parts: nothing is copied here
+            llm = {**llm, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+        variables = {"params": llm}
+        embedding = model.llm.apply(variables, state.token[:, None], method="embed")
+        # Idle rows read position 0 only, so that they do not lengthen what attention reads.
+        position = jnp.where(state.done, 0, state.position)
         hidden, cache = model.llm.apply(variables, embedding, position[:, None], cache=cache)
         logits = model.logits(params, hidden[:, 0])
-        token = sampling.choose(logits, seen, controls, rows.stream, rows.count, greedy=greedy)
-        token, running = jnp.where(rows.done, 0, token), ~rows.done
+        token = sampling.choose(logits, seen, controls, state.stream, state.count, greedy=greedy)
+        token, running = jnp.where(state.done, 0, token), ~state.done
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         if seen is not None:
             seen = seen | (jax.nn.one_hot(token, seen.shape[1], dtype=bool) & running[:, None])
-        recent, repeated, looped = repetition.advance(rows.recent, rows.repeated, token)
-        ended, count = token == end_id, rows.count + running
+        recent, repeated, looped = repetition.advance(state.recent, state.repeated, token)
+        ended, count = token == end_id, state.count + running
         looped = looped & running & ~ended & detect_repetition
-        rows = rows.replace(
-            token=token, position=rows.position + running, count=count, recent=recent, repeated=repeated,
-            done=rows.done | ended | looped | (count >= rows.budget), looped=rows.looped | looped,
-        )  # fmt: skip
-        return step + 1, cache, rows, seen, out
+        state = state.replace(
+            token=token,
+            position=state.position + running,
+            count=count,
+            recent=recent,
+            repeated=repeated,
+            done=state.done | ended | looped | (count >= state.budget),
+            looped=state.looped | looped,
+        )
+        return step + 1, cache, state, seen, out
 
-    def goes_on(carry):
+    def is_running(carry: Carry) -> jax.Array:
         done = jnp.sum(carry[2].done)
-        return (carry[0] < jnp.minimum(max_steps, STEPS)) & (done < jnp.minimum(batch, enough))
+        return (carry[0] < jnp.minimum(max_steps, DECODE_STEPS)) & (
+            done < jnp.minimum(batch, enough)
+        )
 
     cache = cache.replace(layer=jnp.int32(model.llm.num_layers))
-    rows = jax.tree.map(jnp.asarray, rows)
-    start = (jnp.int32(0), cache, rows, seen, jnp.zeros((batch, STEPS), jnp.int32))
-    _, cache, rows, _, out = jax.lax.while_loop(goes_on, body, start)
-    return _constrain_cache(cache, mesh), _constrain(rows, mesh), _constrain(out, mesh)
+    state = jax.tree.map(jnp.asarray, state)
+    out = jnp.zeros((batch, DECODE_STEPS), jnp.int32)
+    start = (jnp.int32(0), cache, state, seen, out)
+    _, cache, state, _, out = jax.lax.while_loop(is_running, body, start)
+    return _constrain_cache(cache, mesh), _constrain(state, mesh), _constrain(out, mesh)

@@ -1,7 +1,7 @@
-"""Repetition loops: an answer whose end repeats itself over and over.
+"""Detection of repetition loops: an answer whose end repeats itself.
 
-A tail is a loop when its last tokens have equalled those `period` places before, REPEATS − 1 periods long and for MIN_TOKENS
-tokens at least, for a period of up to PERIODS tokens.
+An answer ends in a loop if, for some period of up to PERIODS tokens, its last tokens equal those
+one period earlier for REPEATS - 1 periods and at least MIN_TOKENS tokens.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,24 @@ _THRESHOLDS = np.maximum(MIN_TOKENS, (REPEATS - 1) * np.arange(1, PERIODS + 1))
 
 
 def start(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(last tokens [rows, PERIODS], the newest first; lengths of repetition [rows, PERIODS]) of answers that are empty."""
+    """The state of empty answers: last tokens, newest first, and matches so far by period.
+
+    Both [rows, PERIODS].
+    """
     return np.full((rows, PERIODS), -1, np.int32), np.zeros((rows, PERIODS), np.int32)
 
 
 def advance(
     recent: jax.Array, repeated: jax.Array, token: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One more token [rows]: the next (recent, repeated), and which rows are in a loop [rows]."""
+    """Adds a token [rows]; returns the next state (recent, repeated) and which rows loop [rows]."""
     repeated = jnp.where(recent == token[:, None], repeated + 1, 0)
     recent = jnp.concatenate([token[:, None], recent[:, :-1]], axis=1)
     return recent, repeated, jnp.any(repeated >= _THRESHOLDS, axis=1)
 
 
 def without_repeats(tokens: Sequence[int]) -> tuple[int, ...]:
-    """Tokens that end in a loop, down to the loop's first round."""
+    """Cuts a loop at the end of tokens down to its first period."""
     tokens = tuple(tokens)
     for period in range(1, min(PERIODS, len(tokens) - 1) + 1):
         repeated = 0

@@ -1,4 +1,7 @@
-"""How the next token is chosen from logits: the processors of `transformers`, in its order, and greedy or random choice."""
+"""Choice of the next token: greedy, or sampled with the logits processors of `transformers`.
+
+The processors are applied in its order: repetition penalty, temperature, top-k, top-p.
+"""
 
 import dataclasses
 
@@ -11,7 +14,11 @@ from fastslm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0, top_p 1 and repetition_penalty 1 do nothing. The same seed gives the same answers."""
+    """Sampling settings; the defaults are greedy and change nothing.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off. The same seed gives
+    the same answers.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -20,16 +27,15 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
-        if (
-            self.temperature < 0
-            or self.top_k < 0
-            or not 0 < self.top_p <= 1
-            or self.repetition_penalty <= 0
-        ):
-            raise UserError(
-                f"sampling: temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, repetition_penalty "
-                f"{self.repetition_penalty}; needed are temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1, repetition_penalty > 0"
-            )
+        limits = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (is_valid, needed) in limits.items():
+            if not is_valid:
+                raise UserError(f"--{name}={getattr(self, name)}: must be {needed}")
 
     @property
     def is_greedy(self) -> bool:
@@ -45,7 +51,7 @@ class SamplingParams:
 
 
 class Controls(struct.PyTreeNode):
-    """The numbers of a `SamplingParams` as inputs of a compiled program, which does not depend on them."""
+    """`SamplingParams` as inputs of a compiled program, so that a change does not recompile it."""
 
     temperature: jax.Array | float
     top_k: jax.Array | int
@@ -54,13 +60,18 @@ class Controls(struct.PyTreeNode):
     seed: jax.Array | int
 
 
-def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty) -> jax.Array:
-    """Logits [b, v] of tokens seen [b, v] are divided by the penalty, or multiplied where negative (arXiv 1909.05858)."""
+def penalize_repetition(
+    logits: jax.Array, seen: jax.Array, penalty: jax.Array | float
+) -> jax.Array:
+    """Divides the logits [b, v] of seen tokens by the penalty, or multiplies negative ones.
+
+    Source: arXiv 1909.05858.
+    """
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def keep_top_k(logits: jax.Array, k) -> jax.Array:
-    """All but the k highest logits of a row become −∞; equals of the lowest kept stay. k 0: all stay."""
+def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
+    """Sets all but the k highest logits of a row to −∞; ties with the k-th stay. 0 keeps all."""
     size = logits.shape[-1]
     lowest = jnp.take(
         jnp.sort(logits, axis=-1, descending=True), jnp.clip(k, 1, size) - 1, axis=-1
@@ -68,17 +79,20 @@ def keep_top_k(logits: jax.Array, k) -> jax.Array:
     return jnp.where((logits < lowest) & (k > 0), -jnp.inf, logits)
 
 
-def keep_top_p(logits: jax.Array, p) -> jax.Array:
-    """Keeps the fewest highest logits of a row whose probabilities add up to p (arXiv 1904.09751), equals of the lowest too."""
+def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
+    """Keeps the fewest highest logits of a row whose probabilities sum to p; ties stay.
+
+    Source: nucleus sampling, arXiv 1904.09751.
+    """
     ascending = jnp.sort(logits, axis=-1)
     below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - p
-    below = below.at[..., -1].set(False)  # the best one always stays
+    below = below.at[..., -1].set(False)  # the highest always stays
     lowest = jnp.min(jnp.where(below, jnp.inf, ascending), axis=-1, keepdims=True)
     return jnp.where((logits < lowest) & (p < 1), -jnp.inf, logits)
 
 
 def warp(logits: jax.Array, controls: Controls) -> jax.Array:
-    """Logits as the random choice takes them: divided by the temperature, then top-k, then top-p."""
+    """Applies temperature, then top-k, then top-p."""
     return keep_top_p(keep_top_k(logits / controls.temperature, controls.top_k), controls.top_p)
 
 
@@ -94,9 +108,9 @@ def choose(
     """Next tokens [b] int32 from float32 logits [b, v].
 
     Args:
-        seen: [b, v], what the repetition penalty acts on; None: no penalty.
-        streams, counts: [b], which random numbers a row takes: those of its request and of its token's number, whatever
-            other rows there are.
+        seen: [b, v], tokens that the repetition penalty acts on; None: no penalty.
+        streams, counts: [b], the request's number and the token's number, which seed a row's draw,
+            so that it does not depend on the other rows.
     """
     if seen is not None:
         logits = penalize_repetition(logits, seen, controls.repetition_penalty)
@@ -104,7 +118,7 @@ def choose(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = warp(logits, controls)
 
-    def draw(row, stream, count):
+    def draw(row: jax.Array, stream: jax.Array, count: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(controls.seed), stream), count)
         return jax.random.categorical(key, row)
 

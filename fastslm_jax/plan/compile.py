@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from fastslm_jax import chips, flops, sharding
+from fastslm_jax import chips, flops, memory, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.plan import collectives, hlo, published_configs
 from fastslm_jax.training import build as training
@@ -34,10 +34,6 @@ from fastslm_jax.training import experiment
 FLAGS = flags.FLAGS
 HBM_SHARE = 0.85  # of a chip's memory that a plan may take: the rest is for the runtime, for fragments and for evaluation
 GIB = chips.GIB
-
-
-class CapacityError(UserError):
-    """A plan that does not fit a chip's memory."""
 
 
 def define_flags() -> None:
@@ -120,8 +116,9 @@ def plan(
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     setup = experiment.build(config, weights=False, mesh=mesh)
     step = training.build(config, setup, mesh)
-    kinds = argument_bytes(step)
-    check_capacity(config, setup, devices, chip, sum(kinds.values()))
+    kinds = memory.step_bytes(step.frozen, step.state.trained, step.state.opt_state, step.batch)
+    usable = HBM_SHARE * chip.hbm_bytes / chip.devices if chip else None
+    training.check_capacity(config, setup, step, mesh, usable)
 
     with _progress(
         f"tracing and compiling for {name}, mesh {tuple(mesh.shape.values())}, {config.global_batch_size} rows"
@@ -136,12 +133,12 @@ def plan(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
                 raise
-            raise CapacityError(
+            raise memory.CapacityError(
                 f"{name}, mesh {dict(mesh.shape)}: {_reason(error)}; {_advice(config)}"
             ) from None
         end = time.monotonic()
 
-    memory = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     text = compiled.as_text()
     if hlo_file:
         pathlib.Path(hlo_file).write_text(text)
@@ -151,9 +148,9 @@ def plan(
     per_chip = chip.devices if chip else 1
     num_chips = len(devices) // per_chip
     is_known = (
-        memory.peak_memory_in_bytes and devices[0].platform != "cpu"
+        analysis.peak_memory_in_bytes and devices[0].platform != "cpu"
     )  # on CPU it leaves the temporaries out
-    peak = per_chip * (memory.peak_memory_in_bytes if is_known else total_bytes(memory))
+    peak = per_chip * (analysis.peak_memory_in_bytes if is_known else total_bytes(analysis))
     capacity = chip.hbm_bytes if chip else None
     minimum = flops.minimum(setup.model, experiment.row_shape(config), config.global_batch_size)
     bounds = find_bounds(executed, program, used, mesh, chip, num_chips)
@@ -172,8 +169,8 @@ def plan(
         "hbm_capacity_gib": capacity / GIB if chip else None,
         "hbm_gib": {kind: per_chip * size / GIB for kind, size in kinds.items()}
         | {
-            "arguments": per_chip * memory.argument_size_in_bytes / GIB,
-            "temporaries": per_chip * memory.temp_size_in_bytes / GIB,
+            "arguments": per_chip * analysis.argument_size_in_bytes / GIB,
+            "temporaries": per_chip * analysis.temp_size_in_bytes / GIB,
         },
         "flops_executed": executed,
         "flops_minimum": sum(minimum.values()),
@@ -215,32 +212,13 @@ def find_bounds(
     }
 
 
-def total_bytes(memory) -> float:
+def total_bytes(analysis) -> float:
     return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
     )
-
-
-def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    for dim in shape:
-        size *= dim
-    return size
-
-
-def argument_bytes(step: training.Training) -> dict[str, int]:
-    """Bytes of a device by kind of argument."""
-    parts = {
-        "frozen": step.frozen,
-        "trained": step.state.trained,
-        "optimiser": step.state.opt_state,
-        "batch": step.batch,
-    }
-    return {name: sum(map(bytes_on_device, jax.tree.leaves(part))) for name, part in parts.items()}
 
 
 def largest_layer(step: training.Training) -> int:
@@ -258,53 +236,10 @@ def embedding(step: training.Training) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 
-# ------------------------------------------------------------------------------------------------------------- capacity
-
-
-def check_capacity(
-    config: ConfigDict, setup, devices: list, chip: chips.Chip | None, held: int
-) -> None:
-    """What a step is given must fit a chip before anything is compiled.
-
-    Raises:
-        CapacityError: with the sizes of the fsdp axis that would hold it.
-    """
-    if chip is None or held * chip.devices <= HBM_SHARE * chip.hbm_bytes:
-        return
-    fitting = [
-        size
-        for size in mesh_sizes(config, devices)
-        if _held(config, setup, devices, size) <= HBM_SHARE * chip.hbm_bytes
-    ]
-    raise CapacityError(
-        f"weights, optimiser state and batch take {held * chip.devices / GIB:.3g} GiB of a chip; {chip.name} has "
-        f"{chip.hbm_bytes / GIB:.3g}, of which {HBM_SHARE:.0%} may be taken; "
-        + (
-            f"config.mesh.fsdp of {', '.join(map(str, fitting[:4]))} would hold them"
-            if fitting
-            else "no fsdp axis here holds them"
-        )
-    )
-
-
 def mesh_sizes(config: ConfigDict, devices: list) -> list[int]:
     """Sizes of the fsdp axis that the devices allow."""
     free = len(devices) // config.mesh.tensor
     return [size for size in (2**power for power in range(20)) if free % size == 0 and size <= free]
-
-
-def _held(config: ConfigDict, setup, devices: list, fsdp: int) -> float:
-    """Bytes that a device would hold of the arguments with another fsdp axis; infinite where shapes do not divide."""
-    tried = config.copy_and_resolve_references()
-    tried.mesh.update({"data": -1, "fsdp": fsdp})
-    try:
-        return sum(
-            argument_bytes(
-                training.build(tried, setup, sharding.make_mesh(**tried.mesh, devices=devices))
-            ).values()
-        )
-    except UserError:
-        return float("inf")
 
 
 def _reason(error: Exception) -> str:
@@ -332,7 +267,7 @@ def sweep(
     with `ranked`, all that fit, by audio hours a day.
 
     Raises:
-        CapacityError: nothing fits.
+        memory.CapacityError: nothing fits.
     """
     results, meshes = [], []
     for columns in tensor:
@@ -347,7 +282,7 @@ def sweep(
                 result = plan(config, devices, chip, name)
             except UserError as error:
                 print(f"{label}: {error}", flush=True)
-                if isinstance(error, CapacityError):
+                if isinstance(error, memory.CapacityError):
                     break  # more rows hold more
                 continue
             results.append(result)
@@ -356,7 +291,7 @@ def sweep(
     fitting = [result for result in results if result["fits"] is not False]
     if not fitting:
         tried = ", ".join(f"{shards} × {columns}" for shards, columns in meshes)
-        raise CapacityError(
+        raise memory.CapacityError(
             f"{name}: none of fsdp × tensor {tried} with {rows} rows a chip fits; {_advice(config)}"
         )
     fitting.sort(key=lambda result: -(result["audio_hours_per_day"] or 0))

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from fastslm_jax import audio, sharding
+from fastslm_jax import audio, memory, sharding
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
@@ -117,55 +117,59 @@ def state_shardings(state: steps.TrainState, mesh: Mesh):
 
 
 def check_capacity(
-    config: ConfigDict, setup: experiment.Experiment, built: Training, mesh: Mesh
+    config: ConfigDict,
+    setup: experiment.Experiment,
+    built: Training,
+    mesh: Mesh,
+    capacity: float | None,
 ) -> None:
-    """Ends a run that cannot fit its devices before anything is loaded or compiled; what is counted is a lower bound.
+    """Raises before anything is loaded or compiled if a step cannot fit its devices.
+
+    Args:
+        capacity: available bytes on a device; None is not checked.
 
     Raises:
-        UserError: says what a device needs, what it has, and the smallest sharding of parameters with which it fits.
+        memory.CapacityError: names the smallest fsdp axis that would fit, if there is one.
     """
-    capacity = sharding.device_memory(mesh)
-    parts = memory_parts(config, setup, built, mesh)
-
-    def fits_with() -> str:
-        for fsdp in (
-            size
-            for size in range(mesh.shape["fsdp"] + 1, mesh.size + 1)
-            if mesh.size % (size * mesh.shape["tensor"]) == 0
-        ):
-            axes = {
-                "data": mesh.size // (fsdp * mesh.shape["tensor"]),
-                "fsdp": fsdp,
-                "tensor": mesh.shape["tensor"],
-            }
-            other = sharding.make_mesh(**axes, devices=list(mesh.devices.flat))
-            try:
-                needed = sum(
-                    memory_parts(config, setup, build(config, setup, other), other).values()
-                )
-            except UserError:  # that many do not divide the parameters
-                continue
-            if needed <= capacity:
-                return f"config.mesh {axes} would need {needed / 2**30:.2f}"
-        return "no mesh of these devices fits: take more devices, or fewer rows or labels"
-
-    sharding.check_capacity(parts, capacity, fits_with)
+    memory.check(
+        f"config.mesh {dict(mesh.shape)}: a train step",
+        memory_parts(config, setup, built, mesh),
+        capacity,
+        lambda: _fitting_mesh(config, setup, mesh, capacity),
+    )
 
 
 def memory_parts(
     config: ConfigDict, setup: experiment.Experiment, built: Training, mesh: Mesh
 ) -> dict[str, int]:
-    """{what: bytes of it on a device} during a step, without activations."""
+    """{kind: bytes on a device} during a step, without activations."""
     micro_rows = config.global_batch_size // (
         mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     )
-    return {
-        "frozen parameters": sharding.bytes_per_device(built.frozen),
-        "trained parameters and gradients": 2 * sharding.bytes_per_device(built.state.trained),
-        "optimiser": sharding.bytes_per_device(built.state.opt_state),
-        "batch": sharding.bytes_per_device(built.batch),
-        "logits of a chunk": 4
-        * micro_rows
-        * min(config.loss_chunk, config.data.row.labels)
-        * setup.model.llm.vocab_size,
+    labels = min(config.loss_chunk, config.data.row.labels)
+    arguments = memory.step_bytes(
+        built.frozen, built.state.trained, built.state.opt_state, built.batch
+    )
+    return arguments | {
+        "gradients": arguments["trained"],
+        "logits": 4 * micro_rows * labels * setup.model.llm.vocab_size,
     }
+
+
+def _fitting_mesh(
+    config: ConfigDict, setup: experiment.Experiment, mesh: Mesh, capacity: float
+) -> str:
+    """Advice: the smallest fsdp axis with which a step fits the same devices."""
+    tensor = mesh.shape["tensor"]
+    for fsdp in range(mesh.shape["fsdp"] + 1, mesh.size // tensor + 1):
+        if mesh.size % (fsdp * tensor):
+            continue
+        axes = {"data": mesh.size // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+        try:
+            other = sharding.make_mesh(**axes, devices=list(mesh.devices.flat))
+            needed = sum(memory_parts(config, setup, build(config, setup, other), other).values())
+        except UserError:  # fsdp does not divide the parameters
+            continue
+        if needed <= capacity:
+            return f"config.mesh {axes} would need {needed / memory.GIB:.2f} GiB"
+    return "no mesh of these devices fits: use more devices, or fewer rows or labels"

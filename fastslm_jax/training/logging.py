@@ -168,25 +168,6 @@ class Timer:
         return rates
 
 
-class Compilations:
-    """Programs that JAX compiles while `counting`, and the seconds that tracing and compiling take."""
-
-    def __init__(self):
-        self.programs, self.seconds, self._counts = 0, 0.0, False
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **_) -> None:
-        if self._counts and event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
-            self.programs += event.endswith("backend_compile_duration")
-
-    @contextlib.contextmanager
-    def counting(self):
-        self._counts = True
-        yield
-        self._counts = False
-
-
 class Profile:
     """A trace of some steps, for TensorBoard's profiler or Perfetto: config.profile "FIRST:LAST", or "" for none."""
 

@@ -1,4 +1,4 @@
-"""The demo's phases: each is done once, whatever ends the demo in between."""
+"""Phases of the demo: each completes once, even if the demo is interrupted."""
 
 import json
 
@@ -8,27 +8,23 @@ from fastslm_jax.demo import __main__ as demo
 from fastslm_jax.errors import UserError
 
 
-def test_a_phase_that_is_done_is_not_run_again(tmp_path, capsys):
+def test_a_completed_phase_is_skipped(tmp_path, capsys):
     command = ["-c", f"open({str(tmp_path / 'trace')!r}, 'a').write('x')"]
     for _ in range(2):
         demo.Phases(tmp_path).run("corpus", command)
     assert (tmp_path / "trace").read_text() == "x"
-    assert "[corpus] done before" in capsys.readouterr().out
+    assert "[corpus] already done" in capsys.readouterr().out
     phase = json.loads((tmp_path / "phases.json").read_text())["corpus"]
     assert phase["done"]
     assert phase["seconds"] > 0
 
 
-def test_a_phase_that_failed_is_run_again_and_its_time_adds_up(tmp_path):
+def test_a_failed_phase_is_retried_and_its_time_accumulates(tmp_path):
     tried = tmp_path / "tried"
-    command = [
-        "-c",
-        f"import pathlib; p = pathlib.Path({str(tried)!r}); code = 3 * (not p.exists()); p.touch(); exit(code)",
-    ]
-    with pytest.raises(
-        UserError,
-        match="stage1 stopped with exit code 3; mend what it says above and run the same command again",
-    ):
+    code = f"import pathlib; p = pathlib.Path({str(tried)!r}); done = p.exists(); p.touch()"
+    command = ["-c", f"{code}; exit(0 if done else 3)"]
+    message = "stage1 failed with exit code 3; fix the error above and run the same command again"
+    with pytest.raises(UserError, match=message):
         demo.Phases(tmp_path).run("stage1", command)
     spent = demo.Phases(tmp_path).state["stage1"]["seconds"]
     phases = demo.Phases(tmp_path)
@@ -37,9 +33,8 @@ def test_a_phase_that_failed_is_run_again_and_its_time_adds_up(tmp_path):
     assert phases.state["stage1"]["seconds"] > spent > 0
 
 
-def test_another_seed_in_the_same_folder_is_refused(tmp_path):
+def test_another_seed_in_the_same_folder_is_rejected(tmp_path):
     demo.Phases(tmp_path).run("corpus", ["-c", "seed = 0"])
-    with pytest.raises(
-        UserError, match=r"was made with other flags .*name another --out, or remove it"
-    ):
+    message = r"was created with other flags .*choose another --out or delete it"
+    with pytest.raises(UserError, match=message):
         demo.Phases(tmp_path).run("corpus", ["-c", "seed = 1"])

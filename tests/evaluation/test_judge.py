@@ -68,10 +68,12 @@ def test_ratings_are_averaged(endpoint):
 
 def test_no_rating_or_no_endpoint_is_named(endpoint):
     Endpoint.said = "no idea"
-    with pytest.raises(JudgeError, match="some-model gave no rating from 1 to 5 but 'no idea'"):
+    with pytest.raises(
+        JudgeError, match="some-model responded without a rating from 1 to 5: 'no idea'"
+    ):
         Judge(endpoint, "some-model").score(PREDICTIONS)
     Endpoint.failures = 3
     with pytest.raises(JudgeError, match="answered 503"):
         Judge(endpoint, "some-model").score(PREDICTIONS)
-    with pytest.raises(JudgeError, match="no usable answer"):
+    with pytest.raises(JudgeError, match="no usable response"):
         Judge("http://127.0.0.1:9/v1", "some-model", timeout=1).score(PREDICTIONS)

@@ -1,4 +1,4 @@
-"""Predictions on disk: scores checked by hand, runs that go on, and what the table says."""
+"""Predictions on disk: scores checked by hand, and runs that resume."""
 
 import json
 import os
@@ -61,45 +61,48 @@ def lines_of(path):
 PREDICTIONS = results.read_predictions(HAND_CHECKED)[7:]
 
 
-def test_a_stopped_run_goes_on(tmp_path):
+def test_a_stopped_run_resumes(tmp_path):
     run = {"checkpoint": 3, "span": "none"}
-    first = results.Kept(tmp_path, run)
-    first.add(PREDICTIONS[:2])
+    first = results.PredictionLog(tmp_path, run)
+    for prediction in PREDICTIONS[:2]:
+        first.add(prediction)
     with open(tmp_path / "predictions.part.jsonl", "a") as file:
-        file.write('{"id": "to')  # killed while it wrote
-    again = results.Kept(tmp_path, run)
+        file.write('{"id": "to')  # killed during a write
+    again = results.PredictionLog(tmp_path, run)
     assert again.known == {p["id"]: p for p in PREDICTIONS[:2]}
-    again.add(PREDICTIONS[2:])
-    scores = again.finish(PREDICTIONS, {"device": "cpu"})
+    for prediction in PREDICTIONS[2:]:
+        again.add(prediction)
+    scores = again.finish(PREDICTIONS, {"device": "cpu"}, None)
     assert lines_of(tmp_path / "predictions.jsonl") == PREDICTIONS
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
     assert (scores["em"], scores["device"]) == (66.6667, "cpu")
 
 
-def test_a_set_that_was_answered_is_not_answered_again(tmp_path):
+def test_a_finished_set_is_not_answered_again(tmp_path):
     run = {"checkpoint": 3, "span": "none"}
-    first = results.Kept(tmp_path, run)
-    first.add(PREDICTIONS)
-    scores = first.finish(PREDICTIONS, {"run_seconds": 2.5, "run": run})
-    again = results.Kept(tmp_path, run)
+    first = results.PredictionLog(tmp_path, run)
+    for prediction in PREDICTIONS:
+        first.add(prediction)
+    scores = first.finish(PREDICTIONS, {"run_seconds": 2.5, "run": run}, None)
+    again = results.PredictionLog(tmp_path, run)
     assert list(again.known.values()) == PREDICTIONS
-    assert again.finish(PREDICTIONS, {"run_seconds": 0.1, "run": run}) == scores
-    assert results.Kept(tmp_path, run | {"span": "30"}).known == {}
+    assert again.finish(PREDICTIONS, {"run_seconds": 0.1, "run": run}, None) == scores
+    assert results.PredictionLog(tmp_path, run | {"span": "30"}).known == {}
 
 
-def test_other_settings_start_anew(tmp_path):
-    results.Kept(tmp_path, {"checkpoint": 3}).add(PREDICTIONS)
-    assert results.Kept(tmp_path, {"checkpoint": 4}).known == {}
+def test_other_settings_discard_predictions(tmp_path):
+    results.PredictionLog(tmp_path, {"checkpoint": 3}).add(PREDICTIONS[0])
+    assert results.PredictionLog(tmp_path, {"checkpoint": 4}).known == {}
 
 
-def test_scoring_again_keeps_what_was_measured(tmp_path):
-    kept = results.Kept(tmp_path / "test/sqqa", {})
-    kept.finish(PREDICTIONS, {"run_seconds": 2.5, "device": "cpu"})
+def test_scoring_again_keeps_measurements(tmp_path):
+    kept = results.PredictionLog(tmp_path / "test/sqqa", {})
+    kept.finish(PREDICTIONS, {"run_seconds": 2.5, "device": "cpu"}, None)
     changed = [p | {"hypothesis": p["reference"]} for p in PREDICTIONS]
     (tmp_path / "test/sqqa/predictions.jsonl").write_text(
         "".join(json.dumps(p) + "\n" for p in changed)
     )
-    ((name, label, scores),) = results.score_again(tmp_path, None)
+    ((name, label, scores),) = results.score_again(tmp_path)
     assert (name, label, scores["em"], scores["run_seconds"], scores["device"]) == (
         "test",
         "sqqa",
@@ -113,12 +116,15 @@ def test_scoring_again_keeps_what_was_measured(tmp_path):
     ("content", "message"),
     [
         (None, "no such file of predictions"),
-        ("", "holds no predictions"),
-        ('{"task": "asr"}\n', "x.jsonl:1: no prediction; a line is a JSON object with task, lang"),
-        ("[]\n", "x.jsonl:1: no prediction"),
+        ("", "contains no predictions"),
+        (
+            '{"task": "asr"}\n',
+            "x.jsonl:1: not a prediction; a line is a JSON object with task, lang",
+        ),
+        ("[]\n", "x.jsonl:1: not a prediction"),
     ],
 )
-def test_files_that_hold_no_predictions(tmp_path, content, message):
+def test_files_without_predictions(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -126,5 +132,5 @@ def test_files_that_hold_no_predictions(tmp_path, content, message):
 
 
 def test_nothing_to_score(tmp_path):
-    with pytest.raises(UserError, match="holds no SET/TASK"):
-        results.score_again(tmp_path, None)
+    with pytest.raises(UserError, match="contains no SET/TASK"):
+        results.score_again(tmp_path)

@@ -1,4 +1,4 @@
-"""Generation: the compiled loop with its cache gives what plain forward passes give, alone or in a batch."""
+"""Generation: the compiled loop with its cache equals plain forward passes, alone or batched."""
 
 import dataclasses
 import functools
@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax import compilation, sharding
-from fastslm_jax.errors import UserError
+from fastslm_jax import devices, memory, sharding
 from fastslm_jax.inference import batching, programs, repetition
-from fastslm_jax.inference import generator as generator_module
+from fastslm_jax.inference.capacity import PREFILL_CHUNK
 from fastslm_jax.inference.generator import Generator, Request
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models.lora import LoRA
@@ -25,11 +24,10 @@ def noise(seconds: float, seed: int) -> np.ndarray:
 
 
 REQUESTS = [
-    Request(noise(1.0, 0), "asr", "write"),
-    Request(noise(2.7, 1), "ast", "into korean please"),
-    Request(noise(0.4, 2), "sqqa"),
+    Request(noise(1.0, 0), "asr", "write", max_new_tokens=20),
+    Request(noise(2.7, 1), "ast", "into korean please", max_new_tokens=12),
+    Request(noise(0.4, 2), "sqqa", max_new_tokens=16),
 ]
-BUDGETS = [20, 12, 16]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +37,7 @@ def generator(model, params, encoder):
 
 @pytest.fixture(scope="module")
 def answers(generator):
-    return generator.answer(REQUESTS, BUDGETS)
-
-
-@pytest.mark.parametrize(
-    ("positions", "slots"),
-    [(1, 256), (256, 256), (257, 512), (513, 1024), (5000, 8192), (8193, 9216), (51_000, 53_248)],
-)
-def test_caches_have_few_sizes(positions, slots):
-    assert generator_module.bucketed_length(positions) == slots
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "slots", "rows"), [(32, 256, 32), (32, 1024, 32), (32, 4096, 8), (4, 8192, 1)]
-)
-def test_long_contexts_have_fewer_rows(batch_size, slots, rows):
-    assert generator_module.rows_for(batch_size, slots) == rows
+    return generator.answer(REQUESTS)
 
 
 def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answers):
@@ -68,7 +51,7 @@ def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answer
         return jnp.argmax(model.logits(params, hidden[0, at]))
 
     speak = jax.jit(model.speech_tokens)
-    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
+    for request, answer in zip(REQUESTS, answers, strict=True):
         windows, frames = model.window.cut(request.samples)
         slots = np.zeros((1, 4, windows.shape[1]), np.int16)
         slots[0, : len(windows)] = windows
@@ -83,7 +66,7 @@ def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answer
             prompt.num_speech
         )
         expected = []
-        while len(expected) < budget and encoder.end_id not in expected:
+        while len(expected) < request.max_new_tokens and encoder.end_id not in expected:
             at = len(prompt.tokens) + len(expected)
             expected.append(int(best(speech, tokens, speech_slot, at - 1)))
             tokens[at] = expected[-1]
@@ -94,31 +77,30 @@ def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answer
 def test_answers_say_how_they_came_about(answers, encoder):
     assert [answer.windows for answer in answers] == [1, 3, 1]
     assert [answer.speech_tokens for answer in answers] == [3, 9, 3]
-    for answer, budget in zip(answers, BUDGETS, strict=True):
+    for answer, request in zip(answers, REQUESTS, strict=True):
         assert answer.text == encoder.decode(answer.token_ids)
         assert encoder.end_id not in answer.token_ids
-        assert (
-            len(answer.token_ids) == budget
-            if answer.stop_reason == "budget"
-            else len(answer.token_ids) < budget
-        )
+        is_full = len(answer.token_ids) == request.max_new_tokens
+        assert is_full == (answer.stop_reason == "budget")
 
 
 def test_a_batch_gives_what_each_request_gives_alone(generator, answers):
-    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
-        assert generator.answer([request], [budget]) == [answer]
+    for request, answer in zip(REQUESTS, answers, strict=True):
+        assert generator.answer([request]) == [answer]
 
 
 def test_padding_rows_of_a_batch_change_nothing(generator, answers):
-    assert generator.answer(REQUESTS[:2], BUDGETS[:2], batch_size=3) == answers[:2]
+    assert generator.answer(REQUESTS[:2], batch_size=3) == answers[:2]
 
 
 def test_an_answer_ends_with_its_end_token(generator, answers):
     """A token that comes up inside the first answer, declared the end: it and all behind it are cut."""
     ids = answers[0].token_ids
     place = next(i for i in range(1, len(ids)) if ids[i] not in ids[:i])
-    ending = Generator(generator.model, generator.params, EndsWith(generator.encoder, ids[place]))
-    (answer,) = ending.answer(REQUESTS[:1], BUDGETS[:1])
+    ending = Generator(
+        generator.model, generator.params, EndsWith(generator.prompt_tokenizer, ids[place])
+    )
+    (answer,) = ending.answer(REQUESTS[:1])
     assert answer.token_ids == ids[:place]
     assert answer.stop_reason == "eos"
 
@@ -135,8 +117,8 @@ class EndsWith:
 
 
 def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, encoder):
-    request = Request(None, None, "where did anna go")
-    (answer,) = generator.answer([request], [16])
+    request = Request(None, None, "where did anna go", 16)
+    (answer,) = generator.answer([request])
     leaves = flatten_dict(params, sep="/")
     base = unflatten_dict(
         {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
@@ -144,13 +126,13 @@ def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, e
     without_lora = Generator(
         dataclasses.replace(model, llm=model.llm.clone(lora=LoRA())), base, encoder
     )
-    assert without_lora.answer([request], [16]) == [answer]
+    assert without_lora.answer([request]) == [answer]
     assert (answer.windows, answer.speech_tokens) == (0, 0)
     doubled = unflatten_dict(
         {path: 2 * leaf if path.endswith("lora_b") else leaf for path, leaf in leaves.items()},
         sep="/",
     )
-    assert Generator(model, doubled, encoder).answer([request], [16]) == [answer]
+    assert Generator(model, doubled, encoder).answer([request]) == [answer]
 
 
 # ------------------------------------------------------------------------------------------- against other ways of the same
@@ -190,33 +172,38 @@ def theirs(model, params):
     return build
 
 
-def generate(theirs, encoder, budget, repetition_penalty=1.0, **inputs):
+def generate(theirs, encoder, request, repetition_penalty=1.0, **inputs):
     """Greedy tokens of `transformers`, up to and without the end token."""
     import torch
 
     inputs = {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
     with torch.no_grad():
         new = theirs.generate(
-            **inputs, do_sample=False, max_new_tokens=budget, eos_token_id=encoder.end_id, pad_token_id=0,
+            **inputs, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=encoder.end_id, pad_token_id=0,
             repetition_penalty=repetition_penalty,
         )[0]  # fmt: skip
     new = new[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else new
     return [int(token) for token in new if token != encoder.end_id]
 
 
-TEXTS = [Request(None, None, text) for text in ("where did anna go", "hi", "a lamp " * 40)]
+TEXTS = [
+    Request(None, None, "where did anna go", 20),
+    Request(None, None, "hi", 30),
+    Request(None, None, "a lamp " * 40, 25),
+]
 
 
 def test_answers_with_audio_are_those_of_transformers(theirs, generator, answers, params):
     merged = theirs(merged=True)
-    for request, budget, answer in zip(REQUESTS, BUDGETS, answers, strict=True):
-        (speech,) = generator.speech([request.samples])
-        encoded = generator.encoder.encode(request.task, request.instruction, None, len(speech))
+    for request, answer in zip(REQUESTS, answers, strict=True):
+        (speech,) = generator.encode_speech([request.samples])
+        encoded = generator.prompt_tokenizer.encode(
+            request.task, request.instruction, None, len(speech)
+        )
         embeddings = np.array(np.asarray(params["llm"]["embed_tokens"])[encoded.tokens])
         embeddings[encoded.speech_start : encoded.speech_start + len(speech)] = speech
-        assert generate(merged, generator.encoder, budget, inputs_embeds=embeddings) == list(
-            answer.token_ids
-        )
+        found = generate(merged, generator.prompt_tokenizer, request, inputs_embeds=embeddings)
+        assert found == list(answer.token_ids)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -230,12 +217,12 @@ def test_answers_without_audio_are_those_of_transformers(theirs, model, params, 
         sampling=SamplingParams(repetition_penalty=penalty),
         detect_repetition=False,
     )
-    found = generator.answer(TEXTS, [20, 30, 25])
-    for request, budget, answer in zip(TEXTS, [20, 30, 25], found, strict=True):
+    found = generator.answer(TEXTS)
+    for request, answer in zip(TEXTS, found, strict=True):
         ids = list(encoder.prompt_ids(None, request.instruction))
-        expected = generate(base, encoder, budget, penalty, input_ids=ids)
+        expected = generate(base, encoder, request, penalty, input_ids=ids)
         assert expected == list(answer.token_ids)
-    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * batching.CHUNK
+    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * PREFILL_CHUNK
 
 
 def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
@@ -273,19 +260,27 @@ def long_prompt(model):
 def next_logits(generator, prompt, chunks):
     """Logits behind a prompt that enters the cache in the generator's chunks, or in others."""
     model, params = generator.model, generator.params
-    lane = batching.Lane(
-        model, params, rows=2, slots=1024, cache_dtype=generator.cache_dtype, sampling=SamplingParams(), end_id=-1,
-        detect_repetition=False, mesh=None,
-    )  # fmt: skip
+    batch = batching.ContinuousBatch(
+        model,
+        params,
+        rows=2,
+        cache_length=1024,
+        cache_dtype=generator.capacity.cache_dtype,
+        sampling=SamplingParams(),
+        end_id=-1,
+        detect_repetition=False,
+        mesh=None,
+    )
+    batch.running[1] = batching.Running(0, prompt)
     if chunks is None:
-        lane.new = [(1, prompt)]
-        lane._prefill()
+        batch._new = [1]
+        batch._prefill()
     else:
         start = 0
         for length in chunks:
-            lane.cache = lane._chunk([(1, prompt, start)], length)
+            batch.cache = batch._prefill_chunk([1], [start], length)
             start += length
-    return np.asarray(last_logits(model, params, lane.cache, prompt.tokens[-1:]))[0]
+    return np.asarray(last_logits(model, params, batch.cache, prompt.tokens[-1:]))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -329,19 +324,18 @@ def test_an_int8_cache_changes_logits_by_less_than_a_hundredth(
         / np.abs(whole_logits).max()
     )
     assert 1e-5 < difference < 0.01
-    assert generator.cache_bytes(1, 1024) == 2 * 2 * 1024 * 2 * (16 + 4)
+    assert generator.capacity.cache_bytes(1, 1024) == 2 * 2 * 1024 * 2 * (16 + 4)
 
 
 # ----------------------------------------------------------------------------------------------- many requests, few programs
 
 
 def test_rows_that_are_done_take_the_next_request(generator):
-    requests = [Request(noise(0.5 + 0.3 * i, i), "asr", "write") for i in range(9)]
-    budgets = [3 + 5 * (i % 4) for i in range(9)]
-    together = generator.answer(requests, budgets, batch_size=2)
+    requests = [Request(noise(0.5 + 0.3 * i, i), "asr", "write", 3 + 5 * (i % 4)) for i in range(9)]
+    together = generator.answer(requests, batch_size=2)
     assert [len(a.token_ids) if a.stop_reason == "budget" else 0 for a in together][:2] == [3, 8]
-    for request, budget, answer in zip(requests, budgets, together, strict=True):
-        assert generator.answer([request], [budget], batch_size=2) == [answer]
+    for request, answer in zip(requests, together, strict=True):
+        assert generator.answer([request], batch_size=2) == [answer]
     assert all(answer.first_token_seconds > 0 for answer in together)
 
 
@@ -350,27 +344,25 @@ def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monke
     monkeypatch.setattr(batching, "LONG_CHUNK", 80)
     generator = Generator(model, params, encoder, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
-    before = compilation.so_far()
-    generator.answer(
-        [Request(noise(seconds, 1)) for seconds in (0.5, 2.5, 25.0)], [8] * 3, batch_size=4
-    )
-    assert (compilation.so_far() - before).programs <= 8
-    before = compilation.so_far()
-    answers = generator.answer(
-        [Request(noise(seconds, 1)) for seconds in lengths], [8] * 50, batch_size=4
-    )
+    before = devices.compiled_so_far()
+    first = [Request(noise(seconds, 1), max_new_tokens=8) for seconds in (0.5, 2.5, 25.0)]
+    generator.answer(first, batch_size=4)
+    assert (devices.compiled_so_far() - before).programs <= 8
+    before = devices.compiled_so_far()
+    requests = [Request(noise(seconds, 1), max_new_tokens=8) for seconds in lengths]
+    answers = generator.answer(requests, batch_size=4)
     assert [answer.windows for answer in answers] == [
         max(1, -(-int(100 * seconds) // 100)) for seconds in lengths
     ]
-    assert (compilation.so_far() - before).programs == 0
+    assert (devices.compiled_so_far() - before).programs == 0
 
 
 def test_windows_in_micro_batches_are_windows_together(model, params, encoder, generator):
     """The second half is 60 dB quieter: its log-mel is cut at the maximum of the first."""
     samples = noise(7.3, 5)
     samples[len(samples) // 2 :] //= 1000
-    (together,) = generator.speech([samples])
-    (apart,) = Generator(model, params, encoder, window_batch=2).speech([samples])
+    (together,) = generator.encode_speech([samples])
+    (apart,) = Generator(model, params, encoder, window_batch=2).encode_speech([samples])
     np.testing.assert_allclose(apart, together, atol=1e-5 * np.abs(together).max())
     assert together.shape == (8 * 3, 32)
 
@@ -385,27 +377,25 @@ def test_on_a_mesh_as_on_one_device(model, params, encoder, answers):
     )
     generator = Generator(model, spread, encoder)
     assert generator.mesh == mesh
-    assert generator.answer(REQUESTS, BUDGETS) == answers
+    assert generator.answer(REQUESTS) == answers
 
 
-def test_tokens_are_told_as_they_come(generator, answers):
-    told = {i: [] for i in range(3)}
-    found = generator.answer(
-        REQUESTS, BUDGETS, on_tokens=lambda i, tokens: told[i].append(list(tokens))
-    )
-    assert found == answers
+def test_partial_answers_grow_into_the_whole(generator, answers):
+    seen = {i: [] for i in range(3)}
+    for i, answer in generator.stream(REQUESTS, partial=True):
+        seen[i].append(answer)
     for i, answer in enumerate(answers):
-        assert len(told[i]) > 1
-        assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(told[i]))
-        assert told[i][-1][: len(answer.token_ids)] == list(answer.token_ids)
+        assert seen[i][-1] == answer
+        assert len(seen[i]) > 1
+        assert all(partial.stop_reason is None for partial in seen[i][:-1])
+        ids = [partial.token_ids for partial in seen[i]]
+        assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(ids))
 
 
 def test_a_seed_gives_the_same_answers_in_any_batch(model, params, encoder):
     def answer(seed, requests):
         sampling = SamplingParams(temperature=1.5, top_k=50, top_p=0.95, seed=seed)
-        return Generator(model, params, encoder, sampling=sampling).answer(
-            requests, [12] * len(requests), batch_size=4
-        )
+        return Generator(model, params, encoder, sampling=sampling).answer(requests, batch_size=4)
 
     assert answer(1, REQUESTS)[:1] == answer(1, REQUESTS[:1])
     assert answer(1, REQUESTS) != answer(2, REQUESTS)
@@ -416,8 +406,9 @@ def test_a_seed_gives_the_same_answers_in_any_batch(model, params, encoder):
 
 def test_a_loop_is_stopped_and_its_repetitions_left_out(model, params, encoder):
     """A random model settles into a loop within 400 greedy tokens."""
-    (looped,) = Generator(model, params, encoder).answer([TEXTS[1]], [400])
-    (whole,) = Generator(model, params, encoder, detect_repetition=False).answer([TEXTS[1]], [400])
+    request = dataclasses.replace(TEXTS[1], max_new_tokens=400)
+    (looped,) = Generator(model, params, encoder).answer([request])
+    (whole,) = Generator(model, params, encoder, detect_repetition=False).answer([request])
     assert looped.stop_reason == "loop"
     assert looped.token_ids == whole.token_ids[: len(looped.token_ids)]
     assert len(looped.token_ids) < len(whole.token_ids) == 400
@@ -430,29 +421,28 @@ def test_a_loop_is_stopped_and_its_repetitions_left_out(model, params, encoder):
 def test_past_the_native_context_positions_are_stretched_by_yarn(model, params, encoder, generator):
     request = TEXTS[2]
     native = len(encoder.prompt_ids(None, request.instruction)) // 2
-    stretched = Generator(model, params, encoder, native_positions=native).answer([request], [16])
+    stretched = Generator(model, params, encoder, native_positions=native).answer([request])
     rope = dataclasses.replace(model.llm.rope, factor=4.0, original_max_positions=native)
     by_hand = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
-    assert stretched == Generator(by_hand, params, encoder).answer([request], [16])
-    assert stretched != generator.answer([request], [16])
+    assert stretched == Generator(by_hand, params, encoder).answer([request])
+    assert stretched != generator.answer([request])
 
 
-def test_what_is_too_long_is_refused_before_any_work(model, params, encoder, monkeypatch):
-    request = Request(noise(30.0, 0))
+def test_requests_that_do_not_fit_are_rejected_before_any_work(model, params, encoder, monkeypatch):
+    request = Request(noise(30.0, 0), max_new_tokens=64)
     small = Generator(model, params, encoder, native_positions=50)
-    monkeypatch.setattr(small, "speech", None)
-    with pytest.raises(
-        UserError,
-        match=r"positions \(speech, prompt and answer\) are needed and the language model takes 200, the speech",
-    ):
-        small.answer([request], [64])
-    monkeypatch.setattr(generator_module, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(small, "encode_speech", None)
+    message = (
+        r"positions \(speech, prompt and answer\) are needed and the language model supports 200"
+    )
+    with pytest.raises(memory.CapacityError, match=message):
+        small.answer([request])
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2**20)
     full = Generator(model, params, encoder)
-    monkeypatch.setattr(full, "speech", None)
-    with pytest.raises(
-        UserError, match=r"key-value cache of .* GiB and 0.0 GiB are free: use --kv_cache=int8, or"
-    ):
-        full.answer([request], [20_000])
+    monkeypatch.setattr(full, "encode_speech", None)
+    message = r"\(key-value cache .*\), available are 0.00 GiB; use --kv_cache=int8, or lower"
+    with pytest.raises(memory.CapacityError, match=message):
+        full.answer([dataclasses.replace(request, max_new_tokens=20_000)])
 
 
 @pytest.mark.parametrize(
@@ -460,7 +450,8 @@ def test_what_is_too_long_is_refused_before_any_work(model, params, encoder, mon
     [1600, 16_000 - 1, 16_000, 16_000 + 1, 30 * 16_000 - 1, 30 * 16_000, 30 * 16_000 + 160],
 )
 def test_any_length_is_answered(generator, samples):
-    (answer,) = generator.answer([Request(noise(samples / 16_000, 0))], [4], slots=256)
+    request = Request(noise(samples / 16_000, 0), max_new_tokens=4)
+    (answer,) = generator.answer([request], cache_length=256)
     assert answer.windows == max(1, -(-(samples // 160) // 100))
     assert answer.speech_tokens == 3 * answer.windows
     assert len(answer.token_ids) == 4 or answer.stop_reason == "eos"
@@ -476,6 +467,6 @@ def test_an_hour_is_encoded_in_one_shape(model, params, encoder, monkeypatch):
 
     monkeypatch.setattr(programs, "encode", noted)
     generator = Generator(model, params, encoder)
-    (speech,) = generator.speech([np.resize(noise(60, 0), 3600 * 16_000)])
+    (speech,) = generator.encode_speech([np.resize(noise(60, 0), 3600 * 16_000)])
     assert speech.shape == (3600 * 3, 32)
     assert len(shapes) == 1

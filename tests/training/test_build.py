@@ -6,7 +6,7 @@ import jax
 import pytest
 import tiny_experiment
 
-from fastslm_jax import audio, sharding
+from fastslm_jax import audio, memory, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.plan import published_configs
 from fastslm_jax.training import build as training
@@ -31,23 +31,23 @@ def test_the_state_is_donated(config):
     """The new state takes the place of the old one: no step holds two."""
     _, built, _ = build(config, 1)
     compiled = built.train_step.lower(built.state, built.frozen, built.batch).compile()
-    state = sharding.bytes_per_device((built.state.trained, built.state.opt_state))
+    state = memory.bytes_per_device((built.state.trained, built.state.opt_state))
     assert compiled.memory_analysis().alias_size_in_bytes >= state > 0
 
 
-def test_a_mesh_that_would_hold_it_is_named(config, monkeypatch):
+def test_a_mesh_that_would_hold_it_is_named(config):
     setup, built, mesh = build(config, 2)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     needed = sum(training.memory_parts(config, setup, built, mesh).values())
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: needed - 1)
     with pytest.raises(UserError) as raised:
-        training.check_capacity(config, setup, built, mesh)
-    assert "config.mesh {'data': 1, 'fsdp': 2, 'tensor': 1} would need 0.00" in str(raised.value)
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: needed // 100)
+        training.check_capacity(config, setup, built, mesh, needed - 1)
+    assert "config.mesh {'data': 1, 'fsdp': 2, 'tensor': 1} would need 0.00 GiB" in str(
+        raised.value
+    )
     with pytest.raises(UserError) as raised:
-        training.check_capacity(config, setup, built, mesh)
+        training.check_capacity(config, setup, built, mesh, needed // 100)
     assert str(raised.value).endswith(
-        "no mesh of these devices fits: take more devices, or fewer rows or labels"
+        "no mesh of these devices fits: use more devices, or fewer rows or labels"
     )
 
 

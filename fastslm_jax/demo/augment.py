@@ -1,0 +1,81 @@
+"""Augmentation of synthetic speech: hesitations, pauses, reverberation and noise.
+
+Signals are float64 arrays [samples] at 16 kHz.
+"""
+
+import dataclasses
+import random
+
+import numpy as np
+
+from fastslm_jax.audio import SAMPLE_RATE
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Probabilities per utterance. Hesitations ("um") are spoken but not transcribed."""
+
+    noise: float = 0.18  # white or pink, 15 to 30 dB below the speech
+    reverb: float = 0.15  # an exponentially decaying tail, 0.15 to 0.4 s to -60 dB
+    hesitation: float = 0.03
+    pause: float = 0.03
+
+
+CLEAN = Augmentation(0.0, 0.0, 0.0, 0.0)
+
+
+def insert_hesitations(text: str, rng: random.Random, augmentation: Augmentation) -> str:
+    """ "call anna at five" -> "call um anna at five", or "call anna , at five" with a pause."""
+    words = text.split()
+    for probability, choices in (
+        (augmentation.hesitation, ("uh", "um")),
+        (augmentation.pause, (",",)),
+    ):
+        draw, place, inserted = rng.random(), rng.randrange(1, len(words)), rng.choice(choices)
+        if draw < probability:
+            words.insert(place, inserted)
+    return " ".join(words)
+
+
+def reverberate(
+    signal: np.ndarray, seconds: float, direct_db: float, noise: np.random.Generator
+) -> np.ndarray:
+    """Convolves the signal with a synthetic room response; the length does not change.
+
+    Args:
+        seconds: time in which the tail decays by 60 dB.
+        direct_db: energy of the tail in dB below the direct sound.
+        noise: source of the tail.
+    """
+    n = round(seconds * SAMPLE_RATE)
+    tail = noise.standard_normal(n) * 10.0 ** (-3.0 * np.arange(n) / n)
+    tail[: round(0.005 * SAMPLE_RATE)] = 0.0  # the first reflection is 5 ms after the direct sound
+    tail *= 10.0 ** (-direct_db / 20) / np.linalg.norm(tail)
+    tail[0] = 1.0
+    size = 1 << (len(signal) + n - 1).bit_length()
+    return np.fft.irfft(np.fft.rfft(signal, size) * np.fft.rfft(tail, size), size)[: len(signal)]
+
+
+def white_or_pink_noise(length: int, is_pink: bool, noise: np.random.Generator) -> np.ndarray:
+    """White or pink (1/f power) noise of unit power: [length]."""
+    size = 1 << (length - 1).bit_length()  # a power of two: the FFT of a prime length is slow
+    white = noise.standard_normal(size)
+    if not is_pink:
+        return white[:length]
+    spectrum = np.fft.rfft(white)
+    spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1.0))
+    spectrum[0] = 0.0
+    pink = np.fft.irfft(spectrum, size)[:length]
+    return pink / pink.std()
+
+
+def augment(signal: np.ndarray, rng: random.Random, augmentation: Augmentation) -> np.ndarray:
+    """Adds reverberation and noise, each with its probability."""
+    noise = np.random.default_rng(rng.getrandbits(64))
+    if rng.random() < augmentation.reverb:
+        signal = reverberate(signal, rng.uniform(0.15, 0.4), rng.uniform(3.0, 12.0), noise)
+    if rng.random() < augmentation.noise:
+        snr_db = rng.uniform(15.0, 30.0)
+        level = np.sqrt(np.mean(signal**2)) * 10.0 ** (-snr_db / 20)
+        signal = signal + level * white_or_pink_noise(len(signal), rng.random() < 0.5, noise)
+    return signal

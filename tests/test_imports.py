@@ -1,0 +1,68 @@
+"""Imports go one way: a table of the rooms of the package and what each may import."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "fastslm_jax"
+FOUNDATION = (
+    *("audio", "chips", "cli", "config", "devices", "distributed", "errors", "memory", "sharding"),
+)
+# From the bottom up: a room may import itself, the foundation, and the rooms listed for it.
+ALLOWED = {
+    "models": (),
+    "weights": ("models",),
+    "data": ("models", "weights"),
+    "flops": ("models", "data"),
+    "training": ("models", "weights", "data"),
+    "inference": ("models", "weights", "data", "training"),
+    "evaluation": ("models", "weights", "data", "training", "inference"),
+    "plan": ("models", "weights", "data", "training", "flops"),
+    "convert": ("models", "weights", "data", "training", "inference"),
+    "demo": ("models", "weights", "data", "training", "inference", "evaluation"),
+    "transcribe": ("models", "weights", "data", "training", "inference"),
+    "inspect": ("models", "weights", "data", "training"),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: pathlib.Path) -> dict[str, int]:
+    """{room: line} of the package's modules that a file imports, inside functions too."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            assert package not in ("configs", "tests"), f"{path}:{node.lineno} imports {name}"
+            if package == "fastslm_jax" and parts:
+                found[parts[0]] = node.lineno
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_room_imports_upward(path):
+    room = room_of(path)
+    allowed = {room, *FOUNDATION, *ALLOWED.get(room, ())}
+    for other, line in imported_rooms(path).items():
+        assert other in allowed, f"{path.relative_to(ROOT)}:{line}: {room} may not import {other}"
+
+
+def test_every_module_has_a_room():
+    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    assert rooms == {*FOUNDATION, *ALLOWED}
+
+
+def test_no_file_is_long():
+    """Files over 400 lines usually have two jobs."""
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert {str(path): count for path, count in lines.items() if count > 400} == {}
