@@ -111,7 +111,7 @@ def test_an_imported_checkpoint_generates_the_same_tokens(convert, workdir, rele
         params = experiment.restore_params(setup, config, checkpoints, step, mesh)
         tree = unflatten_dict(params, sep="/")
         generator = Generator(setup.model, tree, setup.prompt_tokenizer())
-        answers.append(generator.answer([Request(samples)], [24])[0].token_ids)
+        answers.append(generator.answer([Request(samples, max_new_tokens=24)])[0].token_ids)
     assert len(answers[0]) > 0
     assert answers[0] == answers[1]
 

@@ -24,14 +24,17 @@ def expected(workdir):
     tokenizer.end_id = -1  # never stop early
     ids = tokenizer.prompt_ids("asr")
     text_ids = tokenizer.prompt_ids(None, "what is red?")
-    answer = generator.answer([Request(SAMPLES)], [NEW_TOKENS])[0].token_ids
-    text_answer = generator.answer([Request(None, None, "what is red?")], [NEW_TOKENS])[0].token_ids
+    requests = [
+        Request(SAMPLES, max_new_tokens=NEW_TOKENS),
+        Request(None, None, "what is red?", max_new_tokens=NEW_TOKENS),
+    ]
+    answer, text_answer = generator.answer(requests)
     return {
         "ids": ids,
         "logits": logits.run_jax(given, WAVEFORM, ids),
-        "new": answer,
+        "new": answer.token_ids,
         "text_ids": text_ids,
-        "text_new": text_answer,
+        "text_new": text_answer.token_ids,
     }
 
 
