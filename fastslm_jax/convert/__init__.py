@@ -1,1 +1,1 @@
-"""Conversion between checkpoint layouts: tables of names (`layouts`), one strict engine (`engine`), files (`tensors`)."""
+"""Conversion of FastSLM between a working directory, the authors' state_dict, PyTorch and PEFT."""

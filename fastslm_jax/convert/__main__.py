@@ -1,11 +1,15 @@
-"""Converts FastSLM between its forms.
+"""Converts FastSLM between formats, and compares them.
 
-    python -m fastslm_jax.convert import --from=FILE.pt|FILE.safetensors|DIR --out=WORKDIR [--llm=ID|DIR] [--lora_alpha=64]
-    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N] --layout=released|peft|hf --out=DIR [--merge_lora] [--pt]
-    python -m fastslm_jax.convert check A B [--audio=FILE] [--llm=ID|DIR] [--notorch]
+    python -m fastslm_jax.convert import --from=PATH --out=WORKDIR [--llm=ID|DIR] [--lora_alpha=64]
+    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N] --out=DIR
+        --layout=released [--pt] | --layout=peft | --layout=hf [--merge_lora]
+    python -m fastslm_jax.convert check PATH PATH [--audio=FILE] [--llm=ID|DIR] [--notorch]
 
-A and B are any of: working directory, released state_dict (file or folder), folder of `export --layout=hf`. The last line of
-output is one JSON object.
+import: PATH is a released state_dict (.pt or .safetensors file, or folder) or a PyTorch folder.
+export: released is the authors' state_dict, peft a LoRA adapter, hf a PyTorch folder.
+check: PATH is a working directory, a released state_dict or a PyTorch folder.
+
+The last line of output is one JSON object.
 """
 
 import json
@@ -19,8 +23,8 @@ from absl import flags
 from fastslm_jax import cli
 from fastslm_jax.convert import checking, exporting, importing
 from fastslm_jax.errors import UserError
+from fastslm_jax.weights import engine
 
-USAGE = __doc__.split("\n\n")[1]
 FLAGS_OF = {
     "import": {"from", "out", "llm", "lora_alpha"},
     "export": {"workdir", "step", "layout", "out", "merge_lora", "pt"},
@@ -32,62 +36,59 @@ REQUIRED = {"import": ("from", "out"), "export": ("workdir", "layout", "out"), "
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     options = {"flag_values": flag_values}
     flags.DEFINE_string(
-        "from",
-        None,
-        "Released state_dict (.pt or .safetensors), a folder with it, or a PyTorch folder.",
-        **options,
+        "from", None, "import: released state_dict (file or folder) or PyTorch folder.", **options
     )
-    flags.DEFINE_string("out", None, "Folder to write; it must not exist.", **options)
+    flags.DEFINE_string(
+        "out", None, "import, export: folder to write; must be new or empty.", **options
+    )
     flags.DEFINE_string(
         "llm",
         None,
-        "Hub id or folder with the language model's config.json and tokenizer.",
+        "import, check: hub id or folder with the language model's config.json and tokenizer.",
         **options,
     )
     flags.DEFINE_float(
-        "lora_alpha",
-        None,
-        "LoRA's alpha, which no tensor tells (default: config.json's, or 64).",
-        **options,
+        "lora_alpha", None, "import: LoRA alpha (default: from config.json, or 64).", **options
     )
-    flags.DEFINE_string("workdir", None, "Working directory to export.", **options)
-    flags.DEFINE_integer("step", None, "Checkpoint to export (default: the newest).", **options)
-    flags.DEFINE_string("layout", None, "released, peft or hf.", **options)
-    flags.DEFINE_bool("merge_lora", False, "hf: add LoRA into the weights.", **options)
-    flags.DEFINE_bool("pt", False, "released: write model.pt too.", **options)
+    flags.DEFINE_string("workdir", None, "export: working directory.", **options)
+    flags.DEFINE_integer(
+        "step", None, "export: checkpoint to export (default: the newest).", **options
+    )
+    flags.DEFINE_string("layout", None, "export: released, peft or hf.", **options)
+    flags.DEFINE_bool(
+        "merge_lora", False, "export --layout=hf: merge LoRA into the weights.", **options
+    )
+    flags.DEFINE_bool("pt", False, "export --layout=released: also write model.pt.", **options)
     flags.DEFINE_string(
         "audio",
         None,
-        "File that logits are compared on (default: a fixed synthetic signal).",
+        "check: audio file for the logits (default: a fixed synthetic signal).",
         **options,
     )
-    flags.DEFINE_bool(
-        "torch", True, "Let PyTorch folders give their logits through PyTorch.", **options
-    )
+    flags.DEFINE_bool("torch", True, "check: use PyTorch for PyTorch folders.", **options)
 
 
 def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
     command, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if command not in FLAGS_OF:
         raise UserError(
-            f"{command or 'nothing'}: is not one of import, export, check; usage: {' | '.join(USAGE.split(chr(10)))}"
+            f"command {command!r}: expected import, export or check; for the flags, run "
+            "python -m fastslm_jax.convert --help"
         )
     for name in set().union(*FLAGS_OF.values()) - FLAGS_OF[command]:
         if flag_values[name].present:
-            raise UserError(
-                f"--{name}: is no flag of {command}; it has {', '.join('--' + flag for flag in sorted(FLAGS_OF[command]))}"
-            )
+            allowed = ", ".join(f"--{flag}" for flag in sorted(FLAGS_OF[command]))
+            raise UserError(f"--{name}: not a flag of {command}, which has {allowed}")
     for name in REQUIRED[command]:
         if flag_values[name].value is None:
-            raise UserError(f"{command} needs --{name}")
+            raise UserError(f"{command}: --{name} is required")
     if len(arguments) != (2 if command == "check" else 0):
-        raise UserError(
-            f"{command} takes {'two paths' if command == 'check' else 'flags only'}, got {' '.join(arguments) or 'none'}"
-        )
+        expected = "two paths" if command == "check" else "flags only"
+        raise UserError(f"{command}: expected {expected}, got {' '.join(arguments) or 'none'}")
     values = {name: flag_values[name].value for name in FLAGS_OF[command]}
     try:
         run_check(*arguments, values) if command == "check" else convert(command, values)
-    except OSError as error:  # a full disk, a folder without permission
+    except OSError as error:  # such as a full disk or missing permissions
         raise UserError(f"{error.filename or command}: {error.strerror or error}") from None
 
 
@@ -99,37 +100,27 @@ def convert(command: str, values: dict) -> None:
             values["from"], values["out"], llm=values["llm"], lora_alpha=values["lora_alpha"]
         )
         layout, tensors = given.kind, len(given.source.keys())
-        print(
-            f"{values['from']} → {values['out']}: checkpoint of step 0, bases/whisper and bases/llm",
-            flush=True,
-        )
+        wrote = "checkpoint of step 0, bases/whisper and bases/llm"
+        print(f"{values['from']} → {values['out']}: {wrote}", flush=True)
     else:
         layout = values["layout"]
-        tensors = len(
-            exporting.export(
-                values["workdir"],
-                values["out"],
-                layout,
-                step=values["step"],
-                merge_lora=values["merge_lora"],
-                pt=values["pt"],
-            )
-        )
+        options = {name: values[name] for name in ("step", "merge_lora", "pt")}
+        tensors = len(exporting.export(values["workdir"], values["out"], layout, **options))
         print(f"{values['workdir']} → {values['out']}: {layout}", flush=True)
-    figures = {
+    result = {
         "layout": layout,
         "tensors": tensors,
         "seconds": round(time.time() - started, 2),
         "peak_rss_gib": _peak_rss_gib(),
     }
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 def run_check(first: str, second: str, values: dict) -> None:
-    """Prints the table and the JSON object.
+    """Compares two models, and prints a table and the JSON object.
 
     Raises:
-        UserError: the two are not of one shape.
+        UserError: tensor names or shapes differ.
     """
     result = checking.check(
         first, second, audio_file=values["audio"], llm=values["llm"], torch=values["torch"]
@@ -139,30 +130,25 @@ def run_check(first: str, second: str, values: dict) -> None:
     for name in sorted(groups, key=checking.GROUPS.index):
         count, largest = groups[name]
         print(f"{name:<12}{count:>9}  {largest:.3g}")
-    for kind in ("missing", "extra", "misshapen"):
+    for kind in checking.DIFFERENCES:
         for name in result[kind][:10]:
             print(f"{kind}: {name}")
         if len(result[kind]) > 10:
             print(f"{kind}: and {len(result[kind]) - 10} more")
     if result["max_abs_logit_difference"] is not None:
+        difference, largest = result["max_abs_logit_difference"], result["max_abs_logit"]
         by = " and ".join(result["logits_by"])
-        print(
-            f"{'logits':<12}{'':>9}  {result['max_abs_logit_difference']:.3g} (of up to {result['max_abs_logit']:.3g}; by {by})"
-        )
+        print(f"{'logits':<12}{'':>9}  {difference:.3g} (of up to {largest:.3g}; by {by})")
     print(json.dumps(result), flush=True)
-    for kind, where in (
-        ("missing", f"is missing from {second}"),
-        ("extra", f"is not in {first}"),
-        ("misshapen", "has two shapes"),
-    ):
+    for kind in checking.DIFFERENCES:
         if result[kind]:
             raise UserError(
-                f"{first} and {second} differ: tensor {result[kind][0]} {where} ({len(result[kind])} such)"
+                f"{second}: {kind} tensor {engine.summarize(result[kind])}, compared with {first}"
             )
 
 
 def _peak_rss_gib() -> float:
-    """The most memory that this process had, mapped files included."""
+    """Peak resident memory of this process, including memory-mapped files."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 

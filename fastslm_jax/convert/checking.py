@@ -1,27 +1,20 @@
-"""Two forms of a FastSLM side by side: their tensors, and the logits they give for the same audio."""
+"""Compares two stored FastSLMs: their tensors, and their logits for the same audio."""
 
-import dataclasses
 import functools
-import importlib.util
 import os
-import pathlib
 import re
-from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from fastslm_jax import audio
-from fastslm_jax.convert import stored
-from fastslm_jax.convert.exporting import MODELING
-from fastslm_jax.data import prompts
-from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.weights import engine, layouts
+from fastslm_jax.convert import logits, opening
+from fastslm_jax.convert.stored import Stored
+from fastslm_jax.data.prompts import PromptTokenizer
+from fastslm_jax.weights import engine
 from fastslm_jax.weights.tensors import Tensor
 
 GROUPS = ("encoder", "hfq_former", "llm", "lora", "other")
+DIFFERENCES = ("missing", "extra", "misshapen")
 
 
 def check(
@@ -32,201 +25,120 @@ def check(
     llm: str | None = None,
     torch: bool = True,
 ) -> dict:
-    """Compares two of (working directory, released state_dict, PyTorch folder).
+    """Compares two working directories, released state_dicts or PyTorch folders.
 
-    Where one has its LoRA merged into the weights, the other's is merged for the comparison.
+    If LoRA is merged in only one of them, it is merged in the other for the comparison. Logits are
+    compared if all names and shapes match.
 
     Args:
-        audio_file: what the logits are computed on (default: a fixed synthetic signal).
-        torch: let PyTorch folders give their logits through their own PyTorch code, where PyTorch is installed and the code
-            is the one of this package.
+        audio_file: audio to compute the logits for (default: a fixed synthetic signal).
+        llm: hub id or folder of the language model, for released state_dicts.
+        torch: use PyTorch for the logits of PyTorch folders, if it is installed and the folder's
+            code equals this package's.
 
     Returns:
-        missing (in the second), extra (in the second), misshapen: names; max_abs_difference, max_abs_logit_difference; and
-        groups {name: (tensors, largest difference)}, logits_by: which implementation gave the logits of each.
+        missing (in `second`), extra (in `second`), misshapen: lists of tensor names;
+        max_abs_difference, max_abs_logit_difference, max_abs_logit: numbers or None;
+        logits_by: "jax" or "torch" for each model;
+        groups: {name: (number of tensors, largest difference)}.
     """
-    sides = [stored.open_any(path, llm=llm, strict=False) for path in (first, second)]
-    if sides[0].has_lora != sides[1].has_lora:
-        sides = [stored.open_any(side.path, llm=llm).merged() for side in sides]
-    tensors = [_named(side) for side in sides]
-    a, b = tensors
-    result = {
-        "missing": [a[name].key for name in sorted(set(a) - set(b))],
-        "extra": [b[name].key for name in sorted(set(b) - set(a))],
-        "misshapen": [
-            b[name].key for name in sorted(set(a) & set(b)) if a[name].shape != b[name].shape
-        ],
-    }
-    groups = {}
-    for name in sorted(set(a) & set(b)):
-        if a[name].shape == b[name].shape:
-            count, largest = groups.get(_group(name), (0, 0.0))
-            groups[_group(name)] = (count + 1, max(largest, _difference(a[name], b[name])))
-    result["max_abs_difference"] = max((largest for _, largest in groups.values()), default=None)
+    models = [opening.open_any(path, llm=llm, strict=False) for path in (first, second)]
+    if models[0].has_lora != models[1].has_lora:
+        models = [opening.open_any(given.path, llm=llm).merged() for given in models]
+    result = compare_tensors(*(_tensors_by_path(given) for given in models))
     result["max_abs_logit_difference"] = None
-    if not any(result[kind] for kind in ("missing", "extra", "misshapen")):
-        samples = (
-            synthetic_signal()
-            if audio_file is None
-            else audio.read_audio(audio_file).astype(np.float32) / 32768.0
-        )
-        ids = prompt_tokenizer(sides[0]).prompt_ids("asr")
-        runs = [run_torch if torch and _mayrun_torch(side) else run_jax for side in sides]
-        logits = [
-            run(_opened(side, llm), samples, ids) for run, side in zip(runs, sides, strict=True)
+    if not any(result[kind] for kind in DIFFERENCES):
+        if audio_file is None:
+            samples = synthetic_signal()
+        else:
+            samples = audio.read_audio(audio_file).astype(np.float32) / 32768.0
+        strict = [
+            given if given.leaves else opening.open_any(given.path, llm=llm) for given in models
         ]
-        result["max_abs_logit_difference"] = float(np.abs(logits[0] - logits[1]).max())
-        result["max_abs_logit"] = float(np.abs(logits[0]).max())
-        result["logits_by"] = ["torch" if run is run_torch else "jax" for run in runs]
-    return result | {"groups": groups}
+        result |= compare_logits(strict, samples, torch)
+    return result
+
+
+def compare_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict:
+    """The names and largest differences in the result of `check`."""
+    shared = sorted(set(first) & set(second))
+    same_shape = [path for path in shared if first[path].shape == second[path].shape]
+    groups: dict[str, tuple[int, float]] = {}
+    for path in same_shape:
+        count, largest = groups.get(_group(path), (0, 0.0))
+        difference = _difference(first[path], second[path])
+        groups[_group(path)] = (count + 1, max(largest, difference))
+    return {
+        "missing": [first[path].key for path in sorted(set(first) - set(second))],
+        "extra": [second[path].key for path in sorted(set(second) - set(first))],
+        "misshapen": [second[path].key for path in shared if path not in set(same_shape)],
+        "max_abs_difference": max((largest for _, largest in groups.values()), default=None),
+        "groups": groups,
+    }
+
+
+def compare_logits(models: list[Stored], samples: np.ndarray, torch: bool) -> dict:
+    """The logit fields in the result of `check`, for the transcription prompt."""
+    ids = PromptTokenizer(models[0].load_tokenizer()).prompt_ids("asr")
+    use_torch = [torch and logits.can_run_torch(given) for given in models]
+    first, second = (
+        (logits.run_torch if by_torch else logits.run_jax)(given, samples, ids)
+        for given, by_torch in zip(models, use_torch, strict=True)
+    )
+    return {
+        "max_abs_logit_difference": float(np.abs(first - second).max()),
+        "max_abs_logit": float(np.abs(first).max()),
+        "logits_by": ["torch" if by_torch else "jax" for by_torch in use_torch],
+    }
 
 
 def synthetic_signal(seconds: float = 7.0) -> np.ndarray:
-    """Tones that swell and fade over noise: float32 samples in [-1, 1], always the same."""
+    """Modulated tones with noise, deterministic: float32 samples in [-1, 1] at 16 kHz."""
     t = np.arange(round(seconds * audio.SAMPLE_RATE)) / audio.SAMPLE_RATE
     tones = sum(
         np.sin(2 * np.pi * (f * t + 20 * np.sin(t))) * (1 + np.sin(2 * np.pi * r * t))
         for f, r in ((220, 3), (700, 5), (2500, 2))
     )
-    return (0.04 * tones + 0.003 * np.random.default_rng(0).standard_normal(len(t))).astype(
-        np.float32
-    )
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    return (0.04 * tones + 0.003 * noise).astype(np.float32)
 
 
-def _named(side: stored.Stored) -> dict[str, Tensor]:
-    """Every tensor of a side under its name in our tree; one that the layout does not know keeps its own."""
-    if side.leaves:
+def _tensors_by_path(given: Stored) -> dict[str, Tensor]:
+    """All tensors under our names; tensors unknown to the layout keep their own."""
+    if given.leaves:
         found = {}
-        for path, leaf in side.leaves.items():
-            parts = leaf.parts if isinstance(leaf, engine.StoredLeaf) else ()
+        for path, leaf in given.leaves.items():
             if "/layers/" in path:
                 for layer in range(leaf.shape[0]):
-                    name = parts[layer].key if parts else f"{path}[{layer}]"
-                    found[f"{path}[{layer}]"] = _lazy(name, leaf, layer)
+                    found[f"{path}[{layer}]"] = _tensor(f"{path}[{layer}]", leaf, layer)
             else:
-                found[path] = _lazy(parts[0].key if parts else path, leaf, None)
+                found[path] = _tensor(path, leaf, None)
         return found
-    found, unknown = engine.index(side.source, side.layout)
-    tied_copy = {
-        "released": f"{layouts.RELEASED_LLM}lm_head.weight",
-        "hf": f"{layouts.HF_LLM}lm_head.weight",
-    }[side.kind]
-    if side.model.llm.tied_embeddings and found.get("llm/lm_head", ("",))[0] == tied_copy:
-        del found["llm/lm_head"]
-    return found | {
-        name: Tensor(name, side.source.shape(name), np.dtype(np.float32), lambda: np.zeros(()))
-        for name in unknown
-    }
+    found, unknown = engine.match_tensors(given.source, given.layout)
+    if given.model.llm.tied_embeddings:
+        found.pop("llm/lm_head", None)  # a copy of the embeddings
+    for name in unknown:
+        shape = given.source.shape(name)
+        found[name] = Tensor(name, shape, np.dtype(np.float32), lambda: np.zeros(()))
+    return found
 
 
-def _lazy(name: str, leaf, layer: int | None) -> Tensor:
+def _tensor(name: str, leaf: engine.Leaf, layer: int | None) -> Tensor:
+    if isinstance(leaf, engine.StoredLeaf):
+        name = leaf.parts[layer or 0].key
     shape = tuple(leaf.shape if layer is None else leaf.shape[1:])
-    return Tensor(name, shape, np.dtype(leaf.dtype), lambda: engine.part(leaf, layer))
+    read = functools.partial(engine.read_part, leaf, layer)
+    return Tensor(name, shape, np.dtype(leaf.dtype), read)
 
 
-def _group(name: str) -> str:
-    if re.search(r"/lora_[ab]", name):
+def _group(path: str) -> str:
+    if re.search(r"/lora_[ab]", path):
         return "lora"
-    return next((group for group in GROUPS if name.startswith(f"{group}/")), "other")
+    return next((group for group in GROUPS if path.startswith(f"{group}/")), "other")
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    first, second = a.read(), b.read()
-    if first.dtype == second.dtype and np.array_equal(first, second):
+def _difference(first: Tensor, second: Tensor) -> float:
+    a, b = first.read(), second.read()
+    if a.dtype == b.dtype and np.array_equal(a, b):
         return 0.0
-    return float(np.abs(first.astype(np.float32) - second.astype(np.float32)).max(initial=0.0))
-
-
-def _opened(side: stored.Stored, llm: str | None) -> stored.Stored:
-    return side if side.leaves else stored.open_any(side.path, llm=llm)
-
-
-# --------------------------------------------------------------------------------------------------------------- logits
-
-
-def materialize(side: stored.Stored) -> dict:
-    """The parameter tree on the default device, in the types it is stored in."""
-    leaves = {
-        path: leaf.read() if isinstance(leaf, engine.StoredLeaf) else leaf
-        for path, leaf in side.leaves.items()
-    }
-    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
-
-
-def prompt_tokenizer(side: stored.Stored) -> prompts.PromptTokenizer:
-    return prompts.PromptTokenizer(
-        prompts.load_tokenizer(side.tokenizer, side.model.llm.vocab_size)
-    )
-
-
-def _in_float32(model: FastSLM) -> FastSLM:
-    parts = {"encoder": {"remat": "none"}, "hfq_former": {}, "llm": {"remat": "none"}}
-    clones = {
-        name: getattr(model, name).clone(dtype=jnp.float32, **options)
-        for name, options in parts.items()
-    }
-    return dataclasses.replace(model, window_batch=0, **clones)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _embed(model: FastSLM, params: dict, tokens, slots, windows, frames) -> jax.Array:
-    speech = model.speech_tokens(params, windows, frames, jnp.zeros(frames.shape, jnp.int32))
-    return model.splice(params, tokens, slots, speech)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(model: FastSLM, params: dict, embeddings: jax.Array) -> jax.Array:
-    hidden, _ = model.llm.apply(
-        {"params": params["llm"]}, embeddings, jnp.arange(embeddings.shape[1])[None]
-    )
-    return model.logits(params, hidden)
-
-
-def _prompt_embeddings(
-    model: FastSLM, params: dict, audio_id: int, samples: np.ndarray, ids: Sequence[int]
-) -> jax.Array:
-    at = list(ids).index(audio_id)
-    windows, frames = model.window.cut(samples)
-    num_speech = len(windows) * model.tokens_per_window
-    tokens = np.array([*ids[:at], *[0] * num_speech, *ids[at + 1 :]], np.int32)[None]
-    slots = np.full(tokens.shape, -1, np.int32)
-    slots[0, at : at + num_speech] = np.arange(num_speech)
-    return _embed(model, params, tokens, slots, windows[None], frames[None])
-
-
-def prompt_embeddings(side: stored.Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """A prompt with its speech tokens in place, as the language model takes it: [1, tokens, d] float32."""
-    encoder = prompt_tokenizer(side)
-    return np.array(
-        _prompt_embeddings(
-            _in_float32(side.model), materialize(side), encoder.audio_id, samples, ids
-        )
-    )
-
-
-def run_jax(side: stored.Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Logits [tokens, vocabulary] of a prompt, computed in float32."""
-    model, params = _in_float32(side.model), materialize(side)
-    embeddings = _prompt_embeddings(model, params, prompt_tokenizer(side).audio_id, samples, ids)
-    return np.asarray(_logits(model, params, embeddings)[0])
-
-
-def _mayrun_torch(side: stored.Stored) -> bool:
-    """Code is run only if it is, to the byte, the file that this package exports."""
-    if side.kind != "hf" or importlib.util.find_spec("torch") is None:
-        return False
-    code = pathlib.Path(side.path) / MODELING.name
-    return code.is_file() and code.read_bytes() == MODELING.read_bytes()
-
-
-def run_torch(side: stored.Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Logits [tokens, vocabulary] of a prompt through a PyTorch folder's own code, in float32."""
-    import torch
-    from transformers.utils import logging
-
-    from fastslm_jax.convert import modeling_fastslm
-
-    logging.disable_progress_bar()
-    model = modeling_fastslm.FastSLM.from_pretrained(side.path, dtype=torch.float32)
-    with torch.no_grad():
-        return model(torch.tensor(ids), torch.from_numpy(samples)).logits[0].numpy()
+    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max(initial=0.0))

@@ -1,26 +1,31 @@
-"""A working directory → the authors' state_dict, an adapter for PEFT, or a folder that transformers loads with PyTorch."""
+"""Exports a working directory as the authors' state_dict, a PEFT adapter or a PyTorch folder."""
 
 import os
 import pathlib
 import shutil
+import typing
 import warnings
 
 import ml_dtypes
 import numpy as np
 
 from fastslm_jax import audio
-from fastslm_jax.convert import importing, stored
+from fastslm_jax.convert import opening, stored
+from fastslm_jax.convert.stored import Stored
 from fastslm_jax.data import prompts
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.tensors import (
-    ConversionError,
     SafetensorsSource,
     Tensor,
-    finished_folder,
+    atomic_folder,
+    import_torch,
     write_safetensors,
     write_sharded,
 )
+
+if typing.TYPE_CHECKING:
+    import torch
 
 LAYOUTS = ("released", "peft", "hf")
 MODELING = pathlib.Path(__file__).with_name("modeling_fastslm.py")
@@ -36,36 +41,47 @@ def export(
     merge_lora: bool = False,
     pt: bool = False,
 ) -> list[Tensor]:
-    """Writes the folder and returns the tensors in it."""
+    """Writes the folder `out`.
+
+    Args:
+        layout: "released", "peft" or "hf".
+        step: checkpoint to export (default: the newest).
+        merge_lora: merge LoRA into the weights ("hf" only).
+        pt: also write model.pt ("released" only).
+
+    Returns:
+        The written tensors.
+    """
     if layout not in LAYOUTS:
-        raise UserError(f"--layout={layout}: is not one of {', '.join(LAYOUTS)}")
+        raise UserError(f"--layout={layout}: expected one of {', '.join(LAYOUTS)}")
     if merge_lora and layout != "hf":
-        raise UserError(f"--merge_lora: is for --layout=hf; {layout} holds LoRA as such")
+        raise UserError(f"--merge_lora: requires --layout=hf; {layout} stores LoRA separately")
     if pt and layout != "released":
-        raise UserError(f"--pt: is for --layout=released; {layout} is read from safetensors")
-    given = stored.open_workdir(workdir, step)
+        raise UserError(f"--pt: requires --layout=released; {layout} uses safetensors only")
+    given = opening.open_workdir(workdir, step)
     if layout != "hf" and not given.has_lora:
         raise UserError(
-            f"{workdir}: has no LoRA (config.model.lora.rank is 0), {layout} needs it; use --layout=hf"
+            f"{workdir}: has no LoRA (config.model.lora.rank is 0), which {layout} requires; "
+            "use --layout=hf"
         )
     write = {"released": write_released, "peft": write_peft, "hf": write_hf}[layout]
-    with finished_folder(out) as folder:
+    with atomic_folder(out) as folder:
         tensors = write(folder, given.merged() if merge_lora else given)
         if pt:
             write_torch(folder / "model.safetensors", folder / "model.pt")
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------------------- released
+# ---- released ----
 
 
-def released_tensors(given: stored.Stored) -> list[Tensor]:
-    """The authors' state_dict, tied head included, in the types that an imported checkpoint came in."""
+def released_tensors(given: Stored) -> list[Tensor]:
+    """The authors' state_dict, with the copy of tied embeddings, in the dtypes before an import."""
     options = given.config.model
     layout = layouts.released(len(options.stage_tokens), options.detail_recovery_layers)
     leaves = {}
     for path, leaf in given.leaves.items():
-        dtype = importing.original_dtype(given, path)
+        dtype = given.original_dtype(path)
         leaves[path] = leaf if dtype is None else leaf.astype(dtype)
     tensors = engine.tensors(leaves, layout)
     if given.model.llm.tied_embeddings:
@@ -75,8 +91,8 @@ def released_tensors(given: stored.Stored) -> list[Tensor]:
     return tensors
 
 
-def write_released(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
-    """model.safetensors, and config.json and tokenizer/ with what the tensors do not tell."""
+def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
+    """Writes model.safetensors, tokenizer/, and config.json with what the tensors do not tell."""
     tensors = released_tensors(given)
     write_safetensors(folder / "model.safetensors", tensors)
     encoder, options = given.model.encoder, given.config.model
@@ -100,39 +116,32 @@ def write_released(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
         "dtype": options.dtype,
         "audio_padding": options.audio_padding,
     }
-    stored.save_json(folder / "config.json", config)
-    prompts.load_tokenizer(given.tokenizer, given.model.llm.vocab_size).save_pretrained(
-        folder / "tokenizer"
-    )
+    stored.write_json(folder / "config.json", config)
+    given.load_tokenizer().save_pretrained(folder / "tokenizer")
     return tensors
 
 
 def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
-    """The same tensors as a state_dict of `torch.save`; they are mapped from the safetensors file, not held."""
-    try:
-        import torch
-    except ImportError:
-        raise ConversionError(
-            "--pt needs PyTorch; pip install torch, or use the safetensors file"
-        ) from None
+    """Writes the tensors of a safetensors file with `torch.save`, from the memory-mapped file."""
+    torch = import_torch("--pt")
     source = SafetensorsSource(weights)
 
-    def tensor(key):
+    def tensor(key: str) -> "torch.Tensor":
         value = source.read(key)
         is_bfloat16 = value.dtype == ml_dtypes.bfloat16
         value = torch.from_numpy(value.view(np.int16) if is_bfloat16 else value)
         return value.view(torch.bfloat16) if is_bfloat16 else value
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mapped file is read-only, and nobody writes to it
+        warnings.simplefilter("ignore")  # about read-only arrays, which torch.save does not modify
         torch.save({key: tensor(key) for key in sorted(source.keys())}, out)
 
 
-# ----------------------------------------------------------------------------------------------------------------- peft
+# ---- peft ----
 
 
-def write_peft(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
-    """An adapter for the language model. It holds the LoRA only: the HFQ-Former is no part of Qwen3."""
+def write_peft(folder: pathlib.Path, given: Stored) -> list[Tensor]:
+    """Writes LoRA as an adapter of the language model. The HFQ-Former is not included."""
     lora = {
         path.removeprefix("llm/"): leaf
         for path, leaf in given.leaves.items()
@@ -153,57 +162,28 @@ def write_peft(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    stored.save_json(folder / "adapter_config.json", config)
+    stored.write_json(folder / "adapter_config.json", config)
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------------------------- hf
+# ---- hf ----
 
 
-def write_hf(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
-    """A folder that needs PyTorch and transformers, and nothing of this package."""
+def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
+    """Writes a folder that loads with PyTorch and transformers, without this package."""
     options = given.config.model
-    tensors = engine.tensors(
-        given.leaves, layouts.hf_fastslm(len(options.stage_tokens), options.detail_recovery_layers)
-    )
-    files = write_sharded(folder, tensors)
-    text_config = {
-        name: value
-        for name, value in given.llm_config.items()
-        if name not in ("torch_dtype", "dtype", "_name_or_path")
-    }
-    config = {
-        "model_type": "fastslm",
-        "architectures": ["FastSLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_fastslm.FastSLMConfig",
-            "AutoModel": "modeling_fastslm.FastSLM",
-        },
-        "dtype": options.dtype,
-        "audio_config": {
-            name: value
-            for name, value in importing.whisper_config(given).items()
-            if name != "architectures"
-        },
-        "text_config": text_config,
-        "stage_tokens": list(options.stage_tokens),
-        "compression_size": options.compression_size,
-        "detail_recovery_layers": options.detail_recovery_layers,
-        "head_dim": given.model.hfq_former.head_dim,
-        "lora_rank": options.lora.rank,
-        "lora_alpha": options.lora.alpha,
-        "audio_padding": options.audio_padding,
-        "tie_word_embeddings": given.model.llm.tied_embeddings,
-    }
-    stored.save_json(folder / "config.json", config)
-    tokenizer = prompts.load_tokenizer(given.tokenizer, given.model.llm.vocab_size)
+    layout = layouts.hf_fastslm(len(options.stage_tokens), options.detail_recovery_layers)
+    tensors = engine.tensors(given.leaves, layout)
+    num_files = write_sharded(folder, tensors)
+    stored.write_json(folder / "config.json", _hf_config(given))
+    tokenizer = given.load_tokenizer()
     tokenizer.save_pretrained(folder)
     generation = {
         "do_sample": False,
         "eos_token_id": tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    stored.save_json(folder / "generation_config.json", generation)
+    stored.write_json(folder / "generation_config.json", generation)
     encoder = given.model.encoder
     processor = {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -215,49 +195,83 @@ def write_hf(folder: pathlib.Path, given: stored.Stored) -> list[Tensor]:
         "padding_value": 0.0,
         "audio_padding": options.audio_padding,
     }
-    stored.save_json(folder / "preprocessor_config.json", processor)
+    stored.write_json(folder / "preprocessor_config.json", processor)
     shutil.copyfile(MODELING, folder / MODELING.name)
-    (folder / "README.md").write_text(model_card(given, files))
+    (folder / "README.md").write_text(model_card(given, num_files))
     return tensors
 
 
-def model_card(given: stored.Stored, files: int) -> str:
+def _hf_config(given: Stored) -> dict:
+    options = given.config.model
+    return {
+        "model_type": "fastslm",
+        "architectures": ["FastSLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_fastslm.FastSLMConfig",
+            "AutoModel": "modeling_fastslm.FastSLM",
+        },
+        "dtype": options.dtype,
+        "audio_config": given.whisper_config,
+        "text_config": {
+            name: value
+            for name, value in given.llm_config.items()
+            if name not in ("torch_dtype", "dtype", "_name_or_path")
+        },
+        "stage_tokens": list(options.stage_tokens),
+        "compression_size": options.compression_size,
+        "detail_recovery_layers": options.detail_recovery_layers,
+        "head_dim": given.model.hfq_former.head_dim,
+        "lora_rank": options.lora.rank,
+        "lora_alpha": options.lora.alpha,
+        "audio_padding": options.audio_padding,
+        "tie_word_embeddings": given.model.llm.tied_embeddings,
+    }
+
+
+def model_card(given: Stored, num_files: int) -> str:
+    """The README.md of a PyTorch folder, with Hugging Face metadata."""
     model, options = given.model, given.config.model
-    named = [
-        name
-        for name in (given.config.base.whisper, given.config.base.llm)
-        if not os.path.isdir(name)
-    ]
-    bases = "".join(f"- {name}\n" for name in named)
-    lora = (
-        f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is separate and is off for prompts without audio, "
-        "which the base model then answers."
-        if given.has_lora
-        else "LoRA is merged into the weights, so prompts without audio are answered by the adapted model too."
-    )
+    names = (given.config.base.whisper, given.config.base.llm)
+    hub_ids = "".join(f"- {name}\n" for name in names if not os.path.isdir(name))
+    if given.has_lora:
+        lora = (
+            f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is stored "
+            "separately. It is off for prompts without audio, which the base language model "
+            "answers."
+        )
+    else:
+        lora = "LoRA is merged into the weights, so it also applies to prompts without audio."
     return f"""---
 library_name: transformers
 pipeline_tag: automatic-speech-recognition
-{f"base_model:{chr(10)}{bases}" if named else ""}tags: [speech, asr, fastslm]
+{f"base_model:{chr(10)}{hub_ids}" if hub_ids else ""}tags: [speech, asr, fastslm]
 ---
 # FastSLM
 
-Speech in, text out: a Whisper encoder of width {model.encoder.width} with {model.encoder.num_layers} layers, an HFQ-Former
-that makes {options.compression_size} tokens of each {model.window.seconds:g} s, and a Qwen3 of width {model.llm.width} with
-{model.llm.num_layers} layers. {lora}
+A speech language model: audio in, text out.
+
+- Whisper encoder: width {model.encoder.width}, {model.encoder.num_layers} layers
+- HFQ-Former: {options.compression_size} tokens per window of {model.window.seconds:g} s
+- Qwen3 decoder: width {model.llm.width}, {model.llm.num_layers} layers
+
+{lora}
 
 ```python
 import soundfile
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-waveform, rate = soundfile.read("speech.wav", dtype="float32")  # one channel at 16 000 Hz, of any length
-print(model.transcribe(waveform))                                # task: asr, ast, ssum or sqqa
-print(model.transcribe(waveform, task="ssum", do_sample=True, temperature=0.2, top_p=0.95, top_k=20))
+waveform, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz, any length
+print(model.transcribe(waveform))  # task: asr, ast, ssum or sqqa
+print(
+    model.transcribe(
+        waveform, task="ssum", do_sample=True, temperature=0.2, top_p=0.95, top_k=20
+    )
+)
 ```
 
-It needs PyTorch and transformers; `modeling_fastslm.py` is the whole model. Weights: {files} safetensors file{"s" * (files > 1)},
-exported from step {given.step} of the run `{given.config.name}`.
+Requires PyTorch and transformers; `modeling_fastslm.py` contains the complete model.
+Exported from step {given.step} of the run `{given.config.name}`; weight files: {num_files}.
 
-The method is FastSLM's (arXiv 2601.06199).
+Method: FastSLM (arXiv 2601.06199).
 """

@@ -1,0 +1,1 @@
+"""Maps stored tensors of other programs to our parameter tree."""

@@ -1,7 +1,8 @@
-"""The one engine behind every conversion: a layout table in, every tensor accounted for.
+"""Maps checkpoints of other programs to our parameter tree and back, using a table of names.
 
-A layout is a dict from a path of the parameter tree to a `Rule`. A rule whose key holds "{layer}" maps a stacked leaf
-[layers, …] to one tensor per layer.
+A layout maps each path of the parameter tree to a `Rule`. A rule whose key contains "{layer}" maps
+a stacked leaf [layers, ...] to one tensor per layer. Reading is strict: a missing, extra or
+misshapen tensor is an error.
 """
 
 import dataclasses
@@ -17,26 +18,30 @@ from fastslm_jax.weights.tensors import DTYPES, FLOATS, ConversionError, Tensor,
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where a leaf lives in a checkpoint: leaf = tensor.transpose(permute), after dropping `lead` axes of size one."""
+    """Name and axis order of a leaf in a checkpoint.
+
+    Attributes:
+        key: tensor name, with "{layer}" for stacked leaves.
+        permute: leaf = tensor.transpose(permute).
+        lead: number of leading size-1 axes that the tensor has and the leaf does not.
+    """
 
     key: str
     permute: tuple[int, ...] | None = None
     lead: int = 0
 
     def to_leaf(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of a tensor → shape of the leaf (of one layer of it)."""
+        """Tensor shape → shape of the leaf (of one layer, if stacked)."""
         shape = tuple(shape[self.lead :])
         return shape if self.permute is None else tuple(shape[axis] for axis in self.permute)
 
     def from_leaf(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the leaf (of one layer of it) → shape of the tensor."""
-        shape = tuple(
-            shape if self.permute is None else (shape[axis] for axis in np.argsort(self.permute))
-        )
-        return (1,) * self.lead + shape
+        """Shape of the leaf (of one layer, if stacked) → tensor shape."""
+        axes = range(len(shape)) if self.permute is None else np.argsort(self.permute)
+        return (1,) * self.lead + tuple(shape[axis] for axis in axes)
 
     def arrange(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor as the leaf (as one layer of it): a view."""
+        """A view of the tensor with the axes of the leaf."""
         tensor = tensor.reshape(tensor.shape[self.lead :])
         return tensor if self.permute is None else tensor.transpose(self.permute)
 
@@ -46,7 +51,13 @@ Layout = Mapping[str, Rule]
 
 @dataclasses.dataclass(frozen=True)
 class StoredLeaf:
-    """A parameter whose parts lie on disk: one tensor, or one for each layer of a stacked leaf. Parts are as in the tree."""
+    """A parameter on disk, read on demand.
+
+    Attributes:
+        shape: shape of the leaf.
+        parts: one tensor, or one per layer of a stacked leaf, with the axes of the leaf.
+        is_stacked: whether `parts` are layers.
+    """
 
     shape: tuple[int, ...]
     parts: tuple[Tensor, ...]
@@ -65,22 +76,27 @@ class StoredLeaf:
         return out
 
 
+Leaf = StoredLeaf | jax.Array | np.ndarray
+
+
 def flatten(tree: Mapping) -> dict:
+    """Nested dict → {"a/b/c": leaf}."""
     return flatten_dict(tree, sep="/")
 
 
 def unflatten(leaves: Mapping) -> dict:
+    """{"a/b/c": leaf} → nested dict."""
     return unflatten_dict(leaves, sep="/")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of a checkpoint as a part of a leaf: layer None is the whole leaf."""
+    """One expected tensor: the leaf at `path`, or one layer of it."""
 
     path: str
     rule: Rule
-    layer: int | None
-    shape: tuple[int, ...]  # of the tensor in the checkpoint
+    layer: int | None  # None: the whole leaf
+    shape: tuple[int, ...]  # of the tensor
 
     @property
     def key(self) -> str:
@@ -90,9 +106,7 @@ class _Entry:
 def _entries(leaves: Mapping, layout: Layout) -> list[_Entry]:
     unmapped = sorted(set(leaves) - set(layout))
     if unmapped:
-        raise ConversionError(
-            f"the layout has no name for parameter {unmapped[0]} ({len(unmapped)} such)"
-        )
+        raise ConversionError(f"the layout has no rule for parameter {summarize(unmapped)}")
     entries = []
     for path, leaf in leaves.items():
         rule = layout[path]
@@ -103,33 +117,37 @@ def _entries(leaves: Mapping, layout: Layout) -> list[_Entry]:
     return entries
 
 
+def summarize(names: Sequence[str]) -> str:
+    """The first name and how many follow, for error messages."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def _check(
     source: TensorSource, entries: Sequence[_Entry], ignore: Sequence[str], sizes_from: str
 ) -> None:
+    """Raises ConversionError unless the source has exactly the expected tensors."""
     expected = {entry.key: entry for entry in entries}
+    hint = f" (model sizes are from {sizes_from})" if sizes_from else ""
     missing = sorted(set(expected) - source.keys())
-    hint = f"; the model's sizes come from {sizes_from}" if sizes_from else ""
     if missing:
-        raise ConversionError(
-            f"{source.path}: tensor {missing[0]} is missing ({len(missing)} such){hint}"
-        )
+        raise ConversionError(f"{source.path}: missing tensor {summarize(missing)}{hint}")
     extra = sorted(
         key
         for key in source.keys() - set(expected)
         if not any(re.fullmatch(pattern, key) for pattern in ignore)
     )
     if extra:
-        raise ConversionError(
-            f"{source.path}: tensor {extra[0]} has no place in this model ({len(extra)} such){hint}"
-        )
+        raise ConversionError(f"{source.path}: unexpected tensor {summarize(extra)}{hint}")
     for key, entry in expected.items():
         if source.shape(key) != entry.shape:
             raise ConversionError(
-                f"{source.path}: tensor {key} has shape {source.shape(key)}, the model's is {entry.shape}{hint}"
+                f"{source.path}: tensor {key} has shape {source.shape(key)}, "
+                f"expected {entry.shape}{hint}"
             )
         if source.dtype(key) not in FLOATS:
             raise ConversionError(
-                f"{source.path}: tensor {key} has type {source.dtype(key)}, weights are one of {', '.join(FLOATS)}"
+                f"{source.path}: tensor {key} has dtype {source.dtype(key)}, "
+                f"expected one of {', '.join(FLOATS)}"
             )
 
 
@@ -140,16 +158,17 @@ def open_leaves(
     ignore: Sequence[str] = (),
     sizes_from: str = "",
 ) -> dict[str, StoredLeaf]:
-    """The parameters of a checkpoint, checked but not read.
+    """Checks the parameters of a checkpoint without reading them.
 
     Args:
-        source: tensors by name (see `convert.tensors`).
-        leaves: {path: anything with a shape}, the parameters that there must be.
-        ignore: patterns of tensors that belong to no parameter, such as Whisper's decoder.
+        source: the tensors of the checkpoint.
+        layout: their names.
+        leaves: {path: anything with a shape}, the expected parameters.
+        ignore: patterns of tensors to ignore, such as Whisper's decoder.
         sizes_from: where the expected shapes come from, for error messages.
 
     Raises:
-        ConversionError: names the first missing, extra or misshapen tensor.
+        ConversionError: a tensor is missing, unexpected, misshapen or not floating-point.
     """
     entries = _entries(leaves, layout)
     _check(source, entries, ignore, sizes_from)
@@ -163,28 +182,34 @@ def open_leaves(
 
 
 def _tensor(source: TensorSource, key: str, rule: Rule) -> Tensor:
-    """A tensor of a checkpoint, arranged as in the tree."""
+    """A tensor of the checkpoint with the axes of its leaf."""
     shape, dtype = rule.to_leaf(source.shape(key)), DTYPES[source.dtype(key)]
     return Tensor(key, shape, dtype, lambda: rule.arrange(source.read(key)))
 
 
-def index(source: TensorSource, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of a checkpoint, whether or not they make a model: {"path" or "path[layer]": tensor}, and unknown names."""
+def match_tensors(source: TensorSource, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """Maps every tensor of a checkpoint to our names, even if they do not form a complete model.
+
+    Returns:
+        {"path" or "path[layer]": tensor}, and the names that the layout does not have.
+    """
     by_key = {rule.key: (path, rule) for path, rule in layout.items()}
     found, unknown = {}, []
     for key in sorted(source.keys()):
         parts = key.split(".")
         candidates = [(key, "")]
         candidates += [
-            (".".join([*parts[:i], "{layer}", *parts[i + 1 :]]), f"[{p}]")
-            for i, p in enumerate(parts)
-            if p.isdigit()
+            (".".join([*parts[:i], "{layer}", *parts[i + 1 :]]), f"[{number}]")
+            for i, number in enumerate(parts)
+            if number.isdigit()
         ]
-        hit = next(((*by_key[name], suffix) for name, suffix in candidates if name in by_key), None)
-        if hit is None or source.dtype(key) not in DTYPES:
+        match = next(
+            ((*by_key[name], suffix) for name, suffix in candidates if name in by_key), None
+        )
+        if match is None or source.dtype(key) not in DTYPES:
             unknown.append(key)
             continue
-        path, rule, suffix = hit
+        path, rule, suffix = match
         fits = rule.permute is None or len(source.shape(key)) == rule.lead + len(rule.permute)
         found[path + suffix] = _tensor(source, key, rule if fits else Rule(key))
     return found, unknown
@@ -200,10 +225,11 @@ def load(
     """Reads a checkpoint into a parameter tree.
 
     Args:
-        tree: the parameters as ShapeDtypeStructs. A leaf with a sharding becomes a jax.Array of which this process reads
-            only the slices that its own devices hold; a leaf without becomes a numpy array.
+        tree: the parameters as ShapeDtypeStructs. A leaf with a sharding becomes a jax.Array, and
+            this process reads only the slices of its own devices. A leaf without one becomes a
+            NumPy array.
 
-    For the others, and errors, see `open_leaves`.
+    See `open_leaves` for the other arguments and the errors.
     """
     leaves = flatten(tree)
     entries = _entries(leaves, layout)
@@ -218,7 +244,7 @@ def load(
         if sharding is None:
             loaded[path] = read((slice(None),) * len(leaf.shape))
         else:
-            # Waiting bounds what is held twice, by the reader and by the devices, to one leaf.
+            # Blocking keeps at most one leaf in host and device memory at the same time.
             loaded[path] = jax.make_array_from_callback(
                 leaf.shape, sharding, read
             ).block_until_ready()
@@ -226,70 +252,59 @@ def load(
 
 
 def _reader(
-    source: TensorSource, rule: Rule, keys: Sequence[str], leaf
+    source: TensorSource, rule: Rule, keys: Sequence[str], leaf: jax.ShapeDtypeStruct
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """read(index of a leaf) → that part of it, taken from disk once however many devices ask for it.
+    """A function from an index of the leaf to that slice; each slice is read from disk once.
 
-    Tensors are copied in their own order and transposed as a view, which is then resolved on the way to the device: a strided
-    copy by numpy takes several times as long as reading the file.
+    Tensors are copied in their stored axis order, and the transposed view is resolved during the
+    transfer to the device: a strided NumPy copy takes several times as long as reading the file.
     """
     is_stacked = "{layer}" in rule.key
     axes = tuple(range(len(leaf.shape) - is_stacked))
     permute = rule.permute or axes
-    done: dict[tuple, np.ndarray] = {}
+    cache: dict[tuple, np.ndarray] = {}
 
-    def read(index):
-        index = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        if index not in done:
-            first, last = index[0] if is_stacked else (0, 1)
-            in_leaf = [slice(*part) for part in index[is_stacked:]]
-            in_tensor = (slice(0, 1),) * rule.lead + tuple(
-                in_leaf[axis] for axis in np.argsort(permute)
-            )
-            shape = tuple(part.stop - part.start for part in in_tensor[rule.lead :])
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if bounds not in cache:
+            first, last = bounds[0] if is_stacked else (0, 1)
+            in_leaf = [slice(*part) for part in bounds[is_stacked:]]
+            in_tensor = tuple(in_leaf[axis] for axis in np.argsort(permute))
+            shape = tuple(part.stop - part.start for part in in_tensor)
             out = np.empty((last - first, *shape), leaf.dtype)
             for position, key in enumerate(keys[first:last]):
-                out[position] = source.read(key, in_tensor).reshape(shape)
+                value = source.read(key, (slice(0, 1),) * rule.lead + in_tensor)
+                out[position] = value.reshape(shape)
             out = out.transpose(0, *(1 + axis for axis in permute))
-            done[index] = out if is_stacked else out[0]
-        return done[index]
+            cache[bounds] = out if is_stacked else out[0]
+        return cache[bounds]
 
     return read
 
 
-def part(leaf: StoredLeaf | jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
-    """A leaf (layer None), or one layer of a stacked leaf, as in the tree."""
+def read_part(leaf: Leaf, layer: int | None) -> np.ndarray:
+    """Reads one layer of a stacked leaf, or the whole leaf (layer None)."""
     if isinstance(leaf, StoredLeaf):
         return leaf.parts[layer or 0].read()
     return np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
 
 
-def tensors(
-    leaves: Mapping[str, StoredLeaf | jax.Array | np.ndarray], layout: Layout
-) -> list[Tensor]:
-    """The tensors of parameters {path: leaf} under their names in a layout, in the layout's orientation; read when asked for."""
+def tensors(leaves: Mapping[str, Leaf], layout: Layout) -> list[Tensor]:
+    """The parameters {path: leaf} under the names and axis order of a layout, read on demand."""
 
-    def reader(leaf, entry):
-        def read():
-            value = part(leaf, entry.layer)
+    def tensor(leaf: Leaf, entry: _Entry) -> Tensor:
+        def read() -> np.ndarray:
+            value = read_part(leaf, entry.layer)
             if entry.rule.permute is not None:
                 value = value.transpose(np.argsort(entry.rule.permute))
             return np.ascontiguousarray(value.reshape(entry.shape))
 
-        return read
+        source = leaf.parts[entry.layer or 0] if isinstance(leaf, StoredLeaf) else leaf
+        return Tensor(entry.key, entry.shape, np.dtype(source.dtype), read)
 
-    found = []
-    for entry in _entries(leaves, layout):
-        leaf = leaves[entry.path]
-        dtype = (
-            leaf.parts[entry.layer or 0].dtype
-            if isinstance(leaf, StoredLeaf)
-            else np.dtype(leaf.dtype)
-        )
-        found.append(Tensor(entry.key, entry.shape, dtype, reader(leaf, entry)))
-    return found
+    return [tensor(leaves[entry.path], entry) for entry in _entries(leaves, layout)]
 
 
 def store(tree: Mapping, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a parameter tree under their names in a layout, one at a time; the inverse of `load`."""
+    """The inverse of `load`: yields (name, tensor) one at a time."""
     return ((tensor.key, tensor.read()) for tensor in tensors(flatten(tree), layout))

@@ -1,12 +1,27 @@
-"""The names of every parameter in the layouts that other programs write.
+"""Parameter names in the checkpoints of other programs: {path in our tree: rule with their name}.
 
-Left: a path in our tree. Right: the tensor's name there. Linear kernels are transposed ([in, out] here, [out, in] in
-PyTorch), convolutions are [kernel, in, out] here and [out, in, kernel] there.
+Linear kernels are [in, out] here and [out, in] in PyTorch. Convolution kernels are
+[kernel, in, out] here and [out, in, kernel] in PyTorch.
 """
 
 from fastslm_jax.weights.engine import Layout, Rule
 
 _TRANSPOSE, _CONV = (1, 0), (2, 1, 0)
+
+HF_WHISPER_IGNORED = (r"(model\.)?decoder\..*", r"proj_out\.weight")
+RELEASED_LLM = "llm.base_model.model."  # PEFT's prefix inside the authors' module
+HF_LLM = "llm."
+
+_QKVO = ("query", "key", "value", "out")
+_QWEN3_PROJECTIONS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 def _linear(path: str, key: str, bias: bool = True) -> dict[str, Rule]:
@@ -22,28 +37,26 @@ def _conv(path: str, key: str) -> dict[str, Rule]:
     return {f"{path}/kernel": Rule(f"{key}.weight", _CONV), f"{path}/bias": Rule(f"{key}.bias")}
 
 
-def _attention(
-    path: str, key: str, query: str, key_name: str, value: str, out: str
-) -> dict[str, Rule]:
+def _attention(path: str, prefix: str, names: tuple[str, str, str, str]) -> dict[str, Rule]:
+    query, key, value, out = names
     return {
-        **_linear(f"{path}/query", f"{key}.{query}"),
-        **_linear(f"{path}/key", f"{key}.{key_name}", bias=False),
-        **_linear(f"{path}/value", f"{key}.{value}"),
-        **_linear(f"{path}/out", f"{key}.{out}"),
+        **_linear(f"{path}/query", f"{prefix}.{query}"),
+        **_linear(f"{path}/key", f"{prefix}.{key}", bias=False),
+        **_linear(f"{path}/value", f"{prefix}.{value}"),
+        **_linear(f"{path}/out", f"{prefix}.{out}"),
     }
 
 
 def hf_whisper(prefix: str = "model.encoder.") -> Layout:
-    """Encoder of a Hugging Face Whisper checkpoint. `WhisperForConditionalGeneration` has the prefix "model.encoder."."""
+    """Encoder of a Hugging Face Whisper; the prefix is that of WhisperForConditionalGeneration."""
     block = f"{prefix}layers.{{layer}}."
+    attention = ("q_proj", "k_proj", "v_proj", "out_proj")
     return {
         **_conv("conv1", f"{prefix}conv1"),
         **_conv("conv2", f"{prefix}conv2"),
         "positions": Rule(f"{prefix}embed_positions.weight"),
         **_norm("layers/attention_norm", f"{block}self_attn_layer_norm"),
-        **_attention(
-            "layers/attention", f"{block}self_attn", "q_proj", "k_proj", "v_proj", "out_proj"
-        ),
+        **_attention("layers/attention", f"{block}self_attn", attention),
         **_norm("layers/mlp_norm", f"{block}final_layer_norm"),
         **_linear("layers/mlp_in", f"{block}fc1"),
         **_linear("layers/mlp_out", f"{block}fc2"),
@@ -51,21 +64,8 @@ def hf_whisper(prefix: str = "model.encoder.") -> Layout:
     }
 
 
-HF_WHISPER_IGNORED = (r"(model\.)?decoder\..*", r"proj_out\.weight")
-
-_QWEN3_PROJECTIONS = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
-
 def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
-    """A Hugging Face Qwen3ForCausalLM. PEFT puts a `base` (".base_layer") into the names of adapted layers."""
+    """Qwen3ForCausalLM of Hugging Face; PEFT appends `base` (".base_layer") to adapted layers."""
     block = f"{prefix}model.layers.{{layer}}."
     rules = {
         "embed_tokens": Rule(f"{prefix}model.embed_tokens.weight"),
@@ -82,7 +82,7 @@ def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
 
 
 def peft_lora(prefix: str = "base_model.model.", adapter: str = "") -> Layout:
-    """LoRA leaves under PEFT's names; `adapter` (".default") stands in a live model's names, not in adapter files."""
+    """LoRA of PEFT. In a model in memory, names include `adapter` (".default"); in files, not."""
     rules = {}
     for ours, theirs in _QWEN3_PROJECTIONS.items():
         key = f"{prefix}model.layers.{{layer}}.{theirs}"
@@ -111,8 +111,8 @@ def _downsampler(path: str, key: str, norm: str) -> dict[str, Rule]:
     }
 
 
-def released(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
-    """The authors' state_dict, over the whole parameter tree. Buffers (position tables) are parameters here."""
+def released(num_stages: int, detail_recovery_layers: int) -> Layout:
+    """The authors' state_dict, for the whole parameter tree including its buffers (positions)."""
     block = "encoder.whisper.blocks.{layer}."
     names = ("query", "q_pos_embeds", "kv_pos_embeds", "q_ln", "kv_ln", "out_proj")
     rules = {
@@ -120,7 +120,7 @@ def released(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
         **_conv("encoder/conv2", "encoder.whisper.conv2"),
         "encoder/positions": Rule("encoder.whisper.positional_embedding"),
         **_norm("encoder/layers/attention_norm", f"{block}attn_ln"),
-        **_attention("encoder/layers/attention", f"{block}attn", "query", "key", "value", "out"),
+        **_attention("encoder/layers/attention", f"{block}attn", _QKVO),
         **_norm("encoder/layers/mlp_norm", f"{block}mlp_ln"),
         **_linear("encoder/layers/mlp_in", f"{block}mlp.0"),
         **_linear("encoder/layers/mlp_out", f"{block}mlp.2"),
@@ -136,11 +136,10 @@ def released(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
         rules |= _downsampler(f"hfq_former/downsampler_{level}", f"encoder.stage{level}", "ln_post")
     for layer in range(detail_recovery_layers):
         ours, theirs = f"hfq_former/detail_recovery_{layer}", f"encoder.out_attn.{layer}"
-        rules |= _attention(f"{ours}/self_attention", f"{theirs}.attn", "q", "k", "v", "out_proj")
-        rules |= _attention(
-            f"{ours}/cross_attention", f"{theirs}.cross_attn", "q", "k", "v", "out_proj"
-        )
+        attention = ("q", "k", "v", "out_proj")
         rules |= {
+            **_attention(f"{ours}/self_attention", f"{theirs}.attn", attention),
+            **_attention(f"{ours}/cross_attention", f"{theirs}.cross_attn", attention),
             **_norm(f"{ours}/self_norm", f"{theirs}.norm1"),
             **_norm(f"{ours}/cross_norm", f"{theirs}.norm2"),
         }
@@ -151,12 +150,8 @@ def released(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
     return rules | {f"llm/{path}": rule for path, rule in llm.items()}
 
 
-RELEASED_LLM = "llm.base_model.model."  # PEFT's names, inside the authors' module
-RELEASED_IGNORED_WHEN_TIED = (r"llm\.base_model\.model\.lm_head\.weight",)
-
-
-def hf_fastslm(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
-    """Our folder for PyTorch (see `hf_template/modeling_fastslm.py`), over the whole parameter tree."""
+def hf_fastslm(num_stages: int, detail_recovery_layers: int) -> Layout:
+    """The PyTorch model of `convert/modeling_fastslm.py`, for the whole parameter tree."""
     names = ("query", "query_positions", "context_positions", "query_norm", "context_norm", "out")
     rules = {
         **{f"encoder/{path}": rule for path, rule in hf_whisper("encoder.").items()},
@@ -177,16 +172,6 @@ def hf_fastslm(num_stages: int = 3, detail_recovery_layers: int = 2) -> Layout:
     for layer in range(detail_recovery_layers):
         ours, theirs = f"hfq_former/detail_recovery_{layer}", f"hfq_former.detail_recovery.{layer}"
         for part in ("self", "cross"):
-            rules |= _attention(
-                f"{ours}/{part}_attention",
-                f"{theirs}.{part}_attention",
-                "query",
-                "key",
-                "value",
-                "out",
-            )
+            rules |= _attention(f"{ours}/{part}_attention", f"{theirs}.{part}_attention", _QKVO)
             rules |= _norm(f"{ours}/{part}_norm", f"{theirs}.{part}_norm")
     return rules
-
-
-HF_LLM = "llm."

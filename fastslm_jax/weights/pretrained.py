@@ -1,7 +1,7 @@
-"""The public models that FastSLM stands on, straight from their Hugging Face folders (or hub ids).
+"""Whisper and Qwen3 from Hugging Face folders or hub ids.
 
-Every size is read from the folder's config.json. A folder holds config.json, safetensors and, for the language model, the
-tokenizer.
+A folder has config.json, safetensors files and, for the language model, a tokenizer. All sizes are
+read from config.json.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.lora import LoRA
@@ -21,17 +22,22 @@ from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource, TensorSource
 
 
-class BaseError(UserError):
-    """A base model that cannot be used: names the folder, what is wrong and how to mend it."""
+class PretrainedError(UserError):
+    """An unusable pretrained model. Names the folder, the problem and the fix."""
 
 
 def resolve(name: str, *, weights: bool = True) -> pathlib.Path:
-    """A local folder, or the local copy of a Hugging Face hub id such as "Qwen/Qwen3-4B" (downloaded when missing)."""
+    """The local folder of a pretrained model, downloaded if `name` is a Hugging Face hub id.
+
+    Args:
+        weights: False downloads only the config and the tokenizer.
+    """
     if os.path.isdir(name):
         return pathlib.Path(name)
     if name.startswith((".", "/")) or name.count("/") != 1:
-        raise BaseError(
-            f"{name}: no such folder; give a folder with config.json and safetensors, or a hub id such as Qwen/Qwen3-4B"
+        raise PretrainedError(
+            f"{name}: no such folder; give a folder with config.json and safetensors files, "
+            "or a hub id such as Qwen/Qwen3-4B"
         )
     import huggingface_hub
 
@@ -41,40 +47,48 @@ def resolve(name: str, *, weights: bool = True) -> pathlib.Path:
             name, allow_patterns=patterns, ignore_patterns=["*.fp32*", "*.fp16*"]
         )
         return pathlib.Path(folder)
-    except Exception as error:  # the hub's client raises many kinds, all with the same meaning here
-        raise BaseError(
-            f"{name}: neither a folder here nor reachable on the Hugging Face hub ({type(error).__name__})"
+    except Exception as error:  # the hub client raises many types, all with this meaning
+        raise PretrainedError(
+            f"{name}: not a local folder and not available on the Hugging Face hub "
+            f"({type(error).__name__}); check the name and the network"
         ) from None
 
 
 def read_config(folder: str | os.PathLike) -> dict:
+    """The folder's config.json."""
     path = pathlib.Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BaseError(f"{path}: missing; a base model's folder holds its config.json") from None
+        raise PretrainedError(
+            f"{path}: no such file; the folder of a pretrained model must contain it"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BaseError(f"{path}: not JSON ({error})") from None
+        raise PretrainedError(f"{path}: invalid JSON ({error})") from None
     if not isinstance(config, dict):
-        raise BaseError(f"{path}: holds no JSON object")
+        raise PretrainedError(f"{path}: not a JSON object")
     return config
 
 
 def _sizes(config: dict, keys: tuple[str, ...], origin: str) -> list[int]:
     for key in keys:
         if config.get(key) is None:
-            raise BaseError(f"{origin}: config.json has no {key!r}")
+            raise PretrainedError(f"{origin}: config.json has no {key!r}")
         if not isinstance(config[key], int) or config[key] < 1:
-            raise BaseError(
-                f"{origin}: config.json has {key} {config[key]!r}, a positive whole number is needed"
+            raise PretrainedError(
+                f"{origin}: config.json has {key} {config[key]!r}, expected a positive integer"
             )
     return [config[key] for key in keys]
 
 
 def whisper_from_config(
-    config: dict, *, dtype=jnp.float32, remat: str = "none", origin: str = "whisper"
+    config: dict, *, dtype: DTypeLike = jnp.float32, remat: str = "none", origin: str = "whisper"
 ) -> WhisperEncoder:
-    """The encoder that a Whisper config.json describes (any size; large-v3-turbo has the same encoder as large-v3)."""
+    """Builds the encoder of a Whisper config.json of any size.
+
+    Args:
+        origin: where the config comes from, for error messages.
+    """
     keys = (
         "d_model",
         "encoder_layers",
@@ -85,12 +99,14 @@ def whisper_from_config(
     )
     width, num_layers, num_heads, mlp_dim, num_mels, max_positions = _sizes(config, keys, origin)
     if width % num_heads:
-        raise BaseError(
-            f"{origin}: config.json has d_model {width}, which {num_heads} heads do not divide"
+        raise PretrainedError(
+            f"{origin}: config.json has d_model {width}, which is not divisible by its "
+            f"{num_heads} heads"
         )
     if config.get("activation_function", "gelu") != "gelu":
-        raise BaseError(
-            f"{origin}: activation {config['activation_function']!r} is not supported, Whisper's is gelu"
+        raise PretrainedError(
+            f"{origin}: activation {config['activation_function']!r} is not supported, "
+            "expected gelu"
         )
     return WhisperEncoder(
         width, num_layers, num_heads, mlp_dim, num_mels, max_positions, remat=remat, dtype=dtype
@@ -98,26 +114,27 @@ def whisper_from_config(
 
 
 def _rope_from_config(config: dict, origin: str) -> RoPE:
-    # transformers 5 writes rope_parameters, which hold the theta too; before, there were rope_theta and rope_scaling.
+    # transformers 5 has rope_parameters, including theta; transformers 4 has rope_theta and
+    # rope_scaling.
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise BaseError(
-            f"{origin}: a partial rotary embedding is not part of Qwen3 and not supported"
-        )
-    if kind == "default":
+        raise PretrainedError(f"{origin}: partial rotary embeddings are not supported")
+    if rope_type == "default":
         return RoPE(theta=theta)
-    if kind != "yarn":
-        raise BaseError(f"{origin}: rope type {kind!r} is not supported (default and yarn are)")
+    if rope_type != "yarn":
+        raise PretrainedError(
+            f"{origin}: RoPE type {rope_type!r} is not supported, expected default or yarn"
+        )
     if parameters.get("mscale") or parameters.get("truncate") is False:
-        raise BaseError(f"{origin}: YaRN with mscale or without truncation is not supported")
+        raise PretrainedError(f"{origin}: YaRN with mscale or without truncation is not supported")
     longest = config.get("max_position_embeddings")
     original = parameters.get("original_max_position_embeddings") or longest
     factor = parameters.get("factor") or (original and longest and longest / original)
     if not original or not factor:
-        raise BaseError(
-            f"{origin}: config.json gives YaRN no factor, or no original_max_position_embeddings"
+        raise PretrainedError(
+            f"{origin}: config.json has no YaRN factor or no original_max_position_embeddings"
         )
     return RoPE(
         theta=theta,
@@ -133,14 +150,18 @@ def qwen3_from_config(
     config: dict,
     *,
     lora: LoRA = LoRA(),
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     origin: str = "qwen3",
 ) -> Qwen3:
-    """The decoder that a dense Qwen3 config.json describes."""
+    """Builds the decoder of a dense Qwen3 config.json.
+
+    Args:
+        origin: where the config comes from, for error messages.
+    """
     if config.get("model_type") != "qwen3":
-        raise BaseError(
-            f"{origin}: model_type is {config.get('model_type')!r}; a dense Qwen3 ('qwen3') is needed"
+        raise PretrainedError(
+            f"{origin}: model_type is {config.get('model_type')!r}, expected 'qwen3' (dense Qwen3)"
         )
     keys = (
         "vocab_size",
@@ -152,10 +173,11 @@ def qwen3_from_config(
         "intermediate_size",
     )
     sizes = _sizes(config, keys, origin)
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        raise BaseError(
-            f"{origin}: config.json has {config['num_attention_heads']} heads, which its {config['num_key_value_heads']} "
-            "key-value heads do not divide"
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if num_heads % num_kv_heads:
+        raise PretrainedError(
+            f"{origin}: config.json has {num_heads} heads, which is not divisible by its "
+            f"{num_kv_heads} key-value heads"
         )
     layer_types = set(config.get("layer_types") or ["full_attention"])
     if (
@@ -163,12 +185,13 @@ def qwen3_from_config(
         or config.get("attention_bias")
         or layer_types != {"full_attention"}
     ):
-        raise BaseError(
-            f"{origin}: sliding windows and attention biases are not part of the released Qwen3 and not supported"
+        raise PretrainedError(
+            f"{origin}: sliding windows and attention biases are not supported; "
+            "no released dense Qwen3 has them"
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise BaseError(
-            f"{origin}: activation {config['hidden_act']!r} is not supported, Qwen3's is silu"
+        raise PretrainedError(
+            f"{origin}: activation {config['hidden_act']!r} is not supported, expected silu"
         )
     return Qwen3(
         *sizes,
@@ -182,14 +205,14 @@ def qwen3_from_config(
 
 
 def _whisper_layout(source: TensorSource) -> engine.Layout:
+    """The layout of a Whisper with output layer, without output layer, or of an encoder only."""
     prefixes, keys = ("model.encoder.", "encoder.", ""), source.keys()
-    return layouts.hf_whisper(
-        next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in keys), prefixes[0])
-    )
+    prefix = next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in keys), prefixes[0])
+    return layouts.hf_whisper(prefix)
 
 
 def load_whisper(folder: str | os.PathLike, tree: dict) -> dict:
-    """Encoder parameters from a Whisper folder, into the shapes, types and shardings of `tree`."""
+    """Loads the encoder of a Whisper folder with the shapes, dtypes and shardings of `tree`."""
     source = SafetensorsSource(folder)
     return engine.load(
         source, _whisper_layout(source), tree, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
@@ -197,7 +220,7 @@ def load_whisper(folder: str | os.PathLike, tree: dict) -> dict:
 
 
 def open_whisper(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
-    """As `load_whisper`, for flat leaves with shapes: checked, read when asked for, in the file's types."""
+    """Like `load_whisper`, but {path: leaf} in the file's dtype: checked now, read on demand."""
     source = SafetensorsSource(folder)
     return engine.open_leaves(
         source, _whisper_layout(source), leaves, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
@@ -205,24 +228,24 @@ def open_whisper(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.St
 
 
 def load_qwen3(folder: str | os.PathLike, tree: dict) -> dict:
-    """Decoder parameters (without LoRA) from a Qwen3 folder, into the shapes, types and shardings of `tree`."""
+    """Loads a Qwen3 folder, without LoRA, with the shapes, dtypes and shardings of `tree`."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in tree else ()
     return engine.load(source, layouts.hf_qwen3(), tree, ignore, f"{folder}/config.json")
 
 
 def open_qwen3(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
-    """As `load_qwen3`, for flat leaves with shapes: checked, read when asked for, in the file's types."""
+    """Like `load_qwen3`, but {path: leaf} in the file's dtype: checked now, read on demand."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in leaves else ()
     return engine.open_leaves(source, layouts.hf_qwen3(), leaves, ignore, f"{folder}/config.json")
 
 
 def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:
-    """Patterns of tensors to ignore when embeddings are tied: a copy of the embeddings, which some files hold.
+    """Patterns of tensors to ignore with tied embeddings: the copy of them that some files contain.
 
     Raises:
-        ConversionError: it is no copy (judged by 512 of its rows), so embeddings are not tied as config.json says.
+        ConversionError: the first or last 256 rows differ from the embeddings.
     """
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if {head, embedding} <= source.keys():
@@ -233,14 +256,18 @@ def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:
             for part in rows
         ):
             raise ConversionError(
-                f"{source.path}: tensor {head} differs from the embeddings, but config.json says tie_word_embeddings"
+                f"{source.path}: tensor {head} differs from the embeddings, "
+                "but config.json has tie_word_embeddings true"
             )
     return (re.escape(head),)
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """Content hash of a base's config and weights: of every byte of config.json and of each file's size and tensor table,
-    first and last mebibyte. Reading 9 GB for each start would cost minutes; these parts change whenever a model does."""
+    """A content hash of a pretrained model, to detect that it changed.
+
+    Covers all of config.json, and the size, first and last MiB of each safetensors file (the first
+    includes the tensor table). Hashing all weights would take minutes at every start.
+    """
     digest = hashlib.sha256()
     folder = pathlib.Path(folder)
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:

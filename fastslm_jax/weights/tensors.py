@@ -1,17 +1,18 @@
-"""Tensors on disk under their names: safetensors files, folders of them, PyTorch state_dict files.
+"""Named tensors on disk: safetensors files, folders of them, and PyTorch state_dict files.
 
-Nothing is read before it is asked for, and only the asked-for slice of it: files are mapped into memory. Pickles are never
-executed.
+Files are memory-mapped, so only the requested slices are read. Code in pickles is never executed.
 """
 
 import contextlib
 import json
 import os
 import pathlib
+import pickle
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,38 +20,54 @@ from safetensors import SafetensorError, safe_open
 
 from fastslm_jax.errors import UserError
 
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-DTYPES = {name: np.dtype(value) for name, value in FLOATS.items()} | {
-    name: np.dtype(value)
-    for name, value in {
-        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16",
-        "U8": "uint8", "BOOL": "bool",
-    }.items()
-}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = {  # safetensors name → NumPy dtype
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ConversionError(UserError):
-    """A checkpoint that is not what its layout says: names the file or tensor and what is wrong with it."""
+    """A checkpoint that does not match its layout. Names the file or tensor and the mismatch."""
 
 
 class Tensor(NamedTuple):
-    """A tensor that is read when asked for."""
+    """A named tensor that is read on demand."""
 
     key: str
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-# ------------------------------------------------------------------------------------------------------------- reading
+
+# ---- Reading ----
 
 
 class SafetensorsSource:
-    """Tensors of one .safetensors file or of a folder (model.safetensors, or shards with or without an index)."""
+    """Tensors of one .safetensors file or of a folder of them, sharded or not.
 
-    def __init__(self, path: str | os.PathLike):
+    In a folder, model.safetensors takes precedence, then the shards named by the index, then every
+    .safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
         self._views: dict[str, Callable[[], np.ndarray]] = {}
         self._entries: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -58,7 +75,7 @@ class SafetensorsSource:
             for key, (shape, dtype, view) in _map_file(file).items():
                 if key in self._views:
                     raise ConversionError(
-                        f"{file}: tensor {key} stands in more than one file of {self.path}"
+                        f"{file}: tensor {key} is in more than one file of {self.path}"
                     )
                 self._entries[key], self._views[key] = (shape, dtype), view
 
@@ -69,64 +86,46 @@ class SafetensorsSource:
         return self._entries[key][0]
 
     def dtype(self, key: str) -> str:
+        """The safetensors name of the dtype, such as "BF16"."""
         return self._entries[key][1]
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A view of the file: only what is then copied from it is read."""
+        """A read-only view of the mapped file; only the accessed part is loaded."""
         return self._views[key]()[index]
 
 
-class ArraySource:
-    """Tensors already in memory: {name: numpy array}."""
-
-    def __init__(self, arrays: dict[str, np.ndarray], path: str | os.PathLike = "state_dict"):
-        self.path, self._arrays = pathlib.Path(path), arrays
-
-    def keys(self) -> set[str]:
-        return set(self._arrays)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._arrays[key].shape)
-
-    def dtype(self, key: str) -> str:
-        return NAMES.get(self._arrays[key].dtype, self._arrays[key].dtype.name)
-
-    def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        return self._arrays[key][index]
-
-
 class TorchSource:
-    """Tensors of a state_dict that `torch.save` wrote. Only tensors and containers are unpickled, never code."""
+    """Tensors of a state_dict written by `torch.save`. Only tensors are unpickled, never code."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
-        torch = _import_torch(self.path)
-        import pickle
-
+        torch = import_torch(f"{self.path}: reading a PyTorch file")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
                     state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
+                except RuntimeError:  # files written before PyTorch 1.6 cannot be memory-mapped
                     state = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ConversionError(
-                f"{self.path}: is damaged, or holds code beside tensors; such a file is not opened, fetch a state_dict of tensors"
+                f"{self.path}: is damaged or contains code besides tensors, and is not loaded; "
+                "use a state_dict of tensors only"
             ) from None
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(
-                f"{self.path}: not a complete PyTorch file ({reason}); fetch it again"
+                f"{self.path}: not a complete PyTorch file ({reason}); download it again"
             ) from None
         if not isinstance(state, Mapping):
             raise ConversionError(
-                f"{self.path}: holds a {type(state).__name__}, not a state_dict of tensors"
+                f"{self.path}: contains a {type(state).__name__}, expected a state_dict of tensors"
             )
         for key, value in state.items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                 raise ConversionError(
-                    f"{self.path}: entry {key!r} is a {type(value).__name__}, not a tensor: no state_dict"
+                    f"{self.path}: entry {key!r} is of type {type(value).__name__}, expected a "
+                    "tensor; use a state_dict of tensors only"
                 )
         self._tensors, self._bfloat16, self._int16 = dict(state), torch.bfloat16, torch.int16
 
@@ -137,6 +136,7 @@ class TorchSource:
         return tuple(self._tensors[key].shape)
 
     def dtype(self, key: str) -> str:
+        """The safetensors name of the dtype; PyTorch's name if safetensors has none."""
         name = str(self._tensors[key].dtype).removeprefix("torch.")
         try:
             return NAMES[np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)]
@@ -145,30 +145,32 @@ class TorchSource:
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         tensor = self._tensors[key].detach()
-        if tensor.dtype == self._bfloat16:  # numpy knows bfloat16 through ml_dtypes only
+        if tensor.dtype == self._bfloat16:  # torch cannot convert bfloat16 to NumPy directly
             return tensor.view(self._int16).numpy().view(ml_dtypes.bfloat16)[index]
         return tensor.numpy()[index]
 
 
-TensorSource = SafetensorsSource | ArraySource | TorchSource
+TensorSource = SafetensorsSource | TorchSource
 
 
-def open_file(path: str | os.PathLike) -> SafetensorsSource | TorchSource:
-    """A .safetensors file, a folder of them, or a PyTorch file (.pt, .pth, .bin)."""
+def open_file(path: str | os.PathLike) -> TensorSource:
+    """Opens a .safetensors file, a folder of them, or a PyTorch file (.pt, .pth, .bin)."""
     path = pathlib.Path(path)
-    return (
-        TorchSource(path)
-        if path.is_file() and path.suffix in (".pt", ".pth", ".bin")
-        else SafetensorsSource(path)
-    )
+    is_torch = path.is_file() and path.suffix in (".pt", ".pth", ".bin")
+    return TorchSource(path) if is_torch else SafetensorsSource(path)
 
 
-def _import_torch(path: pathlib.Path):
+def import_torch(purpose: str) -> types.ModuleType:
+    """Imports PyTorch, which is optional.
+
+    Args:
+        purpose: what needs it, for the error message.
+    """
     try:
         import torch
     except ImportError:
         raise ConversionError(
-            f"{path}: PyTorch files need PyTorch; pip install torch, or use safetensors"
+            f"{purpose} needs PyTorch; run `pip install torch` or use safetensors"
         ) from None
     return torch
 
@@ -176,7 +178,11 @@ def _import_torch(path: pathlib.Path):
 def _map_file(
     file: pathlib.Path,
 ) -> dict[str, tuple[tuple[int, ...], str, Callable[[], np.ndarray]]]:
-    """{name: (shape, type, view of the mapped file)}. The library checks the header; the views are ours, for no copy is made."""
+    """{name: (shape, dtype name, function that returns a view of the memory-mapped file)}.
+
+    The safetensors library validates the header. Its own reader copies every tensor, so the views
+    are built here.
+    """
     try:
         with safe_open(file, framework="np"):
             pass
@@ -185,18 +191,17 @@ def _map_file(
             header = json.loads(stream.read(header_bytes))
     except (SafetensorError, OSError, ValueError) as error:
         raise ConversionError(
-            f"{file}: not a complete safetensors file ({error}); fetch it again"
+            f"{file}: not a complete safetensors file ({error}); download it again"
         ) from None
     start = 8 + header_bytes
-    data = (
-        np.memmap(file, np.uint8, "r") if file.stat().st_size > start else np.empty(start, np.uint8)
-    )
+    has_data = file.stat().st_size > start
+    data = np.memmap(file, np.uint8, "r") if has_data else np.empty(start, np.uint8)
 
-    def view_of(entry):
+    def view_of(entry: dict) -> Callable[[], np.ndarray]:
         first, last = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         return lambda: (
-            data[start + first : start + last].view(dtype).reshape(entry["shape"]).view(np.ndarray)
+            data[start + first : start + last].view(dtype).reshape(shape).view(np.ndarray)
         )
 
     header.pop("__metadata__", None)
@@ -217,46 +222,43 @@ def _safetensors_files(path: pathlib.Path) -> list[pathlib.Path]:
         raise ConversionError(f"{path}: no such file or folder")
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
-    index = path / INDEX
-    if not index.exists():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ConversionError(f"{path}: holds no .safetensors file")
-        return files
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ConversionError(
-            f"{index}: not a safetensors index (no weight_map); fetch it again"
-        ) from None
-    files = []
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or pathlib.PurePath(name).name != name
-            or name in ("", ".", "..")
-        ):
-            raise ConversionError(
-                f"{index}: names {name!r}, which leaves the folder; an index may name files beside it only"
-            )
-        if not (path / name).is_file():
-            raise ConversionError(
-                f"{index}: names the shard {name}, which is missing; fetch it again"
-            )
-        files.append(path / name)
+    if (path / INDEX).exists():
+        return _indexed_files(path / INDEX)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConversionError(f"{path}: contains no .safetensors file")
     return files
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+def _indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
+    """The shards named by a model.safetensors.index.json."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ConversionError(
+            f"{index}: not a safetensors index (no weight_map); download it again"
+        ) from None
+    for name in names:
+        is_file_name = isinstance(name, str) and pathlib.PurePath(name).name == name
+        if not is_file_name or name in ("", ".", ".."):
+            raise ConversionError(
+                f"{index}: shard {name!r} is outside the folder of the index; "
+                "shards must be in the same folder"
+            )
+        if not (index.parent / name).is_file():
+            raise ConversionError(f"{index}: shard {name} is missing; download it again")
+    return [index.parent / name for name in names]
+
+
+# ---- Writing ----
 
 
 @contextlib.contextmanager
-def finished_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+def atomic_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder that is renamed to `out` on success and deleted on failure."""
     out = pathlib.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; remove it, or name another --out")
+        raise UserError(f"{out}: already exists; remove it or choose another --out")
     temporary = out.absolute().parent / f".{out.name}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
@@ -273,28 +275,28 @@ def finished_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Sequence[Tensor]) -> None:
-    """One safetensors file, written tensor by tensor: no more than one of them is in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Writes one safetensors file with at most one tensor in memory at a time."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         if tensor.key in header:
-            raise ConversionError(f"{path}: tensor {tensor.key} comes twice")
-        size = int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+            raise ConversionError(f"{path}: duplicate tensor {tensor.key}")
         header[tensor.key] = {
             "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        offset += size
+        offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 64)  # data begins at a multiple of 64 bytes
+    encoded += b" " * (-len(encoded) % 64)  # keeps the data aligned
     with open(path, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             value = tensor.read()
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise ConversionError(
-                    f"{path}: tensor {tensor.key} is {value.dtype}{value.shape}, not as its header says"
+                    f"{path}: tensor {tensor.key} was read as {value.dtype}{value.shape}, declared "
+                    f"as {tensor.dtype}{tensor.shape}"
                 )
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
@@ -302,17 +304,22 @@ def write_safetensors(path: str | os.PathLike, tensors: Sequence[Tensor]) -> Non
 def write_sharded(
     folder: str | os.PathLike, tensors: Sequence[Tensor], max_bytes: int = 4 << 30
 ) -> int:
-    """model.safetensors, or shards of up to max_bytes each with their index. Returns the number of files with weights."""
+    """Writes model.safetensors, or shards of at most max_bytes with an index.
+
+    A tensor larger than max_bytes gets a shard of its own.
+
+    Returns:
+        The number of weight files.
+    """
     folder = pathlib.Path(folder)
     shards: list[list[Tensor]] = [[]]
     sizes = [0]
     for tensor in tensors:
-        size = int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-        if shards[-1] and sizes[-1] + size > max_bytes:
+        if shards[-1] and sizes[-1] + tensor.nbytes > max_bytes:
             shards.append([])
             sizes.append(0)
         shards[-1].append(tensor)
-        sizes[-1] += size
+        sizes[-1] += tensor.nbytes
     if len(shards) == 1:
         write_safetensors(folder / WEIGHTS, shards[0])
         return 1
@@ -322,7 +329,7 @@ def write_sharded(
         write_safetensors(folder / name, shard)
         weight_map |= {tensor.key: name for tensor in shard}
     if len(weight_map) != len(tensors):
-        raise ConversionError(f"{folder}: a tensor comes twice")
+        raise ConversionError(f"{folder}: duplicate tensor in two shards")
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return len(shards)

@@ -1,4 +1,4 @@
-"""A small FastSLM as a working directory, and the command run in this process."""
+"""A small FastSLM in each format, and the `convert` command in this process."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from fastslm_jax import cli
 from fastslm_jax import config as config_lib
 from fastslm_jax.convert import __main__ as command
+from fastslm_jax.convert import exporting
 from fastslm_jax.data import prompts
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.layers import sinusoids
@@ -23,7 +24,7 @@ from fastslm_jax.training import experiment
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 
-# Windows of 1 s with 3 speech tokens. The encoder has heads of 64, as every published one.
+# Windows of 1 s with 3 speech tokens. The head dimension of the encoder is 64, as in all sizes.
 WHISPER = {
     "model_type": "whisper",
     "d_model": 64,
@@ -50,7 +51,6 @@ QWEN3 = {
 
 
 class Done(NamedTuple):
-    code: int
     stdout: str
     stderr: str
 
@@ -61,9 +61,9 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def convert(capsys):
-    """convert("import", "--from=…", …): the command, without starting Python anew."""
+    """convert("import", "--from=...", fails=False) runs the command and checks its exit code."""
 
-    def run(*arguments) -> Done:
+    def run(*arguments, fails: bool = False) -> Done:
         values, code = flags.FlagValues(), 0
         command.define_flags(values)
         try:
@@ -72,13 +72,15 @@ def convert(capsys):
             with pytest.raises(SystemExit) as exit_info:
                 cli.fail(error)
             code = exit_info.value.code
-        return Done(code, *capsys.readouterr())
+        done = Done(*capsys.readouterr())
+        assert code == (2 if fails else 0), done.stderr
+        return done
 
     return run
 
 
 def random_leaves(model, seed: int) -> dict[str, np.ndarray]:
-    """Every parameter random, but for the position tables."""
+    """Random parameters with the true position tables."""
     rng = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/").items():
@@ -94,79 +96,84 @@ def random_leaves(model, seed: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def make_workdir(tokenizer_folder):
-    """make_workdir(folder) → a working directory as training leaves it, its bases beside it."""
+    """make_workdir(folder, ...) → a trained working directory, next to its pretrained models."""
     return functools.partial(write_workdir, tokenizer_folder)
 
 
 def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **model_options):
-    """Whisper in bfloat16, Qwen3 in float32."""
+    """Whisper is stored in bfloat16, Qwen3 in float32."""
     config = config_lib.full_size()
     config.name = "small"
     config.base.whisper, config.base.llm = str(folder / "whisper"), str(folder / "llm")
-    config.model.update(
-        {
-            "stage_tokens": (4, 4, 5),
-            "compression_size": 3,
-            "dtype": "float32",
-            "base_dtype": "float32",
-            "remat": "none",
-        }
-    )
+    config.model.stage_tokens, config.model.compression_size = (4, 4, 5), 3
+    config.model.update({"dtype": "float32", "base_dtype": "float32", "remat": "none"})
     config.model.lora.update({"rank": 4, "alpha": 8.0})
     config.model.update(model_options)
     if not config.model.lora.rank:
         config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
-    for name, base in (("whisper", WHISPER), ("llm", QWEN3 | (llm_config or {}))):
+    for name, fields in (("whisper", WHISPER), ("llm", QWEN3 | (llm_config or {}))):
         (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(base))
+        (folder / name / "config.json").write_text(json.dumps(fields))
     prompts.load_tokenizer(tokenizer_folder).save_pretrained(folder / "llm")
-    model = experiment.build(config, weights=False).model
-    leaves = random_leaves(model, seed=0)
+    leaves = random_leaves(experiment.build(config, weights=False).model, seed=0)
+    base = {path: leaf for path, leaf in leaves.items() if experiment.is_base(path)}
+    tree = engine.unflatten(base)
     whisper = {
-        path.removeprefix("encoder/"): leaf
-        for path, leaf in leaves.items()
-        if path.startswith("encoder/")
-    }
-    tensors = {
         key: value.astype(ml_dtypes.bfloat16)
-        for key, value in engine.store(engine.unflatten(whisper), layouts.hf_whisper())
+        for key, value in engine.store(tree["encoder"], layouts.hf_whisper())
     }
-    save_file(tensors, folder / "whisper/model.safetensors")
-    qwen3 = {
-        path.removeprefix("llm/"): leaf
-        for path, leaf in leaves.items()
-        if path.startswith("llm/") and experiment.is_base(path)
-    }
-    save_file(
-        dict(engine.store(engine.unflatten(qwen3), layouts.hf_qwen3())),
-        folder / "llm/model.safetensors",
-    )
-    checkpoints = Checkpoints(folder / "run")
+    save_file(whisper, folder / "whisper/model.safetensors")
+    qwen3 = dict(engine.store(tree["llm"], layouts.hf_qwen3()))
+    save_file(qwen3, folder / "llm/model.safetensors")
     meta = {
         "config": json.loads(config.to_json_best_effort()),
         "row": 12,
         "bases": {name: pretrained.fingerprint(folder / name) for name in ("whisper", "llm")},
     }
-    ours = {
-        path: jnp.asarray(leaf) for path, leaf in leaves.items() if not experiment.is_base(path)
-    }
+    ours = {path: jnp.asarray(leaf) for path, leaf in leaves.items() if path not in base}
+    checkpoints = Checkpoints(folder / "run")
     checkpoints.save(3, ours, {"step": jnp.int32(3)}, meta)
     checkpoints.wait()
     checkpoints.close()
     return folder / "run"
 
 
+# The session-scoped folders below are shared by all tests: do not modify them.
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory, make_workdir):
-    """Never written to."""
     return make_workdir(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
 def released(workdir, tmp_path_factory):
-    """The authors' layout of `workdir`. Never written to."""
-    from fastslm_jax.convert import exporting
-
+    """`workdir` in the authors' layout."""
     out = tmp_path_factory.mktemp("released") / "folder"
     exporting.export(workdir, out, "released")
     return out
+
+
+@pytest.fixture(scope="session")
+def hf_folder(workdir, tmp_path_factory):
+    """`workdir` as a PyTorch folder."""
+    out = tmp_path_factory.mktemp("hf") / "FastSLM"
+    exporting.export(workdir, out, "hf")
+    return out
+
+
+@pytest.fixture(scope="session")
+def merged_folder(workdir, tmp_path_factory):
+    """`workdir` as a PyTorch folder with merged LoRA."""
+    out = tmp_path_factory.mktemp("hf") / "Merged"
+    exporting.export(workdir, out, "hf", merge_lora=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def load_hf():
+    """load_hf(folder) → the PyTorch model, from the code in the folder."""
+    pytest.importorskip("torch")
+    from transformers import AutoModel
+
+    return functools.partial(AutoModel.from_pretrained, trust_remote_code=True)

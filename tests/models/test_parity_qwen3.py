@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fastslm_jax.models.attention import CausalSegments
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import DecoderBlock
 from fastslm_jax.weights import engine, layouts, pretrained
-from fastslm_jax.weights.tensors import ArraySource, SafetensorsSource
+from fastslm_jax.weights.tensors import SafetensorsSource
 
 LAYER, MODEL = 1e-5, 1e-4  # tolerances, of the largest value
 VOCABULARY, NATIVE_CONTEXT, LENGTH = 97, 32, 100
@@ -246,7 +247,7 @@ def test_lora_switched_off_is_the_base_model(adapted):
     assert_close(our_logits(llm, params, tokens, lora_gate=0.0), their_logits(base, tokens), MODEL)
 
 
-def test_lora_goes_back_to_peft_bit_equal(adapted):
+def test_lora_goes_back_to_peft_bit_equal(adapted, tmp_path):
     import peft
 
     model, lora, *_ = adapted
@@ -257,8 +258,9 @@ def test_lora_goes_back_to_peft_bit_equal(adapted):
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    save_file(ours, tmp_path / "adapter.safetensors")
     again = engine.load(
-        ArraySource(ours),
+        SafetensorsSource(tmp_path / "adapter.safetensors"),
         layouts.peft_lora(),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora),
     )

@@ -1,0 +1,128 @@
+"""Opens a FastSLM in any format.
+
+Opening checks the names and shapes of all tensors; weights of files are read on demand.
+"""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from fastslm_jax import config as config_lib
+from fastslm_jax import sharding
+from fastslm_jax.convert import stored
+from fastslm_jax.convert.released import open_released
+from fastslm_jax.convert.stored import Stored
+from fastslm_jax.errors import UserError
+from fastslm_jax.inference import load
+from fastslm_jax.training import experiment
+from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.weights import engine, layouts, pretrained
+from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """The format at the path: "workdir", "hf" or "released"."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / "checkpoints").is_dir():
+        return "workdir"
+    has_config = (path / "config.json").is_file()
+    if has_config and pretrained.read_config(path).get("model_type") == "fastslm":
+        return "hf"
+    return "released"
+
+
+def open_any(path: str | os.PathLike, *, llm: str | None = None, strict: bool = True) -> Stored:
+    """Opens a working directory (its newest checkpoint), a released state_dict or a PyTorch folder.
+
+    Args:
+        llm: hub id or folder of the language model, for a released state_dict.
+        strict: False skips the check of names and shapes and opens no leaves, so that the caller
+            can compare the tensors in `source`.
+    """
+    kind = kind_of(path)
+    if kind == "workdir":
+        return open_workdir(path)
+    if kind == "hf":
+        return open_hf(path, strict=strict)
+    return open_released(path, llm=llm, strict=strict)
+
+
+def open_workdir(path: str | os.PathLike, step: int | None = None) -> Stored:
+    """Opens a checkpoint of a working directory (default: the newest) and its pretrained models."""
+    checkpoints = Checkpoints(path, read_only=True)
+    step = load.find_step(checkpoints, path, step)
+    config = load.saved_config(checkpoints, path, step)
+    setup = experiment.build(config)
+    checkpoints.check_bases(step, setup.fingerprints())
+    mesh = sharding.make_mesh(data=1, devices=jax.local_devices()[:1])
+    abstract = experiment.abstract_params(setup.model, config.model.base_dtype, mesh)
+    saved = experiment.saved_paths(abstract, config.trainable)
+    restored = checkpoints.restore_params(step, {path: abstract[path] for path in saved})
+    meta = checkpoints.meta(step)
+    checkpoints.close()
+    leaves = _open_pretrained(setup, abstract)
+    leaves |= {path: np.asarray(leaf) for path, leaf in restored.items()}
+    return Stored(
+        "workdir",
+        pathlib.Path(path),
+        config,
+        setup.model,
+        leaves,
+        pretrained.read_config(setup.llm_folder),
+        setup.llm_folder,
+        step=step,
+        meta=meta,
+    )
+
+
+def _open_pretrained(
+    setup: experiment.Experiment, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, engine.Leaf]:
+    """Like `experiment.load_bases`, but read on demand and in the dtype of the files."""
+    tree = engine.unflatten(
+        {path: leaf for path, leaf in abstract.items() if experiment.is_base(path)}
+    )
+    encoder, llm = engine.flatten(tree["encoder"]), engine.flatten(tree["llm"])
+    opened = {
+        "encoder": pretrained.open_whisper(setup.whisper_folder, encoder),
+        "llm": pretrained.open_qwen3(setup.llm_folder, llm),
+    }
+    return engine.flatten(opened)
+
+
+def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
+    """Opens a folder written by `export --layout=hf`."""
+    path = pathlib.Path(path)
+    exported = pretrained.read_config(path)
+    try:
+        config = config_lib.full_size()
+        config.name = "imported"
+        config.model.stage_tokens = tuple(int(tokens) for tokens in exported["stage_tokens"])
+        config.model.compression_size = int(exported["compression_size"])
+        config.model.detail_recovery_layers = int(exported["detail_recovery_layers"])
+        config.model.audio_padding = exported["audio_padding"]
+        config.model.lora.rank = int(exported["lora_rank"])
+        config.model.lora.alpha = float(exported["lora_alpha"])
+        if not exported["lora_rank"]:
+            config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
+        audio_config, llm_config = exported["audio_config"], exported["text_config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"{path}/config.json: was changed since the export ({type(error).__name__}: {error}); "
+            "export the folder again"
+        ) from None
+    model = stored.build_model(config, audio_config, llm_config, str(path))
+    layout = layouts.hf_fastslm(len(config.model.stage_tokens), config.model.detail_recovery_layers)
+    source = SafetensorsSource(path)
+    leaves = {}
+    if strict:
+        ignore = pretrained.tied_head(source, layouts.HF_LLM) if model.llm.tied_embeddings else ()
+        leaves = engine.open_leaves(
+            source, layout, stored.param_shapes(model), ignore, f"{path}/config.json"
+        )
+        stored.set_dtypes(config, leaves, exported.get("dtype"))
+    return Stored("hf", path, config, model, leaves, llm_config, path, source=source, layout=layout)
