@@ -43,7 +43,6 @@ from fastslm_jax.inference import programs
 from fastslm_jax.models import blockwise_attention, log_mel
 from fastslm_jax.models.fastslm import largest_divisor
 from fastslm_jax.plan import compile as plan
-from fastslm_jax.training import build as training
 from fastslm_jax.training import experiment, optim
 from fastslm_jax.training import step as steps
 from fastslm_jax.training.checkpoint import Checkpoints
@@ -73,9 +72,7 @@ class Bench:
     def __init__(self, config, params=None):
         self.config, self.setup = config, experiment.build(config)
         self.model, self.encoder = self.setup.model, self.setup.prompt_tokenizer()
-        self.params = params or experiment.init_params(
-            self.setup, config.model.base_dtype, one_device(), config.seed
-        )
+        self.params = params or experiment.init_params(self.setup, one_device())
 
     def batch(
         self, rows: list[list[tuple[float, int]]], shape: packing.RowShape
@@ -107,16 +104,13 @@ class Bench:
             {path: leaf for path, leaf in self.params.items() if mask[path] == side}
             for side in (True, False)
         )
-        _, optimizer = training.make_optimizer(self.config)
         function = functools.partial(
             steps.train_step,
             model=self.model,
-            optimizer=optimizer,
-            seed=0,
-            label_slots=shape.labels,
-            loss_chunk=loss_chunk,
+            optimizer=self.setup.optimizer,
+            settings=steps.StepConfig(shape.labels, loss_chunk),
         )
-        return function, steps.TrainState.create(trained, optimizer), frozen
+        return function, steps.TrainState.create(trained, self.setup.optimizer), frozen
 
     def compile(self, function, *inputs):
         """(the function as a call without arguments, GiB that it takes at its peak: arguments, results and temporaries)."""

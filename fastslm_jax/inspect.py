@@ -209,7 +209,7 @@ def make_rows(config, path: pathlib.Path) -> pipeline.PackedRows:
             f"{path}: holds none of the tasks of the config's sources, only {', '.join(sorted(held))}"
         )
     setup = experiment.build(config, weights=False)
-    return experiment.make_rows(config, setup, setup.prompt_tokenizer())
+    return experiment.make_rows(config.data.train, setup, setup.prompt_tokenizer())
 
 
 def main(argv) -> None:

@@ -59,7 +59,7 @@ def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options) -> 
         mesh = sharding.make_mesh()
         logging.info("config.mesh is for other devices: the %d at hand lie along data", mesh.size)
     setup = experiment.build(config, mesh=mesh)
-    params = optim.merge(experiment.restore_params(setup, config, checkpoints, step, mesh), {})
+    params = optim.merge(experiment.restore_params(setup, checkpoints, step, mesh), {})
     native = pretrained.read_config(setup.llm_folder).get("max_position_embeddings")
     return Generator(
         setup.model, params, setup.prompt_tokenizer(), native_positions=native, **options

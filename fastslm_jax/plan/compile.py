@@ -28,8 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from fastslm_jax import chips, flops, memory, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.plan import collectives, hlo, published_configs
-from fastslm_jax.training import build as training
-from fastslm_jax.training import experiment
+from fastslm_jax.training import experiment, specs
 
 FLAGS = flags.FLAGS
 HBM_SHARE = 0.85  # of a chip's memory that a plan may take: the rest is for the runtime, for fragments and for evaluation
@@ -115,16 +114,22 @@ def plan(
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     setup = experiment.build(config, weights=False, mesh=mesh)
-    step = training.build(config, setup, mesh)
+    step = specs.build(setup, mesh)
     kinds = memory.step_bytes(step.frozen, step.state.trained, step.state.opt_state, step.batch)
     usable = HBM_SHARE * chip.hbm_bytes / chip.devices if chip else None
-    training.check_capacity(config, setup, step, mesh, usable)
+    specs.check_capacity(step, usable)
 
     with _progress(
         f"tracing and compiling for {name}, mesh {tuple(mesh.shape.values())}, {config.global_batch_size} rows"
     ):
         begin = time.monotonic()
-        traced = step.train_step.trace(step.state, step.frozen, step.batch)
+        train_step = jax.jit(
+            step.train_step,
+            in_shardings=step.in_shardings,
+            out_shardings=step.out_shardings,
+            donate_argnums=0,
+        )
+        traced = train_step.trace(step.state, step.frozen, step.batch)
         executed = flops.executed(traced)
         lowered = traced.lower()
         compile_begin = time.monotonic()
@@ -152,7 +157,7 @@ def plan(
     )  # on CPU it leaves the temporaries out
     peak = per_chip * (analysis.peak_memory_in_bytes if is_known else total_bytes(analysis))
     capacity = chip.hbm_bytes if chip else None
-    minimum = flops.minimum(setup.model, experiment.row_shape(config), config.global_batch_size)
+    minimum = flops.minimum(setup.model, setup.row, config.global_batch_size)
     bounds = find_bounds(executed, program, used, mesh, chip, num_chips)
     longest = max(bounds.values()) if chip else None
     hours = config.global_batch_size * config.data.row.windows * setup.model.window.seconds / 3600
@@ -221,7 +226,7 @@ def total_bytes(analysis) -> float:
     )
 
 
-def largest_layer(step: training.Training) -> int:
+def largest_layer(step: specs.StepSpecs) -> int:
     """Bytes of the frozen weights of one layer of the larger tower."""
     layers = {"encoder/layers/": 0, "llm/layers/": 0}
     for path, leaf in step.frozen.items():
@@ -231,7 +236,7 @@ def largest_layer(step: training.Training) -> int:
     return max(layers.values())
 
 
-def embedding(step: training.Training) -> int:
+def embedding(step: specs.StepSpecs) -> int:
     leaf = step.params["llm/embed_tokens"]
     return leaf.size * leaf.dtype.itemsize
 

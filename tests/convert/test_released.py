@@ -143,7 +143,7 @@ def test_imported_checkpoint_answers_as_the_original(convert, workdir, released,
         config = ConfigDict(checkpoints.meta(step)["config"])
         setup = experiment.build(config)
         params = experiment.restore_params(
-            setup, config, checkpoints, step, sharding.make_mesh(data=1, devices=jax.devices()[:1])
+            setup, checkpoints, step, sharding.make_mesh(data=1, devices=jax.devices()[:1])
         )
         generator = Generator(
             setup.model, unflatten_dict(params, sep="/"), setup.prompt_tokenizer()
