@@ -436,7 +436,7 @@ WRONG = {
     ),
     "no working directory": (
         ["export", "--workdir={tmp}", "--layout=hf", "--out={tmp}/x"],
-        "holds no checkpoints",
+        "no checkpoints; train there first",
     ),
     "merged adapter": (
         ["export", "--workdir={workdir}", "--layout=peft", "--out={tmp}/x", "--merge_lora"],
@@ -497,4 +497,4 @@ def test_a_changed_base_is_refused(convert, make_workdir, tmp_path):
     )
     done = convert("export", f"--workdir={workdir}", "--layout=hf", f"--out={tmp_path / 'x'}")
     assert done.code == 2
-    assert "was trained on another llm base" in done.stderr
+    assert "trained on other llm weights" in done.stderr

@@ -1,4 +1,4 @@
-"""The step that is built from a config: what it donates, and what a run is told that its devices cannot hold."""
+"""Specs of a train step: donation, the memory check, and the full-size stages by shape."""
 
 import importlib
 
@@ -9,8 +9,7 @@ import tiny_experiment
 from fastslm_jax import audio, memory, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.plan import published_configs
-from fastslm_jax.training import build as training
-from fastslm_jax.training import experiment
+from fastslm_jax.training import experiment, specs
 
 
 @pytest.fixture(scope="module")
@@ -20,46 +19,64 @@ def config(tmp_path_factory):
     return tiny_experiment.get_config(str(folder))
 
 
-def build(config, devices: int):
+def build(config, devices: int) -> specs.StepSpecs:
     config.global_batch_size = devices
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
-    setup = experiment.build(config, weights=False, mesh=mesh)
-    return setup, training.build(config, setup, mesh), mesh
+    return specs.build(experiment.build(config, weights=False, mesh=mesh), mesh)
 
 
 def test_the_state_is_donated(config):
-    """The new state takes the place of the old one: no step holds two."""
-    _, built, _ = build(config, 1)
-    compiled = built.train_step.lower(built.state, built.frozen, built.batch).compile()
+    """The new state reuses the memory of the old one."""
+    built = build(config, 1)
+    step = jax.jit(
+        built.train_step,
+        in_shardings=built.in_shardings,
+        out_shardings=built.out_shardings,
+        donate_argnums=0,
+    )
+    compiled = step.lower(built.state, built.frozen, built.batch).compile()
     state = memory.bytes_per_device((built.state.trained, built.state.opt_state))
     assert compiled.memory_analysis().alias_size_in_bytes >= state > 0
 
 
-def test_a_mesh_that_would_hold_it_is_named(config):
-    setup, built, mesh = build(config, 2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
-    needed = sum(training.memory_parts(config, setup, built, mesh).values())
-    with pytest.raises(UserError) as raised:
-        training.check_capacity(config, setup, built, mesh, needed - 1)
-    assert "config.mesh {'data': 1, 'fsdp': 2, 'tensor': 1} would need 0.00 GiB" in str(
-        raised.value
-    )
-    with pytest.raises(UserError) as raised:
-        training.check_capacity(config, setup, built, mesh, needed // 100)
-    assert str(raised.value).endswith(
-        "no mesh of these devices fits: use more devices, or fewer rows or labels"
-    )
+def test_optimizer_state_is_sharded_like_its_parameter(config):
+    config.mesh.update({"data": 1, "fsdp": 2})
+    built = build(config, 2)
+    config.mesh.update({"data": -1, "fsdp": 1})
+    path = "llm/layers/query/lora_a"
+    expected = built.params[path].sharding
+    leaves = jax.tree.leaves(built.state.opt_state, is_leaf=is_flat)
+    moments = [leaf[path] for leaf in leaves if is_flat(leaf)]
+    assert expected.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
+    assert [leaf.sharding for leaf in moments] == [expected, expected]
+    assert built.state.step.sharding.is_fully_replicated
+
+
+def is_flat(leaf) -> bool:
+    return isinstance(leaf, dict)
+
+
+def test_the_error_names_a_mesh_that_would_fit(config):
+    built = build(config, 2)
+    assert dict(built.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    needed = sum(specs.memory_parts(built).values())
+    advice = r"config.mesh {'data': 1, 'fsdp': 2, 'tensor': 1} would need 0.00 GiB"
+    with pytest.raises(UserError, match=advice):
+        specs.check_capacity(built, needed - 1)
+    advice = "no mesh of these devices fits: use more devices, or fewer rows or labels$"
+    with pytest.raises(UserError, match=advice):
+        specs.check_capacity(built, needed // 100)
 
 
 @pytest.mark.parametrize("stage", ["stage1_shortform", "stage2_longform", "stage3_instruct"])
 def test_the_full_size_stages_build_by_shape(stage, tmp_path):
-    """Every field fits the others: rows, mesh (of eight devices here), patterns of trainables, parameters."""
+    """Rows, mesh (of eight devices here), trainable patterns and parameters fit each other."""
     config = importlib.import_module(f"configs.{stage}").get_config()
     for base in ("whisper", "llm"):
         config.base[base] = published_configs.local(config.base[base], tmp_path)
     config.mesh.fsdp = 8
     mesh = sharding.make_mesh(**config.mesh)
-    built = training.build(config, experiment.build(config, weights=False, mesh=mesh), mesh)
+    built = specs.build(experiment.build(config, weights=False, mesh=mesh), mesh)
     trained = {path.split("/")[0]: 0 for path in built.trained}
     for path, leaf in built.trained.items():
         trained[path.split("/")[0]] += leaf.size
