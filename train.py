@@ -193,7 +193,7 @@ def train_items(state: TrainState) -> dict:
     return {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
 
 
-# --------------------------------------------------------------------------------- dev evaluation
+# ---------------------------------------------------------------------------------- dev evaluation
 
 
 def dev_sets(data: ConfigDict) -> dict[tuple[str, str], list[Utterance]]:

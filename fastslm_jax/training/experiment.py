@@ -187,7 +187,7 @@ def _make_optimizer(
     return schedule, optimizer
 
 
-# ------------------------------------------------------------------------------------- parameters
+# -------------------------------------------------------------------------------------- parameters
 
 
 def is_base(path: str) -> bool:
@@ -261,7 +261,7 @@ def restore_params(
     return load_pretrained(experiment, abstract) | checkpoints.restore_params(step, saved)
 
 
-# ------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def make_rows(

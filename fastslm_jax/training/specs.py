@@ -120,7 +120,7 @@ def row_arrays(model: FastSLM, row: RowShape) -> dict[str, tuple[tuple[int, ...]
     return {"audio": ((row.windows, samples), jnp.int16), **of_windows, **of_tokens, **weights}
 
 
-# ----------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def check_capacity(specs: StepSpecs, capacity: float | None) -> None:

@@ -94,7 +94,7 @@ def test_without_warmup_the_first_step_has_the_peak():
 def test_unknown_names_are_errors():
     with pytest.raises(UserError, match="schedule='step' is not one of cosine, linear, constant"):
         optim.schedule("step", 1.0, 10, 1)
-    with pytest.raises(UserError, match="optimizer.name='sgd' is not one of adamw, muon"):
+    with pytest.raises(UserError, match=r"optimizer\.name='sgd' is not one of adamw, muon"):
         optim.make_optimizer("sgd", optax.constant_schedule(1.0))
 
 
