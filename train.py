@@ -2,274 +2,238 @@
 
     python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1 [--config.steps=100 ...]
 
-Run again with the same workdir, it goes on where it was. The workdir holds checkpoints/, metrics.jsonl, TensorBoard events
-and config.json. On several hosts every process runs the same command (docs/scale.md).
+Interrupt it at any time; the same command resumes. The workdir gets checkpoints/, metrics.jsonl,
+TensorBoard events and config.json. On several hosts, run the same command on each (docs/scale.md).
 """
 
 import collections
 import functools
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import flags, logging
 from clu import metric_writers, parameter_overview
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from fastslm_jax import chips, cli, devices, distributed, flops, memory, sharding
+from fastslm_jax import cli, distributed, flops, memory, sharding
 from fastslm_jax.data import loader
-from fastslm_jax.data.manifest import read_manifest
-from fastslm_jax.errors import UserError
-from fastslm_jax.evaluation import predict as evaluation
+from fastslm_jax.data.manifest import Utterance, read_manifest
+from fastslm_jax.evaluation import metrics, predict
 from fastslm_jax.inference.generator import Generator
-from fastslm_jax.models import attention
-from fastslm_jax.training import build as training
-from fastslm_jax.training import experiment, optim
-from fastslm_jax.training import step as steps
-from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
-from fastslm_jax.training.logging import (
-    JsonLinesWriter,
-    Profile,
-    Timer,
-    lock,
-    name_changes,
-)
+from fastslm_jax.training import checkpoint, experiment, optim, specs
+from fastslm_jax.training.logging import JsonLinesWriter, Profile, StepLog, Timer
+from fastslm_jax.training.step import TrainState
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
     "config", None, "The experiment, for example configs/demo.py:1.", lock_config=True
 )
-flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
+flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")
 distributed.define_flags()
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
     config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
     distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     is_first_process = jax.process_index() == 0
-    held = lock(workdir) if is_first_process else None  # noqa: F841 (held until the process ends)
+    lock = checkpoint.lock(workdir) if is_first_process else None  # noqa: F841 (held until exit)
     preemption = distributed.Preemption()
 
-    # ------------------------------------------------------------------------------------------------ mesh and model
+    # ------------------------------------------------------------------------------ mesh and model
     mesh = sharding.make_mesh(**config.mesh)
     setup = experiment.build(config, mesh=mesh)
-    model, encoder = setup.model, setup.prompt_tokenizer()
-    built = training.build(config, setup, mesh)
-    training.check_capacity(config, setup, built, mesh, memory.capacity_of(mesh))
+    model, tokenizer = setup.model, setup.prompt_tokenizer()
+    step_specs = specs.build(setup, mesh)
+    specs.check_capacity(step_specs, memory.capacity_of(mesh))
 
-    # ---------------------------------------------------------------------------------------------------------- data
-    rows = experiment.make_rows(config, setup, encoder)
-    rows.examples(0)  # plans the first epoch: an example that fits no row ends the run here
-    dev = dev_sets(config)
+    # ---------------------------------------------------------------------------------------- data
+    rows = experiment.make_rows(config.data.train, setup, tokenizer)
+    rows.examples(0)  # plans the first epoch: an example that fits no row raises here
+    dev = dev_sets(config.data)
 
-    # ------------------------------------------------------------------------------------ parameters: init or restore
-    params = experiment.init_params(setup, config.model.base_dtype, mesh, config.seed)
-    saved_paths = experiment.saved_paths(params, config.trainable)
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    # ---------------------------------------------------------------------------------- parameters
+    # A later source overrides an earlier one.
+    # (1) Fresh initialization: the pretrained folders, and config.seed for everything else.
+    params = experiment.init_params(setup, mesh)
+
+    # (2) config.init_from: the newest checkpoint of another run. Only if --workdir has none.
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     if config.init_from and not checkpoints.steps():
-        start = Checkpoints(config.init_from, read_only=True)
-        if not start.steps():
-            raise CheckpointError(
-                f"config.init_from={config.init_from}: holds no finished checkpoint; train that stage first"
+        source = checkpoint.Checkpoints(config.init_from, read_only=True)
+        if not source.steps():
+            raise checkpoint.CheckpointError(
+                f"config.init_from={config.init_from}: no finished checkpoint; train it first"
             )
-        params |= start.restore_params(
-            start.steps()[-1], {path: built.params[path] for path in saved_paths}
-        )
-        start.close()
-        logging.info("starting from %s, step %d", config.init_from, start.steps()[-1])
+        params |= source.restore_params(source.steps()[-1], step_specs.saved)
+        logging.info("starting from %s, step %d", config.init_from, source.steps()[-1])
+        source.close()
 
-    trained = {path: leaf for path, leaf in params.items() if built.mask[path]}
-    frozen = {path: leaf for path, leaf in params.items() if not built.mask[path]}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
-    state = jax.jit(
-        functools.partial(steps.TrainState.create, optimizer=built.optimizer),
-        out_shardings=shardings,
-    )(trained)
+    trained, frozen = optim.split(params, step_specs.mask)
+    state_shardings, _ = step_specs.out_shardings
+    create = functools.partial(TrainState.create, optimizer=setup.optimizer)
+    state = jax.jit(create, out_shardings=state_shardings)(trained)
     del params, trained
-    fingerprints, data = setup.fingerprints(), experiment.data_fingerprints(config)
-    restored = checkpoints.restore_latest(
-        {path: built.params[path] for path in saved_paths}, train_items(built.state)
-    )
+
+    # (3) The newest checkpoint of --workdir, with optimizer state and step: this is a resume.
+    bases = setup.fingerprints()
+    data = experiment.data_fingerprints(config.data.train)
+    restored = checkpoints.restore_latest(step_specs.saved, train_items(step_specs.state))
     if restored is not None:
         step, saved, train, meta = restored
-        checkpoints.check_bases(step, fingerprints)
-        name_changes(meta, config, data)
-        state = state.replace(trained={path: saved[path] for path in built.trained}, **train)
+        checkpoints.check_bases(step, bases)
+        checkpoint.warn_of_changes(meta, config, data)
+        state = state.replace(trained={path: saved[path] for path in state.trained}, **train)
         frozen |= {path: leaf for path, leaf in saved.items() if path in frozen}
-        logging.info("going on from step %d, row %d", step, meta["row"])
+        logging.info("resuming from step %d, row %d", step, meta["row"])
         del saved, train, restored
-    first_step = int(state.step)
+    first_step = int(state.step) + 1
 
-    # ---------------------------------------------------------------------------------------------------------- logs
-    writer = metric_writers.MultiWriter(
-        [
-            metric_writers.create_default_writer(
-                workdir, just_logging=not is_first_process, asynchronous=False
-            ),
-            *([JsonLinesWriter(workdir / "metrics.jsonl", first_step)] if is_first_process else []),
-        ]
+    # ----------------------------------------------------------------------------------------- jit
+    # training.step.train_step of this model, optimizer and mesh. The new state replaces the old.
+    train_step = jax.jit(
+        step_specs.train_step,
+        in_shardings=step_specs.in_shardings,
+        out_shardings=step_specs.out_shardings,
+        donate_argnums=0,
     )
+
+    # ------------------------------------------------------------------------------------- logging
+    writers = [
+        metric_writers.create_default_writer(
+            workdir, just_logging=not is_first_process, asynchronous=False
+        )
+    ]
     if is_first_process:
+        writers.append(JsonLinesWriter(workdir / "metrics.jsonl", resume_step=first_step - 1))
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
-        if not first_step:
-            logging.info(
-                "trained parameters:\n%s",
-                parameter_overview.get_parameter_overview(built.trained, include_stats=False),
+        if first_step == 1:
+            overview = parameter_overview.get_parameter_overview(
+                step_specs.trained, include_stats=False
             )
-            logging.info(
-                "%d of %d parameters are trained",
-                optim.count(built.trained),
-                optim.count(built.params),
-            )
-    profile = Profile(config.profile if is_first_process else "", workdir / "profile")
-    part, parts = distributed.rows_of_process(mesh)
-    timer, compiled, first_programs = Timer(parts), devices.Compiled(), 0
-    flops_per_step = sum(flops.minimum(model, rows.shape, config.global_batch_size).values())
-    dev_scores, pending, stopped, not_finite = {}, collections.deque(), False, 0
+            logging.info("trained parameters:\n%s", overview)
+            counts = optim.count(step_specs.trained), optim.count(step_specs.params)
+            logging.info("%d of %d parameters are trained", *counts)
+    writer = metric_writers.MultiWriter(writers)
+    process_part, num_parts = distributed.rows_of_process(mesh)
+    log = StepLog(
+        writer=writer,
+        bar=tqdm(
+            total=config.steps,
+            initial=first_step - 1,
+            desc=config.name,
+            unit="step",
+            disable=not is_first_process,
+            mininterval=2,
+        ),
+        timer=Timer(num_parts),
+        profile=Profile(config.profile if is_first_process else "", workdir / "profile"),
+        mesh=mesh,
+        schedule=setup.schedule,
+        first_step=first_step,
+        last_step=config.steps,
+        log_every=config.log_every,
+        max_skipped=config.max_skipped,
+        global_batch_size=config.global_batch_size,
+        flops_per_step=sum(flops.minimum(model, setup.row, config.global_batch_size).values()),
+    )
 
-    # ---------------------------------------------------------------------------------------------------------- loop
+    # ---------------------------------------------------------------------------------------- loop
     batches = loader.batches(
-        rows, config.global_batch_size, start_row=first_step * config.global_batch_size, process_index=part, process_count=parts,
-        workers=config.data.workers, prefetch=config.data.prefetch,
-    )  # fmt: skip
-    batches = loader.prefetch_to_devices(
-        batches, functools.partial(sharding.shard_batch, mesh=mesh)
+        rows,
+        config.global_batch_size,
+        start_row=(first_step - 1) * config.global_batch_size,
+        process_index=process_part,
+        process_count=num_parts,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
-    bar = tqdm(
-        total=config.steps,
-        initial=first_step,
-        desc=config.name,
-        unit="step",
-        disable=not is_first_process,
-        mininterval=2,
-    )
-    for step in range(first_step + 1, config.steps + 1):
-        with timer.waiting():
-            batch, on_devices = next(batches)
-        timer.count(batch)
-        profile.begin(step)
-        before = devices.compiled_so_far()
-        state, metrics = built.train_step(state, frozen, on_devices)
-        compiled += devices.compiled_so_far() - before
-        profile.end(step, metrics)
-        bar.update()
+    batches = loader.ahead(batches, functools.partial(sharding.shard_batch, mesh=mesh))
+    for step in range(first_step, config.steps + 1):
+        is_last = step == config.steps
+        with log.timer.waiting():
+            batch, sharded_batch = next(batches)
+        log.begin(step, batch)
+        state, step_metrics = train_step(state, frozen, sharded_batch)
+        log.end(step, step_metrics)
 
-        # The step before is looked at while this one runs; on steps that are logged, this one too.
-        is_logged = step % config.log_every == 0 or step in (first_step + 1, config.steps)
-        pending.append((step, metrics))
-        while len(pending) > (not is_logged):
-            not_finite += not check_finite(*pending.popleft(), config)
-            timer.finished()
-        if step == first_step + 1:
-            first_programs = compiled.programs
-            for choice, count in sorted(attention.CHOICES.items()):
-                logging.info("attention by %s (%d times)", choice, count)
-        if is_logged:
-            rates = timer.rates()
-            rates |= speed(flops_per_step, rates.get("step_seconds"), mesh)
-            rates |= {
-                "compile_seconds": compiled.seconds,
-                "recompilations": compiled.programs - first_programs,
-            }
-            rates["skipped_total"] = not_finite
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            writer.write_scalars(
-                step, {**metrics, "learning_rate": float(built.schedule(step - 1)), **rates}
-            )
-            bar.set_postfix(
-                loss=f"{metrics['loss']:.3f}",
-                **{name: f"{value:.1f}" for name, value in dev_scores.items()},
-            )
+        scores = None
+        if dev and (step % config.eval_every == 0 or is_last):
+            with log.timer.paused():
+                generator = Generator(model, optim.merge(state.trained, frozen), tokenizer)
+                scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
+            log.dev_scores = scores
 
-        scored = None
-        if dev and (step % config.eval_every == 0 or step == config.steps):
-            with timer.paused():
-                generator = Generator(model, optim.merge(state.trained, frozen), encoder)
-                scored = dev_scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
-        stopped = preemption.reached(step)
-        # The data position follows from the step, however many batches were drawn ahead.
-        if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-            with timer.paused():
+        # The data position follows from the step, however many batches are prefetched. Save before
+        # the next batch is drawn, so that no row is skipped or repeated after a resume.
+        is_preempted = preemption.reached(step)
+        if step % config.checkpoint_every == 0 or is_last or is_preempted:
+            with log.timer.paused():
                 leaves = {**frozen, **state.trained}
                 meta = {
                     "config": json.loads(config.to_json_best_effort()),
                     "row": step * config.global_batch_size,
-                    "bases": fingerprints,
+                    "bases": bases,
                     "data": data,
                 }
-                checkpoints.save(
-                    step,
-                    {path: leaves[path] for path in saved_paths},
-                    train_items(state),
-                    meta,
-                    scored,
-                )
-        if stopped:
-            logging.warning("SIGTERM: saved step %d, stopping; run the same command to go on", step)
+                saved = {path: leaves[path] for path in step_specs.saved}
+                checkpoints.save(step, saved, train_items(state), meta, scores)
+        if is_preempted:
+            logging.warning("SIGTERM: saved step %d and stopped; the same command resumes", step)
             break
-    bar.close()
-    profile.stop()
+    log.close()
     checkpoints.wait()
     checkpoints.close()
-    writer.close()
 
 
-def train_items(state: steps.TrainState) -> dict:
-    """What a checkpoint holds beside the parameters."""
+def train_items(state: TrainState) -> dict:
+    """What a checkpoint stores besides the parameters."""
     return {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
 
 
-def check_finite(step: int, metrics, config) -> bool:
-    """Was the step taken? Says so if it was skipped, and ends the run when too many in a row were."""
-    skipped = int(metrics["skipped"])
-    if skipped:
-        logging.warning(
-            "step %d: loss or gradients are not finite, skipped (%d in a row)", step, skipped
-        )
-    if skipped >= config.max_skipped:
-        first, last = (
-            (step - skipped) * config.global_batch_size,
-            step * config.global_batch_size - 1,
-        )
-        raise UserError(
-            f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: rows {first} to {last} of the data; "
-            "look at them, or lower config.optimizer.learning_rate"
-        )
-    return not skipped
+# ---------------------------------------------------------------------------------- dev evaluation
 
 
-def speed(flops_per_step: float, step_seconds: float | None, mesh) -> dict[str, float]:
-    """FLOP/s of the model's minimum with all slots of the rows counted, and what part of the chips' peak that is (MFU)."""
-    if not step_seconds:
-        return {}
-    rate, chip = flops_per_step / step_seconds, chips.of_device(mesh.devices.flat[0])
-    peak = chip and chip.peak_flops * mesh.size / chip.devices
-    return {"flops_per_second": rate} | ({"mfu": rate / peak} if peak else {})
+def dev_sets(data: ConfigDict) -> dict[tuple[str, str], list[Utterance]]:
+    """{(task, language): utterances} of config.data.dev, at most dev_utterances of each group."""
+    groups = {}
+    if data.dev:
+        for task in data.dev_tasks:
+            groups |= predict.by_task(read_manifest(data.dev, (task,)))
+    return {group: utterances[: data.dev_utterances] for group, utterances in groups.items()}
 
 
-def dev_sets(config):
-    """{task: utterances} of the dev manifest, dev_utterances of each task."""
-    if not config.data.dev:
-        return {}
-    return {
-        task: read_manifest(config.data.dev, (task,))[: config.data.dev_utterances]
-        for task in config.data.dev_tasks
-    }
+def evaluate(
+    generator: Generator,
+    dev: Mapping[tuple[str, str], Sequence[Utterance]],
+    writer: metric_writers.MetricWriter,
+    step: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Scores each task and language alone by its main metric; writes scores and example answers.
 
-
-def evaluate(generator, dev, writer, step, batch_size) -> dict[str, float]:
-    """Scores the dev sets; writes scores and example answers. Returns the score of each task under its metric's name."""
-    main_metric = {"asr": "wer", "ast": "chrf", "ssum": "rougeL", "sqqa": "em"}
-    scores = {}
-    for task, utterances in dev.items():
-        predictions = evaluation.predictions(generator, utterances, batch_size=batch_size)
-        scores[main_metric[task]] = evaluation.summarize(predictions)[main_metric[task]]
+    Returns:
+        {metric: mean over the languages that are scored by it}.
+    """
+    languages = collections.Counter(task for task, _ in dev)
+    values, by_language = collections.defaultdict(list), {}
+    for (task, lang), utterances in dev.items():
+        predictions = predict.predict(generator, utterances, batch_size=batch_size)
+        metric = metrics.main_metric(task, lang)
+        values[metric].append(predict.summarize(predictions)[metric])
+        suffix = ""
+        if languages[task] > 1:
+            suffix = f"-{lang}"
+            by_language[f"dev/{metric}-{lang}"] = values[metric][-1]
         examples = "\n\n".join(
             f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5]
         )
-        writer.write_texts(step, {f"dev/{task}": examples})
-    writer.write_scalars(step, {f"dev/{name}": value for name, value in scores.items()})
+        writer.write_texts(step, {f"dev/{task}{suffix}": examples})
+    scores = {metric: sum(parts) / len(parts) for metric, parts in values.items()}
+    means = {f"dev/{metric}": value for metric, value in scores.items()}
+    writer.write_scalars(step, means | by_language)
     writer.flush()
     return scores
 

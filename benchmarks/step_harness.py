@@ -14,7 +14,6 @@ from fastslm_jax import sharding
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data import packing, prompts
 from fastslm_jax.plan import compile as plan
-from fastslm_jax.training import build as training
 from fastslm_jax.training import experiment, optim
 from fastslm_jax.training import step as steps
 
@@ -31,9 +30,7 @@ class Bench:
         self.config, self.setup = config, experiment.build(config)
         self.model, self.tokenizer = self.setup.model, self.setup.prompt_tokenizer()
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        self.params = params or experiment.init_params(
-            self.setup, config.model.base_dtype, mesh, config.seed
-        )
+        self.params = params or experiment.init_params(self.setup, mesh)
 
     def batch(self, rows: Sequence[Sequence[tuple[float, int]]], shape: packing.RowShape) -> Batch:
         """A batch of noise from rows of examples (seconds, answer tokens)."""
@@ -69,16 +66,13 @@ class Bench:
         """The step function of (state, frozen, batch), its state, and the frozen parameters."""
         mask = optim.trainable_mask(sorted(self.params), trainable)
         trained, frozen = optim.split(self.params, mask)
-        _, optimizer = training.make_optimizer(self.config)
         function = functools.partial(
             steps.train_step,
             model=self.model,
-            optimizer=optimizer,
-            seed=0,
-            label_slots=shape.labels,
-            loss_chunk=FLAGS.loss_chunk,
+            optimizer=self.setup.optimizer,
+            settings=steps.StepConfig(shape.labels, FLAGS.loss_chunk),
         )
-        return function, steps.TrainState.create(trained, optimizer), frozen
+        return function, steps.TrainState.create(trained, self.setup.optimizer), frozen
 
 
 def compile_case(function: Callable, *inputs: object) -> Case:

@@ -1,15 +1,24 @@
-"""The demo's three stages, small enough for two CPU cores.
+"""The demo: all three stages on a synthetic corpus, small enough for two CPU cores.
 
-    python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1      (then :2, :3; `make demo` runs them all)
+    make demo
 
-The corpus is synthetic (python -m fastslm_jax.demo.corpus --out=runs/demo/corpus), the bases are under assets/.
+It makes the corpus, trains the stages and evaluates them. One stage by hand:
+
+    python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1
+
+Hardware: two CPU cores. Time: about 12 minutes for everything.
+Result: 1.7 % WER on short and 5.7 % WER on long recordings.
+The corpus is synthetic (`python -m fastslm_jax.demo.corpus --out=runs/demo/corpus`); the small
+pretrained models are in assets/.
 """
+
+from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
 
 
-def get_config(arg: str = "1"):
-    """arg: STAGE or STAGE,FOLDER, where the folder (runs/demo by default) holds corpus/, stage1/, …"""
+def get_config(arg: str = "1") -> ConfigDict:
+    """arg: STAGE or STAGE,FOLDER. FOLDER (default runs/demo) contains corpus/, stage1/, …"""
     stage, _, folder = arg.partition(",")
     folder = folder or "runs/demo"
     config = config_lib.small_size()
@@ -19,8 +28,9 @@ def get_config(arg: str = "1"):
     optimizer = config.optimizer
     optimizer.update({"name": "muon", "adam_learning_rate_ratio": 0.4, "b2": 0.99})
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
-    # The small branches of the start would take too large steps; so would LoRA, whose product is scaled by alpha / rank: the
-    # decoder forgets how to keep its place in a long transcript (48 s: 9.3 % WER after stage 3 at 0.1, and 6.1 % at 0.03).
+    # Muon's steps are too large for the detail recovery branches, which start near zero, and for
+    # LoRA, whose product is scaled by alpha / rank. With a larger ratio for LoRA the decoder loses
+    # its place in long transcripts (48 s after stage 3: 9.3 % WER at 0.1, 6.1 % at 0.03).
     lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
     optimizer.learning_rate_ratios = (
         (r"llm/.*", lora),
@@ -30,7 +40,8 @@ def get_config(arg: str = "1"):
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}
     config.input_token_noise = 0.0 if stage == "1" else 0.04
     if stage == "1":
-        # Up to 24 s: a clip alone ends before its window does, so that the last tokens of a window would never hear a word.
+        # Joined clips of up to 23 s fill windows to their end. Single clips end before their
+        # window does, so the last speech tokens of a window would never represent speech.
         join = {"min_seconds": 8.0, "max_seconds": 23.0, "grouping": "random"}
         config.data.train.asr = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.45)
         config.data.train.spoken = config_lib.source(
@@ -38,12 +49,8 @@ def get_config(arg: str = "1"):
         )
         config.data.train.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.global_batch_size, config.steps, config.eval_every, config.checkpoint_every = (
-            2,
-            720,
-            360,
-            150,
-        )
+        config.global_batch_size, config.steps, config.eval_every = 2, 720, 360
+        config.checkpoint_every = 150
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"

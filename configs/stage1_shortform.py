@@ -1,16 +1,21 @@
 """Stage 1, full size: ASR on utterances of up to 30 s.
 
-    python train.py --config=configs/stage1_shortform.py --workdir=/mnt/shared/stage1 --config.data.train.asr.path=DIR/train.jsonl
+    python train.py --config=configs/stage1_shortform.py --workdir=/mnt/shared/stage1 \\
+        --config.data.train.asr.path=DIR/train.jsonl
 
-Recipe: Whisper-large-v3 and Qwen3-4B frozen in bfloat16, HFQ-Former (56 M) and LoRA (33 M) trained. A row
-of 8 windows holds up to 8 utterances; 64 rows a step are up to 4.3 hours of audio.
-The paper gives no optimiser settings: these are a starting point.
+Recipe: Whisper-large-v3 and Qwen3-4B are frozen in bfloat16; the HFQ-Former (56 M parameters) and
+LoRA (33 M) are trained. A row of 8 windows has up to 8 utterances; a step of 64 rows is up to 4.3
+hours of audio. The paper gives no optimizer settings: these are a starting point.
+Hardware: as is, 16 TPU v5e chips with 4 rows each (docs/tpu_plan.md; compiled, not run).
+Time and metrics: not measured.
 """
+
+from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = config_lib.full_size()
     config.name = "stage1-shortform"
     config.data.train.asr = config_lib.source("data/asr/train.jsonl", ("asr",))

@@ -1,17 +1,21 @@
 """Stage 2, full size: ASR on recordings of 1 to 15 minutes, joined from clips.
 
-    python train.py --config=configs/stage2_longform.py[:random|speaker|recording|semantic] --workdir=/mnt/shared/stage2 \\
-        --config.init_from=/mnt/shared/stage1
+    python train.py --config=configs/stage2_longform.py[:random|speaker|recording|semantic] \\
+        --workdir=/mnt/shared/stage2 --config.init_from=/mnt/shared/stage1
 
-How clips are grouped is the argument (the paper leaves it open). A row of 30 windows holds 15 minutes,
-one long recording or several shorter ones; 64 rows are 16 hours of audio a step. As it stands it is for 64 TPU v5e chips, a
-row each; other slices are planned with `python -m fastslm_jax.plan` (docs/tpu_plan.md).
+The argument is the grouping of clips, which the paper does not specify. A row of 30 windows is 15
+minutes of audio, one long recording or several shorter ones; a step of 64 rows is 16 hours.
+Hardware: as is, 64 TPU v5e chips with one row each; plan for others with
+`python -m fastslm_jax.plan` (docs/tpu_plan.md).
+Time and metrics: not measured.
 """
+
+from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
 
 
-def get_config(grouping: str = "random"):
+def get_config(grouping: str = "random") -> ConfigDict:
     config = config_lib.full_size()
     config.name = f"stage2-longform-{grouping}"
     config.init_from = "runs/stage1"

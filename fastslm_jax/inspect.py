@@ -210,7 +210,7 @@ def make_rows(config: ConfigDict, path: pathlib.Path) -> PackedRows:
             "these tasks"
         )
     setup = experiment.build(config, weights=False)
-    return experiment.make_rows(config, setup, setup.prompt_tokenizer())
+    return experiment.make_rows(config.data.train, setup, setup.prompt_tokenizer())
 
 
 def main(argv: Sequence[str]) -> None:

@@ -131,9 +131,7 @@ def run(name: str, mesh: jax.sharding.Mesh) -> None:
             steps.train_step,
             model=model,
             optimizer=optimizer,
-            seed=0,
-            label_slots=SHAPE.labels,
-            loss_chunk=8,
+            settings=steps.StepConfig(SHAPE.labels, loss_chunk=8),
             mesh=mesh,
         )
     )

@@ -144,7 +144,7 @@ BAD_INPUT = {
     ),
     "missing checkpoint": (
         ["eval.py", "--config=configs/demo.py:3,{out}", "--workdir={tmp}/none"],
-        "holds no checkpoints",
+        "no checkpoints; train there first",
     ),
     "broken audio": (
         ["-m", "fastslm_jax.transcribe", "{tmp}/broken.wav", "--checkpoint={tmp}/none"],

@@ -20,8 +20,7 @@ from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
-from fastslm_jax.training import build as training
-from fastslm_jax.training import optim
+from fastslm_jax.training import optim, specs
 from fastslm_jax.training import step as steps
 
 
@@ -190,7 +189,7 @@ def count_step(model):
         trained, frozen = optim.split(params, trainable)
         batch = {
             name: jax.ShapeDtypeStruct((ROWS, *shape), dtype)
-            for name, (shape, dtype) in training.row_arrays(tried, ROW).items()
+            for name, (shape, dtype) in specs.row_arrays(tried, ROW).items()
         }
 
         def loss(trained, frozen, batch):

@@ -1,4 +1,4 @@
-"""train.py on a tiny experiment: what it logs, what it survives, and the one line that it says when it cannot go on."""
+"""train.py on a tiny experiment: metrics, dev scores, interruptions, and errors at start-up."""
 
 import json
 import os
@@ -17,6 +17,10 @@ from absl import logging as absl_logging
 import train
 from fastslm_jax import memory
 from fastslm_jax.errors import UserError
+from fastslm_jax.evaluation import metrics, predict
+from fastslm_jax.inference import load
+from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.logging import JsonLinesWriter
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +34,26 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """run(workdir, {field: value}): train.py in this process, two rows a step on one of the eight devices."""
+    """run(workdir, {field: value}): train.py in this process, on one device, two rows per step."""
     patch = pytest.MonkeyPatch()
     patch.setattr(jax, "devices", lambda devices=jax.devices()[:1]: devices)
-    build, programs = train.training.build, {}
+    build, shared = train.specs.build, {}
 
-    def build_once(config, setup, mesh):
-        """Runs whose step is the same share one, so that it is traced once."""
-        fields = (
-            "model",
-            "optimizer",
-            "trainable",
-            "steps",
-            "seed",
-            "global_batch_size",
-            "accumulate",
-            "loss_chunk",
-        )
+    def build_once(setup, mesh):
+        """Runs with equal steps share one function, so that it is traced once."""
+        config = train.FLAGS.config
+        fields = ("model", "optimizer", "trainable", "steps", "seed", "global_batch_size")
+        fields += ("accumulate", "loss_chunk")
         key = (str([config[field] for field in fields]), str(config.data.row), mesh)
-        if key not in programs:
-            programs[key] = build(config, setup, mesh)
-        return programs[key]
+        if key not in shared:
+            shared[key] = build(setup, mesh)
+        return shared[key]
 
-    patch.setattr(train.training, "build", build_once)
-    lock, locks = train.lock, []
-    patch.setattr(train, "lock", lambda workdir: locks.append(lock(workdir)) or locks[-1])
+    patch.setattr(train.specs, "build", build_once)
+    lock, locks = train.checkpoint.lock, []
+    patch.setattr(
+        train.checkpoint, "lock", lambda workdir: locks.append(lock(workdir)) or locks[-1]
+    )
 
     def run(workdir, changes=None):
         config = tiny_experiment.get_config(str(folder))
@@ -71,7 +70,7 @@ def run(folder):
             train.main(None)
         finally:
             signal.signal(signal.SIGTERM, handler)
-            locks.pop().close()  # an error that somebody keeps would keep it held
+            locks.pop().close()  # a stored traceback would keep it open
         return tiny_experiment.losses(workdir)
 
     yield run
@@ -88,7 +87,7 @@ def undisturbed(run, tmp_path_factory):
 
 @pytest.fixture
 def at_step_4(undisturbed, tmp_path):
-    """A copy of it as it was after step 4."""
+    """A copy of it, as after step 4."""
     shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     return tmp_path / "run"
@@ -116,10 +115,10 @@ def on_batch(monkeypatch, number: int, act) -> None:
     monkeypatch.setattr(train.loader, "batches", watched)
 
 
-# ------------------------------------------------------------------------------------------------------------ what it logs
+# ----------------------------------------------------------------------------------------- metrics
 
 
-def test_what_is_measured(undisturbed):
+def test_metrics_of_a_run(undisturbed):
     first, *lines = [
         json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()
     ]
@@ -134,34 +133,82 @@ def test_what_is_measured(undisturbed):
         )
         assert line["flops_per_second"] > 0
         assert 0 <= line["data_wait_fraction"] <= 1
-        assert "mfu" not in line  # nobody says what a CPU's peak is
+        assert "mfu" not in line  # the peak of a CPU is unknown
     assert list((undisturbed / "profile").rglob("*.xplane.pb"))
 
 
-# --------------------------------------------------------------------------------------------------------- what it survives
+# -------------------------------------------------------------------------------------- dev scores
 
 
-def test_mfu_is_a_part_of_the_peak_of_all_chips():
-    """Four v5e chips of 197 TFLOP/s each: 394 TFLOP in a second are half of what they could do."""
-    chip = types.SimpleNamespace(device_kind="TPU v5 lite")
-    mesh = types.SimpleNamespace(devices=np.array([chip] * 4), size=4)
-    assert train.speed(394e12, 1.0, mesh) == {"flops_per_second": 394e12, "mfu": 0.5}
-    assert train.speed(394e12, 2.0, mesh)["mfu"] == 0.25
-    assert train.speed(394e12, None, mesh) == {}
+def test_dev_sets_are_scored_per_language(undisturbed, folder, tmp_path):
+    """English and Korean utterances of one dev set are normalized by their own language's rules."""
+    entries = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:4]]
+    texts = {"en": ["Twenty-one colours!", "Mr. Park's"], "ko": ["Twenty-one 색!", "Mr. Park 안녕"]}
+    answers = [{"text": text, "lang": lang} for lang in texts for text in texts[lang]]
+    lines = [entry | answer for entry, answer in zip(entries, answers, strict=True)]
+    manifest = folder / "dev.jsonl"
+    manifest.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    config = tiny_experiment.get_config(str(folder))
+    config.data.dev = str(manifest)
+    dev = train.dev_sets(config.data)
+    assert [(group, len(members)) for group, members in dev.items()] == [
+        (("asr", "en"), 2),
+        (("asr", "ko"), 2),
+    ]
+    config.data.dev_utterances = 1
+    assert [len(members) for members in train.dev_sets(config.data).values()] == [1, 1]
+
+    generator = load.load(config, Checkpoints(undisturbed, read_only=True), 6)
+    writer = JsonLinesWriter(tmp_path / "metrics.jsonl")
+    scores = train.evaluate(generator, dev, writer, step=6, batch_size=2)
+    *written, scalars = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [list(line["texts"]) for line in written] == [["dev/asr-en"], ["dev/asr-ko"]]
+
+    def score(lang: str, rules: str, metric: str) -> float:
+        """The score of the answers in one language, normalized by the rules of another."""
+        answers = predict.predict(generator, dev["asr", lang], batch_size=2)
+        hypotheses = [answer["hypothesis"] for answer in answers]
+        return round(metrics.asr(texts[lang], hypotheses, rules)[metric], 4)
+
+    wer, cer = score("en", "en", "wer"), score("ko", "ko", "cer")
+    assert cer != score("ko", "en", "cer")
+    assert scores == {"wer": wer, "cer": cer}
+    expected = {"dev/wer": wer, "dev/cer": cer, "dev/wer-en": wer, "dev/cer-ko": cer}
+    assert scalars == {"step": 6, **expected}
+
+    # A second language that is scored by WER too: the task's score is the mean.
+    dev = {("asr", "en"): dev["asr", "en"], ("asr", "de"): dev["asr", "en"]}
+    scores = train.evaluate(generator, dev, writer, step=6, batch_size=2)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert scores == {"wer": (last["dev/wer-en"] + last["dev/wer-de"]) / 2}
 
 
-def test_sigterm_saves_and_the_run_goes_on(run, undisturbed, tmp_path, monkeypatch, said):
-    on_batch(
-        monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)
-    )  # drawn before the third step
+def test_one_language_has_no_suffix(undisturbed, folder, tmp_path):
+    config = tiny_experiment.get_config(str(folder))
+    config.data.update({"dev": str(folder / "train.jsonl"), "dev_utterances": 2})
+    generator = load.load(config, Checkpoints(undisturbed, read_only=True), 6)
+    writer = JsonLinesWriter(tmp_path / "metrics.jsonl")
+    scores = train.evaluate(generator, train.dev_sets(config.data), writer, 6, batch_size=2)
+    texts, scalars = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert list(texts["texts"]) == ["dev/asr"]
+    assert scalars == {"step": 6, "dev/wer": scores["wer"]}
+
+
+# ------------------------------------------------------------------------ interruptions and damage
+
+
+def test_sigterm_saves_and_the_run_resumes(run, undisturbed, tmp_path, monkeypatch, said):
+    # Batches are prefetched: the fourth is drawn before the third step.
+    on_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert sorted(run(tmp_path)) == [1, 2, 3]
-    assert "SIGTERM: saved step 3, stopping; run the same command to go on" in said
+    assert "SIGTERM: saved step 3 and stopped; the same command resumes" in said
     assert (tmp_path / "checkpoints/3").is_dir()
     monkeypatch.undo()
     assert run(tmp_path) == tiny_experiment.losses(undisturbed)
 
 
-def test_a_corrupt_checkpoint_is_passed_over(run, undisturbed, at_step_4, said):
+def test_a_corrupt_checkpoint_is_skipped(run, undisturbed, at_step_4, said):
     largest = max(
         (at_step_4 / "checkpoints/4/params").rglob("*"),
         key=lambda file: file.stat().st_size * file.is_file(),
@@ -170,9 +217,9 @@ def test_a_corrupt_checkpoint_is_passed_over(run, undisturbed, at_step_4, said):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert run(at_step_4) == tiny_experiment.losses(undisturbed)
-    (line,) = (line for line in said if "cannot be read" in line)
+    (line,) = (line for line in said if "is unreadable" in line)
     assert line.startswith(
-        f"checkpoint {at_step_4}/checkpoints/4 cannot be read, trying the one before: "
+        f"checkpoint {at_step_4}/checkpoints/4 is unreadable, trying the previous one: "
     )
     assert (at_step_4 / "checkpoints/4.torn").is_dir()
 
@@ -192,37 +239,37 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(run, undisturbed, tmp_path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(raised.value) == (
-        f"{tmp_path}/checkpoints: a checkpoint could not be written (File too large); step 2 is the last one that can be used. "
-        "Make room there and run the same command again"
+        f"{tmp_path}/checkpoints: could not write a checkpoint (File too large); the last usable "
+        "step is 2. Free some space and run the same command again"
     )
     monkeypatch.undo()
     assert run(tmp_path) == tiny_experiment.losses(undisturbed)
 
 
-def test_changes_are_named_on_resume(run, folder, at_step_4, tmp_path, said):
+def test_a_resume_warns_about_changes(run, folder, at_step_4, tmp_path, said):
     lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     manifest = folder / "changed.jsonl"
     manifest.write_text("".join(lines[:-1]))
     run(at_step_4, {"data.train.noise.path": str(manifest), "data.prefetch": 3})
-    assert "config.data.prefetch was 2 when the run began, it is now 3" in said
+    assert "config.data.prefetch was 2 before the resume and is now 3" in said
     assert (
-        "config.data.train.noise: its manifest has changed since the run began, rows are others from here on"
-        in said
+        "config.data.train.noise: the manifest has changed since the checkpoint was saved, so the "
+        "rows from here on differ" in said
     )
 
 
-def test_another_base_is_refused(run, folder, at_step_4, tmp_path):
+def test_other_pretrained_weights_are_an_error(run, folder, at_step_4, tmp_path):
     shutil.copytree(folder / "llm", tmp_path / "llm")
     config = tmp_path / "llm/config.json"
     config.write_text(config.read_text().replace("4096", "8192"))
     with pytest.raises(
         UserError,
-        match=r"checkpoints/4: was trained on another llm base \(\w+; config.base.llm is now \w+\)",
+        match=r"checkpoints/4: trained on other llm weights \(\w+; config.base.llm has \w+\)",
     ):
         run(at_step_4, {"base.llm": str(tmp_path / "llm")})
 
 
-def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said):
+def test_non_finite_steps_end_the_run(run, tmp_path, monkeypatch, said):
     batches = train.loader.batches
 
     def broken(*args, **options):
@@ -237,15 +284,15 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, monkeypatch, said)
     with pytest.raises(UserError) as raised:
         run(tmp_path, {"max_skipped": 3})
     assert str(raised.value) == (
-        "3 steps in a row (up to step 6) had no finite loss or gradients: rows 6 to 11 of the data; look at them, or lower "
-        "config.optimizer.learning_rate"
+        "3 steps in a row (up to step 6) had no finite loss or gradients: check rows 6 to 11 of "
+        "the data, or lower config.optimizer.learning_rate"
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 0, 1, 2]
     assert [line["skipped_total"] for line in lines] == [0, 1, 1, 2, 3]
 
 
-# ------------------------------------------------------------------------------------------------- what cannot begin at all
+# ------------------------------------------------------------------------------ errors at start-up
 
 ERRORS = {
     "wrong device count": (
@@ -259,7 +306,7 @@ ERRORS = {
     ),
     "unknown trainable pattern": (
         {"trainable": ((r"decoder/.*", True), (r".*", False))},
-        "pattern 'decoder/.*' of config.trainable decides no parameter; remove it or mend it",
+        "pattern 'decoder/.*' of config.trainable decides no parameter; remove or correct it",
     ),
     "row too small": (
         {"data.row.tokens": 16},
@@ -287,24 +334,24 @@ ERRORS = {
     ),
     "missing stage": (
         {"init_from": "/nowhere/stage1"},
-        "/nowhere/stage1: holds no checkpoints; train there first",
+        "/nowhere/stage1: no checkpoints; train there first",
     ),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_a_config_that_cannot_run(run, tmp_path, name, monkeypatch):
+def test_a_config_that_cannot_run_is_an_error(run, tmp_path, name, monkeypatch):
     changes, line = ERRORS[name]
-    monkeypatch.setattr(train.loader, "batches", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr(train.loader, "batches", lambda *_, **__: pytest.fail("no error"))
     with pytest.raises(UserError) as raised:
         run(tmp_path, changes)
     assert line in str(raised.value)
 
 
-def test_too_little_memory_is_said_before_anything_is_loaded(run, tmp_path, monkeypatch):
+def test_too_little_memory_is_an_error_before_anything_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda devices=jax.local_devices()[:2]: devices)
     monkeypatch.setattr(memory, "capacity_of", lambda mesh: 1_200_000)
-    monkeypatch.setattr(train.experiment, "init_params", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(train.experiment, "init_params", lambda *_: pytest.fail("no error"))
     with pytest.raises(UserError) as raised:
         run(tmp_path)
     assert str(raised.value).startswith(

@@ -1,4 +1,4 @@
-"""A whole experiment that trains within seconds: random bases, recordings of noise, and a config. For tests and benchmarks."""
+"""An experiment that trains within seconds: random weights, noise recordings and a config."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ LLM_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def get_config(folder: str) -> ConfigDict:
-    """For a folder that `write` has filled. `train.py --config=FOLDER/config.py` gets the same."""
+    """The config of a folder made by `write`; FOLDER/config.py gives the same to train.py."""
     config = config_lib.full_size()
     config.name = "tiny"
     config.base.whisper, config.base.llm = f"{folder}/whisper", f"{folder}/llm"
@@ -57,17 +57,13 @@ def get_config(folder: str) -> ConfigDict:
     config.data.row.update({"windows": 4, "tokens": 128, "labels": 48})
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 2})
     config.global_batch_size, config.steps, config.loss_chunk = 2, 6, 16
-    config.log_every, config.eval_every, config.checkpoint_every, config.keep_checkpoints = (
-        1,
-        1000,
-        2,
-        3,
-    )
+    config.log_every, config.eval_every = 1, 1000
+    config.checkpoint_every, config.keep_checkpoints = 2, 3
     return config
 
 
 def write(folder: pathlib.Path) -> None:
-    """Bases, 24 recordings of 0.5 … 2.5 s with a manifest, and config.py."""
+    """Writes pretrained folders, 24 recordings of 0.5 to 2.5 s with a manifest, and config.py."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, base in (("whisper", WHISPER), ("llm", QWEN3)):
         (folder / name).mkdir()
@@ -111,12 +107,12 @@ def write(folder: pathlib.Path) -> None:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    """{step: loss} of metrics.jsonl."""
+    """{step: loss} from metrics.jsonl."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def cache_programs(folder: pathlib.Path) -> None:
-    """Runs of one process share what they compile."""
+    """Turns on the compilation cache, so that the runs of one process compile once."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -82,7 +82,7 @@ def open_workdir(path: str | os.PathLike, step: int | None = None) -> Stored:
 def _open_pretrained(
     setup: experiment.Experiment, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, engine.Leaf]:
-    """Like `experiment.load_bases`, but read on demand and in the dtype of the files."""
+    """Like `experiment.load_pretrained`, but read on demand and in the dtype of the files."""
     tree = engine.unflatten(
         {path: leaf for path, leaf in abstract.items() if experiment.is_base(path)}
     )

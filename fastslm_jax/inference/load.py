@@ -66,7 +66,7 @@ def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: obj
         mesh = sharding.make_mesh()
         logging.info("config.mesh does not fit the %d devices: using the data axis", mesh.size)
     setup = experiment.build(config, mesh=mesh)
-    params = experiment.restore_params(setup, config, checkpoints, step, mesh)
+    params = experiment.restore_params(setup, checkpoints, step, mesh)
     native = pretrained.read_config(setup.llm_folder).get("max_position_embeddings")
     return Generator(
         setup.model,

@@ -17,8 +17,8 @@ from fastslm_jax import chips, flops, memory, sharding
 from fastslm_jax.memory import GIB
 from fastslm_jax.plan import collectives, hlo, traffic
 from fastslm_jax.plan.progress import progress
-from fastslm_jax.training import build as training
-from fastslm_jax.training import experiment
+from fastslm_jax.training import experiment, specs
+from fastslm_jax.training.specs import StepSpecs
 
 HBM_SHARE = 0.85  # of a chip's HBM; the rest is for the runtime, fragmentation and evaluation
 
@@ -76,9 +76,9 @@ def plan(
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     setup = experiment.build(config, weights=False, mesh=mesh)
-    step = training.build(config, setup, mesh)
+    step = specs.build(setup, mesh)
     capacity = HBM_SHARE * chip.hbm_bytes / chip.devices if chip else None
-    training.check_capacity(config, setup, step, mesh, capacity)
+    specs.check_capacity(step, capacity)
     result = _compile(config, step, mesh, name)
 
     text = result.compiled.as_text()
@@ -89,7 +89,7 @@ def plan(
     found = collectives.find(program, len(devices) // slices, slices)
     devices_per_chip = chip.devices if chip else 1
     num_chips = len(devices) // devices_per_chip
-    minimum = flops.minimum(setup.model, experiment.row_shape(config), config.global_batch_size)
+    minimum = flops.minimum(setup.model, setup.row, config.global_batch_size)
     bounds = _bound_seconds(result.flops, program, found, mesh, chip) if chip else {}
     bound = max(bounds.values(), default=None)
     mfu = sum(minimum.values()) / (bound * num_chips * chip.peak_flops) if chip else None
@@ -119,11 +119,17 @@ def plan(
     }
 
 
-def _compile(config: ConfigDict, step: training.Training, mesh: Mesh, name: str) -> CompiledStep:
+def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> CompiledStep:
     shape, rows = tuple(mesh.shape.values()), config.global_batch_size
     with progress(f"tracing and compiling for {name}, mesh {shape}, {rows} rows"):
         start = time.monotonic()
-        traced = step.train_step.trace(step.state, step.frozen, step.batch)
+        train_step = jax.jit(
+            step.train_step,
+            in_shardings=step.in_shardings,
+            out_shardings=step.out_shardings,
+            donate_argnums=0,
+        )
+        traced = train_step.trace(step.state, step.frozen, step.batch)
         executed = flops.executed(traced)
         lowered = traced.lower()
         compile_start = time.monotonic()
@@ -156,7 +162,7 @@ def memory_advice(config: ConfigDict) -> str:
 
 
 def _memory(
-    step: training.Training,
+    step: StepSpecs,
     analysis: MemoryAnalysis,
     devices: list[jax.Device],
     chip: chips.Chip | None,
@@ -204,7 +210,7 @@ def _collectives(found: list[collectives.Collective], devices_per_chip: int) -> 
     }
 
 
-def _largest_layer(step: training.Training) -> int:
+def _largest_layer(step: StepSpecs) -> int:
     """Bytes of the frozen weights of one layer, in the tower with the larger layers."""
     layers = {"encoder/layers/": 0, "llm/layers/": 0}
     for path, leaf in step.frozen.items():
@@ -214,7 +220,7 @@ def _largest_layer(step: training.Training) -> int:
     return max(layers.values())
 
 
-def _embedding(step: training.Training) -> int:
+def _embedding(step: StepSpecs) -> int:
     """Bytes of the token embedding."""
     leaf = step.params["llm/embed_tokens"]
     return leaf.size * leaf.dtype.itemsize

@@ -1,25 +1,29 @@
 """Orbax checkpoints of a working directory.
 
-    WORKDIR/checkpoints/STEP/params   what training changes or made: everything but the frozen bases, flat {path: array}
-                             train    optimiser state and counters
-                             meta     config, row number, fingerprints of bases and data, checksums of all the above
+    WORKDIR/checkpoints/STEP/params   {path: array} of all parameters but the pretrained weights
+                             train    optimizer state and counters
+                             meta     config, row number, fingerprints, checksums
 
-The frozen bases are not saved again: they are named in the config, and a fingerprint says that they are the same.
+The frozen pretrained weights are not saved again: the config names them, and a fingerprint verifies
+that they are the same.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from fastslm_jax.errors import UserError
@@ -33,38 +37,73 @@ DISK_ERRORS = (
     "Read-only",
     "Permission denied",
 )
+# Fields of a config that may change on resume without a warning: none of them affects training.
+FREE_FIELDS = (
+    "name",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh",
+    "max_skipped",
+    "eval",
+    "profile",
+)
 
 
 class CheckpointError(UserError):
-    """A working directory whose checkpoints cannot be used: says which and why."""
+    """A checkpoint, or a folder of checkpoints, that cannot be used."""
 
 
 class TornCheckpointError(CheckpointError):
-    """A checkpoint that was damaged, or not written to its end."""
+    """A checkpoint that is damaged or incomplete."""
+
+
+def lock(workdir: str | os.PathLike) -> TextIO:
+    """Locks a working directory until this process ends or the returned file is closed.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    path = pathlib.Path(workdir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115 (the lock lasts as long as the file is open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"{workdir}: another process is training there; wait for it, or use another --workdir"
+        ) from None
+    return file
 
 
 class Checkpoints:
-    """The checkpoints of a working directory: saved asynchronously, the last `keep` and the best one are kept."""
+    """The checkpoints of a working directory. Saves are asynchronous.
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+    The last `keep` checkpoints are kept, and the best one: the lowest dev WER, or CER if the dev
+    set has no WER.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike, *, keep: int = 2, read_only: bool = False
+    ) -> None:
         self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise CheckpointError(
-                f"{workdir}: holds no checkpoints; train there first, or name another --workdir"
+                f"{workdir}: no checkpoints; train there first, or use another --workdir"
             )
-        policies = [preservation_policy.LatestN(n=keep)]
-        policies.append(
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: -metrics["wer"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
+        best = preservation_policy.BestN(
+            get_metric_fn=lambda metrics: -_error_rate(metrics),
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [preservation_policy.LatestN(n=keep), best]
+            ),
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # what a kill in the middle of a save left behind
+            cleanup_tmp_directories=not read_only,  # of saves that were interrupted by a kill
         )
         self._failed = False
         with contextlib.nullcontext() if read_only else self._writing():
@@ -73,145 +112,130 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    # ---------------------------------------------------------------------------------------- save
+
     def save(
         self,
         step: int,
-        params: Mapping,
+        params: Mapping[str, jax.Array],
         train: Mapping,
         meta: Mapping,
-        metrics: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to save; a checkpoint appears whole or not at all. Saving a step twice is no error.
+        """Starts an atomic save. Does nothing if the step is already saved.
+
+        Args:
+            train: optimizer state and counters; {} for an imported checkpoint.
+            metrics: dev scores.
 
         Raises:
-            CheckpointError: this checkpoint, or the one before that was still being written, cannot be written.
+            CheckpointError: this save, or the one still running, failed.
         """
         if step in self._manager.all_steps():
             return
         items = {"params": ocp.args.StandardSave(dict(params))}
         meta = {"format": FORMAT, **meta, "checksums": {"params": checksums(dict(params))}}
-        if train:  # an imported checkpoint has none
+        if train:
             items["train"] = ocp.args.StandardSave(dict(train))
             meta["checksums"]["train"] = checksums(dict(train))
         items["meta"] = ocp.args.JsonSave(meta | {"crc32": _crc32(meta)})
-        if "wer" not in (metrics or {}):  # without a word error rate there is no best one
+        if metrics is not None and _error_rate(metrics) is None:
             metrics = None
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def wait(self) -> None:
-        """Until all is written. Raises CheckpointError as `save`."""
+        """Waits until all saves are finished. Raises CheckpointError as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _writing(self):
-        """A full disk, or whatever else hinders writing, in one line; the checkpoints before it stay."""
+    def _writing(self) -> Iterator[None]:
+        """Turns any failed write, such as a full disk, into a CheckpointError."""
         try:
             yield
-        except Exception as error:  # storage layers raise many kinds
+        except Exception as error:  # storage layers raise many types
             self._failed = True
             lines = (str(error) or type(error).__name__).splitlines()
             reason = next((words for words in DISK_ERRORS if words in str(error)), lines[0][:300])
             kept = [
                 int(folder.name) for folder in self.folder.glob("[0-9]*") if folder.name.isdigit()
             ]
-            left = (
-                f"step {max(kept)} is the last one that can be used"
-                if kept
-                else "there is none before it"
-            )
+            left = f"the last usable step is {max(kept)}" if kept else "there is no earlier one"
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({reason}); {left}. Make room there and run the same "
-                "command again"
+                f"{self.folder}: could not write a checkpoint ({reason}); {left}. Free some space "
+                "and run the same command again"
             ) from None
 
     def close(self) -> None:
-        if not self._failed:  # else there is nothing that it could finish
+        if not self._failed:  # after a failed write, closing would wait for it
             self._manager.close()
 
+    # ------------------------------------------------------------------------------------- restore
+
     def meta(self, step: int) -> dict:
+        """The meta of a checkpoint.
+
+        Raises:
+            TornCheckpointError: it is unreadable, or not what was written.
+        """
         try:
             meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
-            expected = meta.pop("crc32", None)
-        except (OSError, ValueError, AttributeError) as error:
+            expected = meta.pop("crc32")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise TornCheckpointError(
-                f"{self.folder / str(step)}: its meta is not readable ({error})"
+                f"{self.folder / str(step)}: unreadable meta ({error})"
             ) from None
-        if expected not in (None, _crc32(meta)):
-            raise TornCheckpointError(
-                f"{self.folder / str(step)}: its meta is not what was written"
-            )
+        if expected != _crc32(meta):
+            raise TornCheckpointError(f"{self.folder / str(step)}: meta does not match its crc32")
         return meta
 
     def check_bases(self, step: int, fingerprints: Mapping[str, str]) -> None:
-        """The bases of a config must be those that the checkpoint was trained on."""
+        """Checks that the config's pretrained weights are those of the checkpoint.
+
+        Raises:
+            CheckpointError: they differ.
+        """
         for name, fingerprint in self.meta(step)["bases"].items():
             if fingerprint != fingerprints[name]:
                 raise CheckpointError(
-                    f"{self.folder / str(step)}: was trained on another {name} base ({fingerprint}; config.base.{name} is now "
-                    f"{fingerprints[name]}); name the same base, or a new --workdir"
+                    f"{self.folder / str(step)}: trained on other {name} weights ({fingerprint}; "
+                    f"config.base.{name} has {fingerprints[name]}); use the same weights, or a "
+                    "new --workdir"
                 )
 
     def restore_params(self, step: int, abstract: Mapping) -> dict[str, jax.Array]:
-        """Parameters {path: array} in the shapes and shardings of `abstract`."""
+        """{path: array} in the shapes, dtypes and shardings of `abstract`."""
         return self._restore(step, {"params": dict(abstract)})["params"]
 
     def restore(self, step: int, params: Mapping, train: Mapping) -> tuple[dict, dict]:
-        """Parameters and training state in the shapes and shardings given; an imported checkpoint has no state: {}."""
+        """Parameters and training state in the given shapes, dtypes and shardings.
+
+        The training state of an imported checkpoint is {}.
+        """
         items = {"params": dict(params)}
-        if (self.folder / str(step) / "train").is_dir() or "imported" not in self.meta(step):
+        if "imported" not in self.meta(step):
             items["train"] = dict(train)
         restored = self._restore(step, items)
         return restored["params"], restored.get("train", {})
 
-    def _restore(self, step: int, abstract: Mapping) -> dict:
-        self._check_shapes(step, abstract["params"])
-        items = ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        )
-        restored = self._manager.restore(step, args=items)
-        saved = self.meta(step).get("checksums", {})
-        for name in abstract:
-            if wrong := changed(restored[name], saved.get(name, {})):
-                raise TornCheckpointError(
-                    f"{self.folder / str(step)}: {name} {wrong[0]} is not what was saved ({len(wrong)} such): the file is damaged"
-                )
-        return restored
-
-    def _check_shapes(self, step: int, abstract: Mapping) -> None:
-        saved = (
-            ocp.StandardCheckpointer().metadata(self.folder / str(step) / "params").item_metadata
-        )
-        saved = {name: tuple(leaf.shape) for name, leaf in dict(saved).items()}
-        where = self.folder / str(step)
-        for path in sorted(set(saved) ^ set(abstract)):
-            side = "has no place in this config's model" if path in saved else "is missing"
-            raise CheckpointError(
-                f"{where}: parameter {path} {side}; is it a checkpoint of this config?"
-            )
-        for path, leaf in abstract.items():
-            if tuple(leaf.shape) != saved[path]:
-                raise CheckpointError(
-                    f"{where}: parameter {path} is {saved[path]}, this config's is {tuple(leaf.shape)}"
-                )
-
     def restore_latest(
         self, params: Mapping, train: Mapping
     ) -> tuple[int, dict, dict, dict] | None:
-        """(step, params, train, meta) of the newest checkpoint that is whole; None without any.
+        """(step, params, train, meta) of the newest intact checkpoint; None if there are none.
 
-        Torn ones are skipped aloud and set aside as STEP.torn, so that their steps can be saved again.
+        Damaged checkpoints are skipped with an error message and renamed to STEP.torn, so that
+        their steps can be saved again.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be read.
+            CheckpointError: a checkpoint does not fit the config, or all of them are damaged.
         """
         errors = {}
         for step in reversed(self.steps()):
             restored, error = None, None
             try:
                 restored = step, *self.restore(step, params, train), self.meta(step)
-            except Exception as raised:  # whatever a damaged file makes the storage layers raise
+            except Exception as raised:  # storage layers raise many types for a damaged file
                 if isinstance(raised, CheckpointError) and not isinstance(
                     raised, TornCheckpointError
                 ):
@@ -222,16 +246,48 @@ class Checkpoints:
                 return restored
             errors[step] = error or "another process cannot read it"
             logging.error(
-                "checkpoint %s cannot be read, trying the one before: %s",
+                "checkpoint %s is unreadable, trying the previous one: %s",
                 self.folder / str(step),
                 errors[step],
             )
         if errors:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in errors.items())
             raise CheckpointError(
-                f"{self.folder}: no checkpoint can be read ({reasons[:400]}); remove the folder to start anew"
+                f"{self.folder}: all checkpoints are unreadable ({reasons[:400]}); remove the "
+                "folder to start over"
             )
         return None
+
+    def _restore(self, step: int, abstract: Mapping[str, Mapping]) -> dict[str, dict]:
+        self._check_shapes(step, abstract["params"])
+        items = ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        )
+        restored = self._manager.restore(step, args=items)
+        saved = self.meta(step)["checksums"]
+        for name in abstract:
+            if wrong := changed(restored[name], saved[name]):
+                raise TornCheckpointError(
+                    f"{self.folder / str(step)}: {name} {wrong[0]} does not match its checksum "
+                    f"({len(wrong)} such arrays): the file is damaged"
+                )
+        return restored
+
+    def _check_shapes(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        where = self.folder / str(step)
+        saved = ocp.StandardCheckpointer().metadata(where / "params").item_metadata
+        saved = {name: tuple(leaf.shape) for name, leaf in dict(saved).items()}
+        for path in sorted(set(saved) ^ set(abstract)):
+            side = "is not in this config's model" if path in saved else "is missing"
+            raise CheckpointError(
+                f"{where}: parameter {path} {side}; is it a checkpoint of this config?"
+            )
+        for path, leaf in abstract.items():
+            if tuple(leaf.shape) != saved[path]:
+                raise CheckpointError(
+                    f"{where}: parameter {path} is {saved[path]}, this config's is "
+                    f"{tuple(leaf.shape)}"
+                )
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         if not steps:
@@ -240,8 +296,13 @@ class Checkpoints:
             for step in steps:
                 shutil.rmtree(self.folder / f"{step}.torn", ignore_errors=True)
                 (self.folder / str(step)).rename(self.folder / f"{step}.torn")
-        multihost_utils.sync_global_devices("torn checkpoints set aside")
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
+
+
+def _error_rate(metrics: Mapping[str, float]) -> float | None:
+    """What the best checkpoint has least of."""
+    return metrics.get("wer", metrics.get("cer"))
 
 
 def _crc32(meta: Mapping) -> int:
@@ -252,3 +313,43 @@ def _on_every_process(is_true: bool) -> bool:
     if jax.process_count() == 1:
         return is_true
     return bool(np.all(multihost_utils.process_allgather(np.array(is_true))))
+
+
+# ------------------------------------------------------------------------------------------ resume
+
+
+def warn_of_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) -> None:
+    """Warns about what has changed between a checkpoint and the run that resumes from it.
+
+    Args:
+        meta: of the checkpoint.
+        config: of the run.
+        data: {source: fingerprint of its manifest} of the run.
+    """
+    before, now = _flatten(meta["config"]), _flatten(json.loads(config.to_json_best_effort()))
+    for field in sorted(set(before) | set(now)):
+        if not field.startswith(FREE_FIELDS) and before.get(field) != now.get(field):
+            logging.warning(
+                "config.%s was %r before the resume and is now %r",
+                field,
+                before.get(field),
+                now.get(field),
+            )
+    for name, fingerprint in data.items():
+        if meta.get("data", {}).get(name, fingerprint) != fingerprint:
+            logging.warning(
+                "config.data.train.%s: the manifest has changed since the checkpoint was saved, "
+                "so the rows from here on differ",
+                name,
+            )
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Example: {"a": {"b": 1}} → {"a.b": 1}."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            out |= _flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

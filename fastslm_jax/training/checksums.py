@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where the arrays lie: the same on any mesh, so that a checkpoint is known again on another."""
+"""Checksums of arrays, computed on their devices and independent of the mesh."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-_WORDS = {
-    1: jnp.uint8,
-    2: jnp.uint16,
-    4: jnp.uint32,
-    8: jnp.uint32,
-}  # an element of eight bytes is two words
+# Unsigned type by element size; an element of eight bytes becomes two words.
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 @jax.jit
@@ -20,21 +16,22 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sum(leaf: jax.Array) -> jax.Array:
-    """Σ bits[i] · (2 i + 1) modulo 2³², i the place in row-major order.
+    """Σ bits[i] · (2 i + 1) modulo 2³², where i is the index in row-major order.
 
-    Whole numbers add up to the same in any order, and the odd factors let no change of one element pass.
+    Integer sums do not depend on the order of summation. Odd factors are invertible modulo 2³², so
+    a change of any single element changes the sum.
     """
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     bits = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1 :]) % 2**32
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def checksums(tree: Mapping) -> dict[str, str]:
-    """{path of a leaf: "type:sum"}."""
+    """{path of a leaf: "dtype:sum"}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     sums = jax.device_get(_sums([jnp.asarray(leaf) for _, leaf in leaves]))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -45,10 +42,13 @@ def checksums(tree: Mapping) -> dict[str, str]:
 
 
 def changed(tree: Mapping, expected: Mapping[str, str]) -> list[str]:
-    """Paths of leaves that are not what they were. Leaves that are read in another type, or were never summed, do not count."""
-    names = {}
+    """Paths of leaves whose checksum is not the expected one.
+
+    Leaves restored in another dtype than they were saved in are not compared.
+    """
+    paths = []
     for path, now in checksums(tree).items():
-        before = expected.get(path, now)
+        before = expected[path]
         if before.split(":")[0] == now.split(":")[0] and before != now:
-            names[path] = now
-    return sorted(names)
+            paths.append(path)
+    return sorted(paths)

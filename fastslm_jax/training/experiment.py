@@ -1,4 +1,7 @@
-"""From a config to a model, its parameters on a mesh, and its data: what train, eval, transcribe and the tools share."""
+"""From a config to its model, optimizer, parameters and data.
+
+train.py, eval.py, transcribe and the tools all start here.
+"""
 
 import dataclasses
 import hashlib
@@ -7,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,16 +26,35 @@ from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.training import optim
 from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.step import StepConfig
 from fastslm_jax.weights import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The model of a config, and the folders of its two bases."""
+    """What a config describes, as typed fields.
+
+    Attributes:
+        model: the modules.
+        whisper_folder, llm_folder: pretrained weights, config.json and tokenizer.
+        base_dtype: dtype of the pretrained weights on device.
+        trainable: (pattern, is trained) by parameter path; the first match decides.
+        row: slots of a packed row.
+        global_batch_size: rows of a step, over all devices.
+        settings: settings of the train step.
+        schedule: learning rate by step.
+    """
 
     model: FastSLM
     whisper_folder: pathlib.Path
     llm_folder: pathlib.Path
+    base_dtype: np.dtype
+    trainable: tuple[tuple[str, bool], ...]
+    row: packing.RowShape
+    global_batch_size: int
+    settings: StepConfig
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
 
     def prompt_tokenizer(self) -> prompts.PromptTokenizer:
         return prompts.PromptTokenizer(
@@ -38,6 +62,7 @@ class Experiment:
         )
 
     def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the pretrained weights."""
         return {
             "whisper": pretrained.fingerprint(self.whisper_folder),
             "llm": pretrained.fingerprint(self.llm_folder),
@@ -51,49 +76,85 @@ def build(
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> Experiment:
-    """Reads the bases' config.json and builds the modules.
+    """Builds the modules and the optimizer. Reads the config.json of the pretrained folders.
 
     Args:
-        weights: False looks for no weights (plans, shapes).
-        mesh: what the arrays will lie on; some attention kernels need it.
-        platform: "cpu", "tpu" or "gpu", whose attention kernel is taken; by default that of the mesh or of this machine.
+        weights: whether the folders must have weights; False is enough for shapes.
+        mesh: mesh of the arrays; some attention kernels need it.
+        platform: "cpu", "tpu" or "gpu", for the choice of the attention kernel. Default: the
+            platform of the mesh, or of this machine.
+
+    Raises:
+        UserError: a field of the config, or a pretrained folder, cannot be used.
     """
     whisper_folder = pretrained.resolve(config.base.whisper, weights=weights)
     llm_folder = pretrained.resolve(config.base.llm, weights=weights)
-    options = config.model
-    dtype = jnp.dtype(options.dtype)
+    row = packing.RowShape(**config.data.row)
     if platform is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    attend = attention.choose(options.attention, platform, dtype, mesh)
+    kernel = attention.choose(config.model.attention, platform, jnp.dtype(config.model.dtype), mesh)
+    schedule, optimizer = _make_optimizer(config.optimizer, config.steps)
+    return Experiment(
+        model=_make_model(config.model, whisper_folder, llm_folder, kernel, row.windows),
+        whisper_folder=whisper_folder,
+        llm_folder=llm_folder,
+        base_dtype=jnp.dtype(config.model.base_dtype),
+        trainable=tuple((pattern, is_trained) for pattern, is_trained in config.trainable),
+        row=row,
+        global_batch_size=config.global_batch_size,
+        settings=StepConfig(
+            label_slots=row.labels,
+            loss_chunk=config.loss_chunk,
+            accumulate=config.accumulate,
+            input_token_noise=config.input_token_noise,
+            seed=config.seed,
+        ),
+        schedule=schedule,
+        optimizer=optimizer,
+    )
+
+
+def _make_model(
+    options: ConfigDict,
+    whisper_folder: pathlib.Path,
+    llm_folder: pathlib.Path,
+    kernel: attention.AttentionKernel,
+    windows: int,
+) -> FastSLM:
+    dtype = jnp.dtype(options.dtype)
     llm = pretrained.qwen3_from_config(
         pretrained.read_config(llm_folder),
         lora=LoRA(**options.lora),
         dtype=dtype,
         remat=options.remat,
         origin=str(llm_folder),
-    ).clone(attend=attend, scan_layers=options.scan_layers)
+    ).clone(attend=kernel, scan_layers=options.scan_layers)
     encoder = pretrained.whisper_from_config(
         pretrained.read_config(whisper_folder),
         dtype=dtype,
         remat=options.remat,
         origin=str(whisper_folder),
-    ).clone(attend=attend, scan_layers=options.scan_layers)
+    ).clone(attend=kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
-        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, attend=attend,
+        llm.width,
+        tuple(options.stage_tokens),
+        options.compression_size,
+        options.detail_recovery_layers,
+        attend=kernel,
         dtype=dtype,
-    )  # fmt: skip
+    )
     if options.query_init not in ("normal", "temporal"):
         raise UserError(
             f"config.model.query_init={options.query_init!r} is neither normal nor temporal"
         )
-    audio.WindowSpec(padding=options.audio_padding)
-    windows, group = config.data.row.windows, options.window_batch
-    if group and windows % group:
-        near = " and ".join(map(str, sharding.nearest_divisors(windows, group)))
+    audio.WindowSpec(padding=options.audio_padding)  # raises if the padding is unknown
+    if options.window_batch and windows % options.window_batch:
+        nearest = sharding.nearest_divisors(windows, options.window_batch)
         raise UserError(
-            f"config.model.window_batch={group} does not divide the {windows} windows of config.data.row; these do: {near}"
+            f"config.model.window_batch={options.window_batch} does not divide the {windows} "
+            f"windows of config.data.row; choose {' or '.join(map(str, nearest))}"
         )
-    model = FastSLM(
+    return FastSLM(
         encoder,
         hfq_former,
         llm,
@@ -101,18 +162,49 @@ def build(
         audio_padding=options.audio_padding,
         query_init=options.query_init,
     )
-    return Experiment(model, whisper_folder, llm_folder)
+
+
+def _make_optimizer(
+    options: ConfigDict, steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    schedule = optim.schedule(
+        options.schedule,
+        options.learning_rate,
+        steps,
+        options.warmup_steps,
+        options.final_fraction,
+    )
+    optimizer = optim.make_optimizer(
+        options.name,
+        schedule,
+        weight_decay=options.weight_decay,
+        b1=options.b1,
+        b2=options.b2,
+        clip_norm=options.clip_norm,
+        adam_learning_rate_ratio=options.adam_learning_rate_ratio,
+        learning_rate_ratios=[tuple(row) for row in options.learning_rate_ratios],
+    )
+    return schedule, optimizer
+
+
+# -------------------------------------------------------------------------------------- parameters
 
 
 def is_base(path: str) -> bool:
-    """Does a parameter come from a base's folder (and not from training)?"""
+    """Whether a parameter comes from a pretrained folder."""
     return path.startswith(("encoder/", "llm/")) and not path.endswith(("/lora_a", "/lora_b"))
 
 
+def saved_paths(paths: Iterable[str], trainable: Sequence[tuple[str, bool]]) -> list[str]:
+    """Parameters that a checkpoint stores: those trained, and those in no pretrained folder."""
+    mask = optim.trainable_mask(sorted(paths), trainable)
+    return [path for path in mask if mask[path] or not is_base(path)]
+
+
 def abstract_params(
-    model: FastSLM, base_dtype, mesh: Mesh | None = None
+    model: FastSLM, base_dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter by path: bases in base_dtype, the rest in float32, with its sharding on the mesh."""
+    """{path: shape, dtype and sharding}: pretrained weights in base_dtype, others in float32."""
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     shardings = (
         dict.fromkeys(leaves) if mesh is None else sharding.parameter_shardings(leaves, mesh)
@@ -125,25 +217,28 @@ def abstract_params(
     }
 
 
-def init_params(experiment: Experiment, base_dtype, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """Bases from their folders (each process reads what its devices hold), the rest from the seed. Flat: {path: array}."""
+def init_params(experiment: Experiment, mesh: Mesh) -> dict[str, jax.Array]:
+    """{path: array}: pretrained weights from their folders, everything else from the seed."""
     model = experiment.model
-    abstract = abstract_params(model, base_dtype, mesh)
-    ours = {path: leaf for path, leaf in abstract.items() if not is_base(path)}
+    abstract = abstract_params(model, experiment.base_dtype, mesh)
+    new = {path: leaf for path, leaf in abstract.items() if not is_base(path)}
 
-    def init_ours(key):
+    def init(key: jax.Array) -> dict[str, jax.Array]:
         leaves = flatten_dict(model.init(key), sep="/")
-        return {path: leaves[path].astype(leaf.dtype) for path, leaf in ours.items()}
+        return {path: leaves[path].astype(leaf.dtype) for path, leaf in new.items()}
 
-    shardings = {path: leaf.sharding for path, leaf in ours.items()}
-    leaves = jax.jit(init_ours, out_shardings=shardings)(jax.random.key(seed))
-    return {**leaves, **load_bases(experiment, abstract)}
+    shardings = {path: leaf.sharding for path, leaf in new.items()}
+    params = jax.jit(init, out_shardings=shardings)(jax.random.key(experiment.settings.seed))
+    return params | load_pretrained(experiment, abstract)
 
 
-def load_bases(
+def load_pretrained(
     experiment: Experiment, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The bases' parameters out of their folders, in the types and shardings of `abstract`. Flat: {path: array}."""
+    """{path: array} from the pretrained folders, with the dtypes and shardings of `abstract`.
+
+    Each process reads only what its devices need.
+    """
     tree = unflatten_dict({path: leaf for path, leaf in abstract.items() if is_base(path)}, sep="/")
     loaded = {
         "encoder": pretrained.load_whisper(experiment.whisper_folder, tree["encoder"]),
@@ -153,66 +248,72 @@ def load_bases(
 
 
 def restore_params(
-    experiment: Experiment, config: ConfigDict, checkpoints: Checkpoints, step: int, mesh: Mesh
+    experiment: Experiment, checkpoints: Checkpoints, step: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Parameters of a checkpoint over those of its bases. Flat: {path: array}.
+    """{path: array}: the pretrained weights, with the parameters of a checkpoint on top.
 
     Raises:
-        CheckpointError: a base is not the one that the checkpoint was trained on.
+        CheckpointError: the checkpoint was trained on other pretrained weights, or does not fit.
     """
     checkpoints.check_bases(step, experiment.fingerprints())
-    abstract = abstract_params(experiment.model, config.model.base_dtype, mesh)
-    saved = {path: abstract[path] for path in saved_paths(abstract, config.trainable)}
-    return load_bases(experiment, abstract) | checkpoints.restore_params(step, saved)
+    abstract = abstract_params(experiment.model, experiment.base_dtype, mesh)
+    saved = {path: abstract[path] for path in saved_paths(abstract, experiment.trainable)}
+    return load_pretrained(experiment, abstract) | checkpoints.restore_params(step, saved)
 
 
-def saved_paths(paths: Iterable[str], trainable: Sequence[tuple[str, bool]]) -> list[str]:
-    """What a checkpoint holds: all that training changes, and all that no base's folder has."""
-    mask = optim.trainable_mask(sorted(paths), trainable)
-    return [path for path in mask if mask[path] or not is_base(path)]
-
-
-def row_shape(config: ConfigDict) -> packing.RowShape:
-    return packing.RowShape(**config.data.row)
-
-
-def data_fingerprints(config: ConfigDict) -> dict[str, str]:
-    """{source: content hash of its manifest}, of sources with a weight: what decides, with the seed, what stands in which row."""
-    found = {}
-    for name in sorted(
-        name for name, source in config.data.train.items() if source.get("weight", 1.0) > 0
-    ):
-        digest = hashlib.sha256()
-        path = pathlib.Path(config.data.train[name].path).expanduser()
-        files = (
-            sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        )
-        for file in files:
-            if path.is_dir():  # a store of audio: its files are told apart by name and size
-                digest.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
-            if not path.is_dir() or file.suffix in (".json", ".jsonl"):
-                digest.update(file.read_bytes())
-        found[name] = digest.hexdigest()[:32]
-    return found
+# -------------------------------------------------------------------------------------------- data
 
 
 def make_rows(
-    config: ConfigDict, experiment: Experiment, encoder: prompts.PromptTokenizer
+    sources: ConfigDict, experiment: Experiment, tokenizer: prompts.PromptTokenizer
 ) -> PackedRows:
-    """The training rows of a config."""
-    sources = []
-    for name in sorted(config.data.train):
-        fields = config.data.train[name].to_dict()
+    """The training rows of a mixture.
+
+    Args:
+        sources: {name: source} of config.data.train; sources of weight 0 are left out.
+    """
+    mixture = []
+    for name in sorted(sources):
+        fields = sources[name].to_dict()
         join = fields.pop("join", None)
         try:
             source = MixtureSource(**fields, join=longform.LongForm(**join) if join else None)
         except TypeError as error:
             raise UserError(f"config.data.train.{name}: {error}") from None
         if source.weight > 0:
-            sources.append(source)
-    if not sources:
+            mixture.append(source)
+    if not mixture:
         raise UserError("config.data.train names no source with a positive weight")
-    model = experiment.model
     return PackedRows(
-        sources, row_shape(config), model.window, model.tokens_per_window, encoder, config.seed
+        mixture,
+        experiment.row,
+        experiment.model.window,
+        experiment.model.tokens_per_window,
+        tokenizer,
+        experiment.settings.seed,
     )
+
+
+def data_fingerprints(sources: ConfigDict) -> dict[str, str]:
+    """{source: content hash of its manifest}; sources of weight 0 are left out.
+
+    Together with the seed, these manifests determine the content of every row.
+    """
+    return {
+        name: _manifest_hash(pathlib.Path(sources[name].path).expanduser())
+        for name in sorted(sources)
+        if sources[name].get("weight", 1.0) > 0
+    }
+
+
+def _manifest_hash(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    if not path.is_dir():
+        digest.update(path.read_bytes())
+        return digest.hexdigest()[:32]
+    # An imported folder: audio files count by name and size, JSON files by content.
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
+        if file.suffix in (".json", ".jsonl"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]

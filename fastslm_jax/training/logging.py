@@ -1,46 +1,39 @@
-"""What a run writes down: metrics as JSON lines, rates, traces, and whether it is the run that it says it goes on with."""
+"""What a training run reports: metrics, rates, traces and the progress bar."""
 
+import collections
 import contextlib
-import fcntl
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+import optax
 from absl import logging
-from clu import metric_writers
-from ml_collections import ConfigDict
+from clu.metric_writers import MetricWriter
+from jax.sharding import Mesh
+from tqdm import tqdm
 
+from fastslm_jax import chips, devices
 from fastslm_jax.audio import HOP, SAMPLE_RATE
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import attention
 
 
-def lock(workdir: str | os.PathLike):
-    """Takes the working directory for this process, until it ends however it ends. Keep the file that is returned.
+class JsonLinesWriter:
+    """Writes one JSON object per line: {"step": 10, "loss": 1.5, …}.
 
-    Raises:
-        UserError: another process trains there.
+    Implements the methods of `clu.metric_writers.MetricWriter` that training uses.
+
+    Args:
+        resume_step: lines of later steps are dropped, because these steps will run again.
     """
-    path = pathlib.Path(workdir) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115 (held open while the process lives)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"{workdir}: another process is training there; wait for it, or name another --workdir"
-        ) from None
-    return file
 
-
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """One JSON object a line: {"step": 10, "loss": 1.5, …}. After a resume, lines of steps to be run again are dropped first."""
-
-    def __init__(self, path: str | os.PathLike, resume_step: int = 0):
+    def __init__(self, path: str | os.PathLike, resume_step: int = 0) -> None:
         self.path = pathlib.Path(path)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= resume_step]
@@ -59,27 +52,6 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def write_summaries(self, step, values, metadata=None) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_images(self, step, images) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_videos(self, step, videos) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_audios(self, step, audios, *, sample_rate) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_histograms(self, step, arrays, num_buckets=None) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_pointcloud(self, step, point_clouds, *, point_colors=None, configs=None) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
-    def write_hparams(self, hparams) -> None:
-        raise TypeError("metrics.jsonl takes scalars and texts only")
-
     def flush(self) -> None:
         self._file.flush()
 
@@ -91,40 +63,44 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+        return float("inf")  # truncated when the run was killed
 
 
 class Timer:
-    """Rates since the last call of `rates`: evaluation and checkpoints do not count, nor does the first step (it compiles).
+    """Rates since the last call of `rates`, without evaluation, checkpoints and the first step.
 
-    parts: processes that read other rows than each other, this one included: audio and tokens are those of all.
+    Args:
+        num_readers: groups of processes that read different rows. Each process counts its own
+            rows; audio and tokens per second are scaled to all of them.
     """
 
-    def __init__(self, parts: int = 1):
-        self._parts = parts
+    def __init__(self, num_readers: int = 1) -> None:
+        self._num_readers = num_readers
         self._reset()
-        self._first = True
+        self._is_first = True
 
     def _reset(self) -> None:
-        self._started, self._excluded, self._waited = time.perf_counter(), 0.0, 0.0
-        self._last, self._step_times = self._started, []
-        self._steps = self._audio_seconds = self._tokens = self._window_slots = self._windows = (
-            self._token_slots
-        ) = 0
+        self._started = self._last = time.perf_counter()
+        self._paused = self._waited = 0.0
+        self._step_times: list[float] = []
+        self._steps = 0
+        self._audio_seconds = 0.0
+        self._windows = self._window_slots = self._tokens = self._token_slots = 0
 
     @contextlib.contextmanager
-    def waiting(self):
-        """Time spent waiting for data."""
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
+        """Excludes the time inside from all rates."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started
-        self._excluded += elapsed
+        self._paused += elapsed
         self._last += elapsed
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -136,20 +112,22 @@ class Timer:
         self._token_slots += batch["segment_ids"].size
 
     def finished(self) -> None:
-        """A step's results are there: its time is that since the one before."""
+        """Marks the end of a step."""
         now = time.perf_counter()
         self._step_times.append(now - self._last)
         self._last = now
 
     def rates(self) -> dict[str, float]:
-        """Seconds a step (mean, median, 90th percentile, longest); audio seconds and tokens a second, waiting fraction and slots
-        filled, taken from this process's rows."""
-        elapsed = max(1e-9, time.perf_counter() - self._started - self._excluded)
+        """Seconds per step, audio and tokens per second, waiting fraction, slots filled.
+
+        The first call returns only first_step_seconds, which is mostly compilation.
+        """
+        elapsed = max(1e-9, time.perf_counter() - self._started - self._paused)
         steps = max(1, self._steps)
         rates = {
             "step_seconds": elapsed / steps,
-            "audio_seconds_per_second": self._parts * self._audio_seconds / elapsed,
-            "tokens_per_second": self._parts * self._tokens / elapsed,
+            "audio_seconds_per_second": self._num_readers * self._audio_seconds / elapsed,
+            "tokens_per_second": self._num_readers * self._tokens / elapsed,
             "data_wait_fraction": min(1.0, self._waited / elapsed),
             "window_fill": self._windows / max(1, self._window_slots),
             "token_fill": self._tokens / max(1, self._token_slots),
@@ -162,84 +140,153 @@ class Timer:
                 "step_seconds_max": max(self._step_times),
             }
         self._reset()
-        if self._first:  # the first step compiles: its rates say nothing
-            self._first = False
+        if self._is_first:
+            self._is_first = False
             return {"first_step_seconds": elapsed}
         return rates
 
 
 class Profile:
-    """A trace of some steps, for TensorBoard's profiler or Perfetto: config.profile "FIRST:LAST", or "" for none."""
+    """A trace of some steps for TensorBoard's profiler or Perfetto.
 
-    def __init__(self, steps: str, folder: str | os.PathLike):
+    Args:
+        steps: "FIRST:LAST", or "" for no trace.
+    """
+
+    def __init__(self, steps: str, folder: str | os.PathLike) -> None:
         match = re.fullmatch(r"(\d+):(\d+)", steps)
         if steps and (not match or not 1 <= int(match[1]) <= int(match[2])):
             raise UserError(
                 f"config.profile={steps} is not FIRST:LAST, two step numbers such as 5:8"
             )
         self.first, self.last = map(int, match.groups()) if match else (0, 0)
-        self.folder, self._runs = pathlib.Path(folder), False
+        self.folder, self._is_running = pathlib.Path(folder), False
 
     def begin(self, step: int) -> None:
         if step == self.first:
             jax.profiler.start_trace(self.folder)
-            self._runs = True
+            self._is_running = True
 
-    def end(self, step: int, results) -> None:
-        """After a step whose results are given; waits for them if it is the last one."""
-        if self._runs and step >= self.last:
+    def end(self, step: int, results: Mapping[str, jax.Array]) -> None:
+        """Ends the trace after its last step, when the step's results are ready."""
+        if self._is_running and step >= self.last:
             jax.block_until_ready(results)
             self.stop()
 
     def stop(self) -> None:
-        if self._runs:
-            self._runs = False
+        if self._is_running:
+            self._is_running = False
             jax.profiler.stop_trace()
             logging.info("trace of steps %d to %d: %s", self.first, self.last, self.folder)
 
 
-# What may change between a run and its continuation: nothing that decides a number.
-_FREE = (
-    "name",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh",
-    "max_skipped",
-    "eval",
-    "profile",
-)
+@dataclasses.dataclass
+class StepLog:
+    """The bookkeeping of the training loop.
 
+    Call `begin` before a step and `end` after it. Metrics are read one step late, so that the host
+    does not wait for the running step; on steps that are logged they are read at once.
 
-def name_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) -> None:
-    """Says aloud what has changed since the checkpoint from which a run goes on: fields of the config, manifests of its data.
-
-    data: {source: fingerprint of its manifest}.
+    Attributes:
+        bar: progress bar.
+        first_step, last_step: the steps of this run.
+        log_every: steps between two lines of metrics; the first and the last step are logged too.
+        max_skipped: consecutive non-finite steps that end the run.
+        global_batch_size: rows per step, to name the rows of non-finite steps.
+        flops_per_step: minimum FLOPs of a step (see `flops.minimum`).
+        dev_scores: shown in the progress bar.
     """
-    before, now = _flatten(meta["config"]), _flatten(json.loads(config.to_json_best_effort()))
-    for field in sorted(set(before) | set(now)):
-        if not field.startswith(_FREE) and before.get(field) != now.get(field):
-            logging.warning(
-                "config.%s was %r when the run began, it is now %r",
-                field,
-                before.get(field),
-                now.get(field),
-            )
-    for name, fingerprint in data.items():
-        if meta.get("data", {}).get(name, fingerprint) != fingerprint:
-            logging.warning(
-                "config.data.train.%s: its manifest has changed since the run began, rows are others from here on",
-                name,
-            )
 
+    writer: MetricWriter
+    bar: tqdm
+    timer: Timer
+    profile: Profile
+    mesh: Mesh
+    schedule: optax.Schedule
+    first_step: int
+    last_step: int
+    log_every: int
+    max_skipped: int
+    global_batch_size: int
+    flops_per_step: float
+    dev_scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-def _flatten(tree: Mapping, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        out |= (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
+    def __post_init__(self) -> None:
+        self._pending: collections.deque[tuple[int, Mapping]] = collections.deque()
+        self._skipped_total = 0
+        self._compiled_before = devices.Compiled()
+        self._compiled = devices.Compiled()  # by train steps alone, not by evaluation
+        self._first_programs = 0
+
+    def begin(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+        """Before a step on a batch of this process."""
+        self.timer.count(batch)
+        self.profile.begin(step)
+        self._compiled_before = devices.compiled_so_far()
+
+    def end(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """After a step is dispatched.
+
+        Raises:
+            UserError: too many consecutive steps were not finite.
+        """
+        self._compiled += devices.compiled_so_far() - self._compiled_before
+        self.profile.end(step, metrics)
+        self.bar.update()
+        is_logged = step % self.log_every == 0 or step in (self.first_step, self.last_step)
+        self._pending.append((step, metrics))
+        while len(self._pending) > (0 if is_logged else 1):
+            self._check_finite(*self._pending.popleft())
+            self.timer.finished()
+        if step == self.first_step:
+            self._first_programs = self._compiled.programs
+            for choice, count in sorted(attention.CHOICES.items()):
+                logging.info("attention kernel %s (traced %d times)", choice, count)
+        if is_logged:
+            self._write(step, {name: float(x) for name, x in jax.device_get(metrics).items()})
+
+    def _check_finite(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        skipped = int(metrics["skipped"])
+        if not skipped:
+            return
+        self._skipped_total += 1
+        logging.warning(
+            "step %d: loss or gradients are not finite, step skipped (%d in a row)", step, skipped
         )
-    return out
+        if skipped >= self.max_skipped:
+            rows = (step - skipped) * self.global_batch_size, step * self.global_batch_size - 1
+            raise UserError(
+                f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: "
+                f"check rows {rows[0]} to {rows[1]} of the data, or lower "
+                "config.optimizer.learning_rate"
+            )
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        rates = self.timer.rates()
+        rates |= speed(self.flops_per_step, rates.get("step_seconds"), self.mesh)
+        rates |= {
+            "compile_seconds": self._compiled.seconds,
+            "recompilations": self._compiled.programs - self._first_programs,
+            "skipped_total": self._skipped_total,
+        }
+        learning_rate = float(self.schedule(step - 1))
+        self.writer.write_scalars(step, {**metrics, "learning_rate": learning_rate, **rates})
+        shown = {name: f"{value:.1f}" for name, value in self.dev_scores.items()}
+        self.bar.set_postfix(loss=f"{metrics['loss']:.3f}", **shown)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.profile.stop()
+        self.writer.close()
+
+
+def speed(flops_per_step: float, step_seconds: float | None, mesh: Mesh) -> dict[str, float]:
+    """Model FLOPs per second, and MFU: their fraction of the peak of the mesh's chips.
+
+    MFU is left out if the peak is unknown. All slots of a row count as used.
+    """
+    if not step_seconds:
+        return {}
+    rate, chip = flops_per_step / step_seconds, chips.of_device(mesh.devices.flat[0])
+    peak = chip and chip.peak_flops * mesh.size / chip.devices
+    return {"flops_per_second": rate} | ({"mfu": rate / peak} if peak else {})

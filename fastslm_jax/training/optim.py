@@ -1,4 +1,4 @@
-"""Which parameters train, and how: one regex table and one optax chain."""
+"""Which parameters are trained, and the optimizer: one regex table and one optax chain."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,28 +13,29 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 class TrainableError(UserError):
-    """The table of trainable parameters does not fit the model."""
+    """config.trainable or config.optimizer.learning_rate_ratios does not fit the model."""
 
 
 def trainable_mask(paths: Sequence[str], table: Sequence[tuple[str, bool]]) -> dict[str, bool]:
-    """{path: is it trained}. The first pattern that matches a path decides.
+    """{path: whether it is trained}. The first pattern that matches a whole path decides.
 
     Raises:
-        TrainableError: a path that no pattern matches, or a pattern that decides nothing.
+        TrainableError: a path matches no pattern, a pattern decides nothing, or nothing is trained.
     """
     used, mask = set(), {}
     for path in paths:
         hit = next((pattern for pattern, _ in table if re.fullmatch(pattern, path)), None)
         if hit is None:
             raise TrainableError(
-                f"parameter {path} matches no pattern of config.trainable; add one, for example ('{path}', False)"
+                f"parameter {path} matches no pattern of config.trainable; add one, for example "
+                f"('{path}', False)"
             )
         used.add(hit)
         mask[path] = bool(dict(table)[hit])
     unused = [pattern for pattern, _ in table if pattern not in used]
     if unused:
         raise TrainableError(
-            f"pattern {unused[0]!r} of config.trainable decides no parameter; remove it or mend it"
+            f"pattern {unused[0]!r} of config.trainable decides no parameter; remove or correct it"
         )
     if not any(mask.values()):
         raise TrainableError("config.trainable trains nothing")
@@ -42,22 +43,27 @@ def trainable_mask(paths: Sequence[str], table: Sequence[tuple[str, bool]]) -> d
 
 
 def split(params: Mapping, mask: Mapping[str, bool]) -> tuple[dict, dict]:
-    """One tree → (trained, frozen), both flat dicts of path → leaf."""
+    """A nested or flat dict of parameters → (trained, frozen), flat dicts {path: leaf}."""
     leaves = flatten_dict(params, sep="/")
-    return {p: v for p, v in leaves.items() if mask[p]}, {
-        p: v for p, v in leaves.items() if not mask[p]
-    }
+    trained = {path: leaf for path, leaf in leaves.items() if mask[path]}
+    frozen = {path: leaf for path, leaf in leaves.items() if not mask[path]}
+    return trained, frozen
 
 
 def merge(trained: Mapping, frozen: Mapping) -> dict:
-    """The inverse of `split`."""
+    """(trained, frozen) of `split` → one nested dict."""
     return unflatten_dict({**frozen, **trained}, sep="/")
 
 
 def schedule(
     name: str, peak: float, steps: int, warmup_steps: int, final_fraction: float = 0.0
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then "cosine", "linear" or "constant" to final_fraction · peak at `steps`."""
+    """Learning rate by step: linear warmup to `peak`, then decay to final_fraction · peak.
+
+    Args:
+        name: shape of the decay: "cosine", "linear" or "constant".
+        steps: the step at which the decay ends.
+    """
     decay_steps = max(1, steps - warmup_steps)
     decays = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=final_fraction),
@@ -65,14 +71,17 @@ def schedule(
         "constant": optax.constant_schedule(peak),
     }
     if name not in decays:
-        raise UserError(f"schedule {name!r} is not one of {', '.join(decays)}")
+        raise UserError(f"config.optimizer.schedule={name!r} is not one of {', '.join(decays)}")
     return optax.join_schedules(
         [optax.linear_schedule(0.0, peak, max(1, warmup_steps)), decays[name]], [warmup_steps]
     )
 
 
-def _muon_axes(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
-    """Input and output axes of a weight matrix; None (vectors, embeddings, position tables) leaves a leaf to Adam."""
+def _muon_axes(path: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    """Input and output axes of a weight matrix.
+
+    None leaves the parameter to Adam: vectors, embeddings and position tables.
+    """
     name = path.rsplit("/", 1)[-1]
     if name not in ("kernel", "lora_a", "lora_b") or leaf.ndim < 2:
         return None
@@ -82,26 +91,36 @@ def _muon_axes(path: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def make_optimizer(
-    name: str, learning_rate: optax.Schedule, *, adam_learning_rate_ratio: float = 1.0,
-    learning_rate_ratios: Sequence[tuple[str, float]] = (), weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
+    name: str,
+    learning_rate: optax.Schedule,
+    *,
+    adam_learning_rate_ratio: float = 1.0,
+    learning_rate_ratios: Sequence[tuple[str, float]] = (),
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
     clip_norm: float = 1.0,
-) -> optax.GradientTransformation:  # fmt: skip
-    """AdamW, or Muon on the weight matrices with Adam (at ratio · learning rate) for the rest, after global-norm clipping.
+) -> optax.GradientTransformation:
+    """AdamW or Muon on flat dicts {path: leaf}, after clipping the global norm of the gradients.
 
-    Works on flat dicts of path → leaf. Weight decay acts on leaves of two or more axes.
+    Muon updates the weight matrices; all other parameters get Adam, with a learning rate of
+    adam_learning_rate_ratio · learning_rate. Weight decay applies to parameters with two or more
+    axes.
 
     Args:
-        learning_rate_ratios: (pattern, ratio) of paths that take larger or smaller steps; the first pattern that matches decides.
-            LoRA wants one under Muon: the product of its factors, times alpha / rank, is a large step.
+        name: "adamw" or "muon".
+        learning_rate_ratios: (pattern, ratio): scales the updates of the paths that match; the
+            first match decides. LoRA needs a small ratio with Muon, because the product of its
+            factors, times alpha / rank, makes large steps.
+        clip_norm: 0 for no clipping.
 
     Raises:
-        TrainableError: at the first step, a pattern that decides nothing.
+        TrainableError: a pattern decides nothing. Raised when the step is traced.
     """
 
-    def decayed(leaves):
-        return jax.tree.map(
-            lambda leaf: leaf.ndim >= 2, leaves
-        )  # a tree map, because optax masks leaves out
+    def decayed(leaves: optax.Params) -> optax.Params:
+        # A tree map, because optax replaces masked leaves.
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, leaves)
 
     if name == "adamw":
         rule = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
@@ -118,7 +137,7 @@ def make_optimizer(
             },
         )
     else:
-        raise UserError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"config.optimizer.name={name!r} is not one of {', '.join(OPTIMIZERS)}")
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     chain.append(rule)
     if learning_rate_ratios:
@@ -137,7 +156,8 @@ def _scale_by_path(
     unused = [row[0] for row in table if row not in deciding.values()]
     if unused:
         raise TrainableError(
-            f"pattern {unused[0]!r} of config.optimizer.learning_rate_ratios decides nothing that trains; remove it or mend it"
+            f"pattern {unused[0]!r} of config.optimizer.learning_rate_ratios decides no trained "
+            "parameter; remove or correct it"
         )
     return {
         path: leaf if deciding[path] is None else deciding[path][1] * leaf
@@ -146,5 +166,5 @@ def _scale_by_path(
 
 
 def count(leaves: Mapping[str, jax.Array]) -> int:
-    """Parameters in a flat dict."""
+    """Number of parameters in a flat dict."""
     return sum(leaf.size for leaf in leaves.values())

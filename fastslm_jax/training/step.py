@@ -1,4 +1,10 @@
-"""The train step: a pure function of (state, frozen parameters, batch). Gradients exist for trained parameters only."""
+"""The train step: a pure function of (state, frozen parameters, batch).
+
+Gradients and optimizer state exist for the trained parameters only.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -9,12 +15,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastslm_jax import sharding
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.training import optim
-from fastslm_jax.training.loss import label_loss
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step counts batches seen; skipped counts batches in a row whose loss or gradients were not finite."""
+    """What a step updates.
+
+    Attributes:
+        step: steps taken, including skipped ones.
+        skipped: consecutive steps so far whose loss or gradients were not finite.
+        trained: {path: array} of the trained parameters.
+        opt_state: the optimizer's state.
+    """
 
     step: jax.Array
     skipped: jax.Array
@@ -28,50 +40,23 @@ class TrainState:
         return cls(jnp.int32(0), jnp.int32(0), trained, optimizer.init(trained))
 
 
-def batch_loss(
-    model: FastSLM, params: dict, batch: dict, *, label_slots: int, loss_chunk: int = 512, dropout_rng: jax.Array | None = None,
-    mesh: Mesh | None = None,
-) -> dict[str, jax.Array]:  # fmt: skip
-    """Sums of loss, labels and correct predictions over a batch of rows that lie on a mesh (None: on one device)."""
-    with sharding.activations_on(mesh):
-        hidden = model.hidden(params, batch, dropout_rng)
-    head = params if mesh is None or mesh.size == 1 else _with_whole_head(model, params, mesh)
-    return label_loss(
-        lambda state: model.logits(head, state),
-        hidden,
-        batch["labels"],
-        batch["loss_mask"],
-        label_slots,
-        loss_chunk,
-    )
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Settings of a train step.
 
-
-def _with_whole_head(model: FastSLM, params: dict, mesh: Mesh) -> dict:
-    """The output embedding gathered over fsdp once, not once for every chunk of the loss."""
-    name = "embed_tokens" if model.llm.tied_embeddings else "lm_head"
-    whole = jax.lax.with_sharding_constraint(
-        params["llm"][name], NamedSharding(mesh, PartitionSpec("tensor", None))
-    )
-    return {**params, "llm": {**params["llm"], name: whole}}
-
-
-def with_token_noise(batch: dict, rng: jax.Array, share: float, label_slots: int) -> dict:
-    """The same labels, but a share of the answers' tokens that the decoder reads are others of the row's answers.
-
-    A model that generates reads its own mistakes; one that has only read what is right does not find its place again in a long
-    transcript (exposure bias).
+    Attributes:
+        label_slots: the maximum number of labels in a row.
+        loss_chunk: labels of a row whose logits are computed at a time.
+        accumulate: micro-batches that a batch is split into (gradient accumulation).
+        input_token_noise: fraction of answer tokens to replace (see `with_token_noise`).
+        seed: seed of dropout and token noise; the step number is folded in.
     """
-    tokens, is_label = batch["tokens"], batch["loss_mask"] > 0
-    chosen, drawn = jax.random.uniform(rng, (2, *tokens.shape))
-    positions = jax.vmap(lambda row: jnp.nonzero(row, size=label_slots, fill_value=0)[0])(is_label)
-    index = (drawn * jnp.sum(is_label, axis=1, keepdims=True)).astype(jnp.int32)
-    others = jnp.take_along_axis(
-        batch["labels"], jnp.take_along_axis(positions, index, axis=1), axis=1
-    )
-    is_answer = jnp.pad(is_label, ((0, 0), (1, 0)))[
-        :, :-1
-    ]  # a label is the token that is read next
-    return {**batch, "tokens": jnp.where(is_answer & (chosen < share), others, tokens)}
+
+    label_slots: int
+    loss_chunk: int = 512
+    accumulate: int = 1
+    input_token_noise: float = 0.0
+    seed: int = 0
 
 
 def train_step(
@@ -81,75 +66,62 @@ def train_step(
     *,
     model: FastSLM,
     optimizer: optax.GradientTransformation,
-    seed: int,
-    label_slots: int,
-    loss_chunk: int = 512,
-    accumulate: int = 1,
-    input_token_noise: float = 0.0,
+    settings: StepConfig,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on the mean loss per label of the whole batch.
+    """Takes one optimizer step on the mean loss per label of the whole batch.
+
+    A step whose loss or gradients are not finite leaves parameters and optimizer state unchanged.
 
     Args:
+        frozen: {path: array} of the parameters that are not trained.
         batch: arrays [rows, ...] (see `data.packing.assemble`).
-        seed: with the step it gives the key of dropout and of replaced tokens.
-        accumulate: micro-batches that the rows are run in; the gradient is that of the whole batch.
-        input_token_noise: share of the answers' tokens that are read wrongly (see `with_token_noise`).
-        mesh: what the arrays lie on (None: one device).
+        mesh: mesh of the arrays; None for one device.
 
     Returns:
-        the next state and metrics: loss (per label), accuracy, labels, grad_norm, update_norm, skipped.
+        The next state, and the metrics loss (per label), accuracy, labels, grad_norm, update_norm
+        and skipped.
     """
+    key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+    dropout_rng, noise_rng = jax.random.split(key)
+    if settings.input_token_noise:
+        batch = with_token_noise(batch, noise_rng, settings.input_token_noise, settings.label_slots)
     total_labels = jnp.maximum(1.0, jnp.sum(batch["loss_mask"] > 0))
-    rng, replacement_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    if input_token_noise:
-        batch = with_token_noise(batch, replacement_rng, input_token_noise, label_slots)
 
-    def micro_loss(trained, micro_batch, rng):
-        params = optim.merge(trained, frozen)
+    def loss_fn(
+        trained: dict[str, jax.Array], rows: dict[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         sums = batch_loss(
             model,
-            params,
-            micro_batch,
-            label_slots=label_slots,
-            loss_chunk=loss_chunk,
+            optim.merge(trained, frozen),
+            rows,
+            label_slots=settings.label_slots,
+            loss_chunk=settings.loss_chunk,
             dropout_rng=rng,
             mesh=mesh,
         )
         return sums["loss"] / total_labels, sums
 
-    grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
-    if accumulate == 1:
-        (_, sums), gradients = grad_fn(state.trained, batch, rng)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if settings.accumulate == 1:
+        (_, sums), gradients = grad_fn(state.trained, batch, dropout_rng)
     else:
-        # Rows are dealt out in turn, so that every device has its share of each micro-batch.
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
+        sums, gradients = _accumulate(
+            grad_fn, state.trained, batch, dropout_rng, settings.accumulate
         )
-
-        def body(carry, part):
-            index, micro_batch = part
-            (_, sums), gradients = grad_fn(
-                state.trained, micro_batch, jax.random.fold_in(rng, index)
-            )
-            return jax.tree.map(jnp.add, carry, (sums, gradients)), None
-
-        zero = {"loss": jnp.float32(0), "labels": jnp.float32(0), "correct": jnp.float32(0)}
-        start = (zero, jax.tree.map(jnp.zeros_like, state.trained))
-        (sums, gradients), _ = jax.lax.scan(body, start, (jnp.arange(accumulate), micro))
 
     grad_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
     is_finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
 
-    def keep(new, old):
+    def select(new: optax.Params, old: optax.Params) -> optax.Params:
         return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
     new_state = TrainState(
         step=state.step + 1,
         skipped=jnp.where(is_finite, 0, state.skipped + 1),
-        trained=keep(optax.apply_updates(state.trained, updates), state.trained),
-        opt_state=keep(opt_state, state.opt_state),
+        trained=select(optax.apply_updates(state.trained, updates), state.trained),
+        opt_state=select(opt_state, state.opt_state),
     )
     metrics = {
         "loss": sums["loss"] / total_labels,
@@ -160,3 +132,136 @@ def train_step(
         "skipped": new_state.skipped,
     }
     return new_state, metrics
+
+
+def _accumulate(
+    grad_fn: Callable,
+    trained: dict[str, jax.Array],
+    batch: dict[str, jax.Array],
+    rng: jax.Array,
+    count: int,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Sums of the loss terms and of the gradients over `count` micro-batches."""
+    # Micro-batch i takes every count-th row from row i on, so each device has an equal share of it.
+    micro_batches = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch
+    )
+
+    def body(
+        carry: tuple[dict, dict], xs: tuple[jax.Array, dict]
+    ) -> tuple[tuple[dict, dict], None]:
+        index, rows = xs
+        (_, sums), gradients = grad_fn(trained, rows, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    zero = {"loss": jnp.float32(0), "labels": jnp.float32(0), "correct": jnp.float32(0)}
+    init = (zero, jax.tree.map(jnp.zeros_like, trained))
+    (sums, gradients), _ = jax.lax.scan(body, init, (jnp.arange(count), micro_batches))
+    return sums, gradients
+
+
+def with_token_noise(
+    batch: dict[str, jax.Array], rng: jax.Array, fraction: float, label_slots: int
+) -> dict[str, jax.Array]:
+    """Replaces a fraction of the answer tokens that the decoder reads; the labels stay the same.
+
+    A replacement is drawn from the answers of the same row. Training on wrong inputs reduces
+    exposure bias: in a long transcript the decoder learns to recover from its own mistakes.
+    """
+    tokens, is_label = batch["tokens"], batch["loss_mask"] > 0
+    chosen, drawn = jax.random.uniform(rng, (2, *tokens.shape))
+    positions = _label_positions(is_label, label_slots)
+    index = (drawn * jnp.sum(is_label, axis=1, keepdims=True)).astype(jnp.int32)
+    others = jnp.take_along_axis(
+        batch["labels"], jnp.take_along_axis(positions, index, axis=1), axis=1
+    )
+    # A label is the token that the decoder reads one position later.
+    is_answer = jnp.pad(is_label, ((0, 0), (1, 0)))[:, :-1]
+    return {**batch, "tokens": jnp.where(is_answer & (chosen < fraction), others, tokens)}
+
+
+def batch_loss(
+    model: FastSLM,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    label_slots: int,
+    loss_chunk: int = 512,
+    dropout_rng: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """Runs the model on a batch and returns the sums of `label_loss`."""
+    with sharding.activations_on(mesh):
+        hidden = model.hidden(params, batch, dropout_rng)
+    head = params if mesh is None or mesh.size == 1 else _gather_head(model, params, mesh)
+    return label_loss(
+        lambda state: model.logits(head, state),
+        hidden,
+        batch["labels"],
+        batch["loss_mask"],
+        label_slots,
+        loss_chunk,
+    )
+
+
+def _gather_head(model: FastSLM, params: dict, mesh: Mesh) -> dict:
+    """Gathers the output embedding over fsdp once, instead of once per chunk of the loss."""
+    name = "embed_tokens" if model.llm.tied_embeddings else "lm_head"
+    gathered = jax.lax.with_sharding_constraint(
+        params["llm"][name], NamedSharding(mesh, PartitionSpec("tensor", None))
+    )
+    return {**params, "llm": {**params["llm"], name: gathered}}
+
+
+def label_loss(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    labels: jax.Array,
+    loss_mask: jax.Array,
+    label_slots: int,
+    chunk: int = 512,
+) -> dict[str, jax.Array]:
+    """Next-token cross-entropy in chunks: logits of all positions never exist at once.
+
+    Args:
+        logits_fn: hidden [..., d] → logits [..., v].
+        hidden: [rows, length, d].
+        labels, loss_mask: [rows, length].
+        label_slots: the maximum number of labels in a row (rows are packed within it).
+        chunk: labels of a row whose logits are computed at a time.
+
+    Returns:
+        Scalars: loss (sum of cross-entropies), labels (their number) and correct (labels that are
+        the most likely token).
+    """
+    chunk = min(chunk, label_slots)
+    slots = -(-label_slots // chunk) * chunk
+    positions = _label_positions(loss_mask, slots)
+    counts = jnp.sum(loss_mask > 0, axis=1)
+    weights = (jnp.arange(slots) < counts[:, None]).astype(jnp.float32)
+
+    @jax.checkpoint
+    def body(
+        sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        index, weight = xs  # [rows, chunk]
+        state = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
+        target = jnp.take_along_axis(labels, index, axis=1)
+        logits = logits_fn(state)
+        picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
+        losses = (jax.nn.logsumexp(logits, axis=-1) - picked) * weight
+        correct = (jnp.argmax(logits, axis=-1) == target) * weight
+        return (sums[0] + jnp.sum(losses), sums[1] + jnp.sum(correct)), None
+
+    def chunks(x: jax.Array) -> jax.Array:  # [rows, slots] → [chunks, rows, chunk]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk), 1, 0)
+
+    (loss, correct), _ = jax.lax.scan(
+        body, (jnp.float32(0), jnp.float32(0)), (chunks(positions), chunks(weights))
+    )
+    return {"loss": loss, "labels": jnp.sum(weights), "correct": correct}
+
+
+def _label_positions(loss_mask: jax.Array, slots: int) -> jax.Array:
+    """Positions of each row's labels, padded with 0: [rows, length] → [rows, slots]."""
+    return jax.vmap(lambda row: jnp.nonzero(row, size=slots, fill_value=0)[0])(loss_mask)

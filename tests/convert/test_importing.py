@@ -108,7 +108,7 @@ def test_an_imported_checkpoint_generates_the_same_tokens(convert, workdir, rele
         config = ConfigDict(checkpoints.meta(step)["config"])
         setup = experiment.build(config)
         mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-        params = experiment.restore_params(setup, config, checkpoints, step, mesh)
+        params = experiment.restore_params(setup, checkpoints, step, mesh)
         tree = unflatten_dict(params, sep="/")
         generator = Generator(setup.model, tree, setup.prompt_tokenizer())
         answers.append(generator.answer([Request(samples, max_new_tokens=24)])[0].token_ids)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is saved comes back, what does not fit is named, and a torn one is passed over."""
+"""Checkpoints on disk: round trips, which are kept, errors, damage, locks and resume warnings."""
 
 import json
 import shutil
@@ -9,15 +9,17 @@ import numpy as np
 import optax
 import pytest
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
-from fastslm_jax.training import checksums, optim
+from fastslm_jax.errors import UserError
+from fastslm_jax.training import checkpoint, checksums, optim
 from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
 
 BASES = {"whisper": "aaaa", "llm": "bbbb"}
 
 
 def state_at(step: int):
-    """Parameters and training state, all numbers of which depend on the step."""
+    """Parameters and training state; every number depends on the step."""
     params = {
         "hfq_former/out/kernel": step + jnp.arange(6.0).reshape(2, 3),
         "llm/layers/query/lora_b": jnp.full((2, 2, 4), step, jnp.bfloat16),
@@ -59,7 +61,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_what_is_saved_comes_back(checkpoints, tmp_path):
+def test_a_checkpoint_round_trips(checkpoints, tmp_path):
     assert checkpoints.restore_latest(*ABSTRACT) is None
     save(checkpoints, 10, 20)
     assert checkpoints.steps() == [10, 20]
@@ -81,54 +83,60 @@ def test_saving_a_step_twice_keeps_the_first(checkpoints):
     assert_same(checkpoints.restore(10, *ABSTRACT), state_at(10))
 
 
-def test_arrays_come_back_in_the_shardings_asked_for(checkpoints):
+def test_arrays_are_restored_in_the_requested_shardings(checkpoints):
     save(checkpoints, 10)
     mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     params, _ = ABSTRACT
-    asked = {
+    requested = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for path, leaf in params.items()
     }
-    restored = checkpoints.restore_params(10, asked)
+    restored = checkpoints.restore_params(10, requested)
     assert {leaf.sharding for leaf in restored.values()} == {sharding}
     assert_same(jax.device_get(restored), jax.device_get(state_at(10)[0]))
 
 
-# ----------------------------------------------------------------------------------------------------------- which are kept
+# ---------------------------------------------------------------------------------- which are kept
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
+def test_the_last_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1, 2, 3, 4, 5, scores={1: 50.0, 2: 20.0, 3: 30.0, 4: 40.0, 5: 45.0})
     assert checkpoints.steps() == [2, 4, 5]
     checkpoints.close()
 
 
-def test_checkpoints_without_scores_are_no_best(tmp_path):
+def test_without_scores_only_the_last_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1, 2, 3, 4)
     assert checkpoints.steps() == [3, 4]
     checkpoints.close()
 
 
-def test_scores_of_other_tasks_are_no_word_error_rate(tmp_path):
+@pytest.mark.parametrize(("metric", "kept"), [("cer", [1, 3]), ("chrf", [3])])
+def test_the_best_checkpoint_needs_an_error_rate(tmp_path, metric, kept):
+    """CER counts where there is no WER; scores of other tasks do not."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (1, 2, 3):
-        checkpoints.save(step, *state_at(step), {"row": 0, "bases": BASES}, {"chrf": 10.0 * step})
+        meta = {"row": 0, "bases": BASES}
+        checkpoints.save(step, *state_at(step), meta, {metric: 10.0 * step})
     checkpoints.wait()
-    assert checkpoints.steps() == [3]
+    assert checkpoints.steps() == kept
     checkpoints.close()
 
 
-# ---------------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------ errors
 
 
-def test_parameters_that_do_not_fit_are_named(checkpoints, tmp_path):
+def test_the_error_names_parameters_that_do_not_fit(checkpoints, tmp_path):
     save(checkpoints, 10)
     params, train = ABSTRACT
     other = params | {"hfq_former/out/kernel": jax.ShapeDtypeStruct((2, 5), jnp.float32)}
-    message = f"{tmp_path}/checkpoints/10: parameter hfq_former/out/kernel is (2, 3), this config's is (2, 5)"
+    message = (
+        f"{tmp_path}/checkpoints/10: parameter hfq_former/out/kernel is (2, 3), "
+        "this config's is (2, 5)"
+    )
     for restore in (
         lambda: checkpoints.restore(10, other, train),
         lambda: checkpoints.restore_latest(other, train),
@@ -144,59 +152,57 @@ def test_parameters_that_do_not_fit_are_named(checkpoints, tmp_path):
         )
     with pytest.raises(
         CheckpointError,
-        match="parameter llm/layers/query/lora_b has no place in this config's model",
+        match="parameter llm/layers/query/lora_b is not in this config's model",
     ):
         checkpoints.restore_params(10, {"hfq_former/out/kernel": params["hfq_former/out/kernel"]})
 
 
-def test_other_bases_are_named(checkpoints):
+def test_other_pretrained_weights_are_an_error(checkpoints):
     save(checkpoints, 10)
     checkpoints.check_bases(10, BASES)
     with pytest.raises(
         CheckpointError,
-        match=r"was trained on another llm base \(bbbb; config.base.llm is now cccc\)",
+        match=r"trained on other llm weights \(bbbb; config.base.llm has cccc\)",
     ):
         checkpoints.check_bases(10, BASES | {"llm": "cccc"})
 
 
-def test_a_folder_without_checkpoints_cannot_be_read(tmp_path):
+def test_reading_needs_a_folder_with_checkpoints(tmp_path):
     with pytest.raises(
-        CheckpointError, match="holds no checkpoints; train there first, or name another --workdir"
+        CheckpointError, match="no checkpoints; train there first, or use another --workdir"
     ):
         Checkpoints(tmp_path / "nothing", read_only=True)
 
 
 def cut_files(folder):
-    """Every file keeps its first half, as after a full disk."""
+    """Truncates every file to its first half, as a full disk does."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-TEARS = {
+DAMAGES = {
     "parameters gone": lambda folder: shutil.rmtree(folder / "params"),
     "parameters cut": lambda folder: cut_files(folder / "params"),
-    "optimiser state gone": lambda folder: shutil.rmtree(folder / "train"),
-    "optimiser state cut": lambda folder: cut_files(folder / "train"),
+    "optimizer state gone": lambda folder: shutil.rmtree(folder / "train"),
+    "optimizer state cut": lambda folder: cut_files(folder / "train"),
     "meta gone": lambda folder: (folder / "meta" / "metadata").unlink(),
     "meta cut": lambda folder: cut_files(folder / "meta"),
 }
 
 
-@pytest.mark.parametrize("tear", TEARS.values(), ids=TEARS)
-def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(tmp_path, damage):
     writer = Checkpoints(tmp_path)
     save(writer, 10, 20)
     writer.close()
-    tear(tmp_path / "checkpoints" / "20")
+    damage(tmp_path / "checkpoints" / "20")
     checkpoints = Checkpoints(tmp_path)
     step, params, train, meta = checkpoints.restore_latest(*ABSTRACT)
     assert (step, meta["row"]) == (10, 40)
     assert_same((params, train), state_at(10))
 
-    assert checkpoints.steps() == [
-        10
-    ]  # the torn one is set aside: its step is run, and saved, again
+    assert checkpoints.steps() == [10]
     assert (tmp_path / "checkpoints" / "20.torn").is_dir()
     save(checkpoints, 15, 20)
     assert checkpoints.steps()[-2:] == [15, 20]
@@ -204,7 +210,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
     checkpoints.close()
 
 
-def test_all_torn_is_an_error(tmp_path):
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
     writer = Checkpoints(tmp_path)
     save(writer, 10, 20)
     writer.close()
@@ -212,14 +218,15 @@ def test_all_torn_is_an_error(tmp_path):
         cut_files(tmp_path / "checkpoints" / str(step) / "params")
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint can be read .*20: .*remove the folder to start anew"
+        CheckpointError,
+        match=r"all checkpoints are unreadable .*20: .*remove the folder to start over",
     ):
         checkpoints.restore_latest(*ABSTRACT)
     checkpoints.close()
 
 
-def test_an_unfinished_checkpoint_is_none(tmp_path):
-    """A kill leaves a folder with a temporary name: it is not listed and does not hinder the next save."""
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
+    """A kill during a save leaves a folder with a temporary name."""
     writer = Checkpoints(tmp_path)
     save(writer, 10)
     writer.close()
@@ -233,7 +240,7 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
     checkpoints.close()
 
 
-def test_meta_is_json_that_people_can_read(checkpoints, tmp_path):
+def test_meta_is_readable_json(checkpoints, tmp_path):
     save(checkpoints, 10)
     meta = json.loads((tmp_path / "checkpoints" / "10" / "meta" / "metadata").read_text())
     checksums, crc32 = meta.pop("checksums"), meta.pop("crc32")
@@ -243,23 +250,11 @@ def test_meta_is_json_that_people_can_read(checkpoints, tmp_path):
     assert isinstance(crc32, int)
 
 
-def test_checkpoints_without_checksums_are_read_too(checkpoints, tmp_path):
-    save(checkpoints, 10)
-    file = tmp_path / "checkpoints" / "10" / "meta" / "metadata"
-    meta = {
-        name: value
-        for name, value in json.loads(file.read_text()).items()
-        if name not in ("checksums", "crc32")
-    }
-    file.write_text(json.dumps(meta))
-    assert_same(checkpoints.restore(10, *ABSTRACT), state_at(10))
-
-
-# ------------------------------------------------------------------------------------------------- damage that stays readable
+# --------------------------------------------------------------------------------- readable damage
 
 
 def rewrite(checkpoints, tmp_path, change):
-    """The files of step 20 as another run would have written them: whole in every respect, but not what was saved."""
+    """Replaces the files of step 20 by intact files with other content."""
     params, train = state_at(20)
     change(params, train)
     other = Checkpoints(tmp_path / "other")
@@ -276,13 +271,13 @@ def rewrite(checkpoints, tmp_path, change):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("params", "params llm/layers/query/lora_b is not what was saved"),
-        ("train", "train step is not what was saved"),
+        ("params", "params llm/layers/query/lora_b does not match its checksum"),
+        ("train", "train step does not match its checksum"),
     ],
 )
-def test_a_changed_number_is_noticed(checkpoints, tmp_path, monkeypatch, item, message):
-    said = []
-    monkeypatch.setattr(absl_logging, "error", lambda text, *values: said.append(text % values))
+def test_a_changed_number_is_detected(checkpoints, tmp_path, monkeypatch, item, message):
+    messages = []
+    monkeypatch.setattr(absl_logging, "error", lambda text, *values: messages.append(text % values))
     save(checkpoints, 10, 20)
 
     def change(params, train):
@@ -296,20 +291,20 @@ def test_a_changed_number_is_noticed(checkpoints, tmp_path, monkeypatch, item, m
     step, params, train, meta = checkpoints.restore_latest(*ABSTRACT)
     assert (step, meta["row"]) == (10, 40)
     assert_same((params, train), state_at(10))
-    assert said == [
-        f"checkpoint {tmp_path}/checkpoints/20 cannot be read, trying the one before: {tmp_path}/checkpoints/20: {message} "
-        "(1 such): the file is damaged"
+    assert messages == [
+        f"checkpoint {tmp_path}/checkpoints/20 is unreadable, trying the previous one: "
+        f"{tmp_path}/checkpoints/20: {message} (1 such arrays): the file is damaged"
     ]
 
 
-def test_a_changed_meta_is_noticed(checkpoints, tmp_path):
+def test_a_changed_meta_is_detected(checkpoints, tmp_path):
     save(checkpoints, 10, 20)
     file = tmp_path / "checkpoints" / "20" / "meta" / "metadata"
     file.write_text(file.read_text().replace('"row": 80', '"row": 90'))
     assert checkpoints.restore_latest(*ABSTRACT)[0] == 10
 
 
-def test_checksums_are_the_same_on_any_mesh():
+def test_checksums_do_not_depend_on_the_mesh():
     leaf = jax.random.normal(jax.random.key(0), (4, 6)).astype(jnp.bfloat16)
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     spread = jax.device_put(
@@ -321,3 +316,43 @@ def test_checksums_are_the_same_on_any_mesh():
     assert checksums.checksums({"x": leaf}) == {"x": f"bfloat16:{expected}"}
     assert checksums.changed({"x": leaf.T.reshape(4, 6)}, {"x": f"bfloat16:{expected}"}) == ["x"]
     assert checksums.changed({"x": leaf.astype(jnp.float32)}, {"x": f"bfloat16:{expected}"}) == []
+
+
+# --------------------------------------------------------------------------------- lock and resume
+
+
+def test_a_working_directory_is_locked(tmp_path):
+    file = checkpoint.lock(tmp_path / "run")
+    with pytest.raises(UserError, match=f"{tmp_path}/run: another process is training there"):
+        checkpoint.lock(tmp_path / "run")
+    file.close()
+    checkpoint.lock(tmp_path / "run").close()
+
+
+def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
+    messages = []
+    monkeypatch.setattr(
+        absl_logging, "warning", lambda text, *values: messages.append(text % values)
+    )
+    before = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 0.1}, "gone": 1}
+    now = ConfigDict(
+        {
+            "steps": 10,
+            "log_every": 1,
+            "optimizer": {"learning_rate": 0.2},
+            "mesh": {"data": 8},
+            "seed": 3,
+        }
+    )
+    checkpoint.warn_of_changes(
+        {"config": before, "data": {"asr": "aaaa", "ast": "bbbb"}},
+        now,
+        {"asr": "aaaa", "ast": "cccc", "new": "d"},
+    )
+    assert messages == [
+        "config.gone was 1 before the resume and is now None",
+        "config.optimizer.learning_rate was 0.1 before the resume and is now 0.2",
+        "config.seed was None before the resume and is now 3",
+        "config.data.train.ast: the manifest has changed since the checkpoint was saved, so the "
+        "rows from here on differ",
+    ]

@@ -1,4 +1,4 @@
-"""What trains, at which rate, and that both optimisers take the step they should."""
+"""The table of trainable parameters, the learning rate, and one step of both optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from fastslm_jax import config as config_lib
 from fastslm_jax.errors import UserError
 from fastslm_jax.training import optim
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------- trainable parameters
 
 
 def test_the_first_match_decides():
@@ -25,7 +25,8 @@ def test_the_first_match_decides():
     [
         (
             [(r"a/.*", True)],
-            r"parameter b/kernel matches no pattern of config.trainable; add one, .* \('b/kernel', False\)",
+            r"parameter b/kernel matches no pattern of config.trainable; add one, .* "
+            r"\('b/kernel', False\)",
         ),
         (
             [(r"a", True), (r"[ab]/.*", True)],
@@ -38,7 +39,7 @@ def test_the_first_match_decides():
         ([(r".*", False)], "config.trainable trains nothing"),
     ],
 )
-def test_a_table_that_does_not_fit_is_an_error(table, message):
+def test_a_table_that_does_not_fit_the_model_is_an_error(table, message):
     with pytest.raises(optim.TrainableError, match=message):
         optim.trainable_mask(["a/kernel", "b/kernel"], table)
 
@@ -68,7 +69,7 @@ def test_split_and_merge_are_inverse(params):
     assert optim.count({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}) == 10
 
 
-# -------------------------------------------------------------------------------------------------------------- the rate
+# ----------------------------------------------------------------------------------- learning rate
 
 
 @pytest.mark.parametrize(
@@ -86,18 +87,18 @@ def test_schedules(name, rates):
     )
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
+def test_without_warmup_the_first_step_has_the_peak():
     assert optim.schedule("linear", 1.0, steps=10, warmup_steps=0)(0) == 1.0
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="schedule 'step' is not one of cosine, linear, constant"):
+def test_unknown_names_are_errors():
+    with pytest.raises(UserError, match="schedule='step' is not one of cosine, linear, constant"):
         optim.schedule("step", 1.0, 10, 1)
-    with pytest.raises(UserError, match="optimizer 'sgd' is not one of adamw, muon"):
+    with pytest.raises(UserError, match=r"optimizer\.name='sgd' is not one of adamw, muon"):
         optim.make_optimizer("sgd", optax.constant_schedule(1.0))
 
 
-# --------------------------------------------------------------------------------------------------------- the optimiser
+# --------------------------------------------------------------------------------------- optimizer
 
 
 def one_step(optimizer, leaves, gradients):
@@ -105,7 +106,7 @@ def one_step(optimizer, leaves, gradients):
     return updates
 
 
-def test_adamw_takes_a_step_of_the_rate_and_decays_matrices():
+def test_adamw_steps_by_the_learning_rate_and_decays_matrices():
     leaves = {"a/kernel": jnp.full((2, 2), 10.0), "a/bias": jnp.full(2, 10.0)}
     gradients = {
         "a/kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]]),
@@ -113,18 +114,16 @@ def test_adamw_takes_a_step_of_the_rate_and_decays_matrices():
     }
     optimizer = optim.make_optimizer("adamw", optax.constant_schedule(0.01), weight_decay=0.1)
     updates = one_step(optimizer, leaves, gradients)
-    # Adam's first step has the sign of the gradient; decay takes rate · 0.1 · 10 off the matrix only.
+    # Adam's first step is rate · sign(gradient); decay subtracts rate · 0.1 · 10, matrices only.
     np.testing.assert_allclose(updates["a/kernel"], [[-0.02, 0.0], [-0.02, 0.0]], atol=1e-5)
     np.testing.assert_allclose(updates["a/bias"], [-0.01, 0.01], atol=1e-5)
 
 
-def test_muon_makes_matrix_steps_orthogonal_and_leaves_the_rest_to_adam():
+def test_muon_steps_matrices_orthogonally_and_leaves_the_rest_to_adam():
     rng = np.random.default_rng(0)
     leaves = {
         "hfq_former/out/kernel": jnp.zeros((32, 8)),
-        "llm/layers/query/lora_a": jnp.zeros(
-            (3, 32, 8)
-        ),  # stacked: each layer is a matrix of its own
+        "llm/layers/query/lora_a": jnp.zeros((3, 32, 8)),  # three stacked layers: three matrices
         "hfq_former/query": jnp.zeros((4, 8)),
         "hfq_former/out/bias": jnp.zeros(8),
     }
@@ -137,18 +136,17 @@ def test_muon_makes_matrix_steps_orthogonal_and_leaves_the_rest_to_adam():
     updates = one_step(optimizer, leaves, gradients)
     for step in (updates["hfq_former/out/kernel"], *updates["llm/layers/query/lora_a"]):
         values = np.linalg.svd(np.asarray(step) / 0.1, compute_uv=False)
-        np.testing.assert_allclose(
-            values, 1.0, atol=0.35
-        )  # as near as Newton–Schulz brings singular values
+        # Newton–Schulz iterations bring singular values only near 1.
+        np.testing.assert_allclose(values, 1.0, atol=0.35)
     for path in ("hfq_former/query", "hfq_former/out/bias"):
-        # Adam's first step has the sign of the gradient; Nesterov momentum looks one step ahead.
+        # Adam's first step is rate · sign(gradient), times the look-ahead of Nesterov momentum.
         ahead = 1 + 0.9 * (1 - 0.9) / (1 - 0.9**2)
         np.testing.assert_allclose(
             updates[path], -0.05 * ahead * np.sign(gradients[path]), atol=1e-3
         )
 
 
-def test_muon_reads_convolutions_as_matrices_of_taps_and_inputs():
+def test_muon_treats_a_convolution_as_a_matrix_of_taps_and_inputs():
     kernel = jnp.zeros((3, 16, 12))
     gradient = {
         "hfq_former/downsampler_1/conv1/kernel": jax.random.normal(jax.random.key(0), kernel.shape)
@@ -171,7 +169,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(moments[0], [0.06, 0.08], rtol=1e-5)  # (1 − b1) · gradient / 50
 
 
-def test_parameters_have_learning_rate_ratios_by_pattern():
+def test_learning_rate_ratios_scale_updates_by_pattern():
     leaves = {
         "llm/layers/query/lora_a": jnp.zeros((1, 8, 4)),
         "hfq_former/out/kernel": jnp.zeros((8, 4)),
@@ -179,7 +177,7 @@ def test_parameters_have_learning_rate_ratios_by_pattern():
     gradients = {
         path: jax.random.normal(jax.random.key(1), leaf.shape) for path, leaf in leaves.items()
     }
-    alike, scaled = (
+    unscaled, scaled = (
         one_step(
             optim.make_optimizer(
                 "muon", optax.constant_schedule(0.1), learning_rate_ratios=[("llm/.*", ratio)]
@@ -191,10 +189,12 @@ def test_parameters_have_learning_rate_ratios_by_pattern():
     )
     np.testing.assert_allclose(
         scaled["llm/layers/query/lora_a"],
-        0.25 * np.asarray(alike["llm/layers/query/lora_a"]),
+        0.25 * np.asarray(unscaled["llm/layers/query/lora_a"]),
         rtol=1e-6,
     )
-    np.testing.assert_array_equal(scaled["hfq_former/out/kernel"], alike["hfq_former/out/kernel"])
+    np.testing.assert_array_equal(
+        scaled["hfq_former/out/kernel"], unscaled["hfq_former/out/kernel"]
+    )
 
 
 def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
@@ -202,7 +202,7 @@ def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
     table = [("hfq_former/.*", 0.5), ("hfq_former/out/.*", 0.1)]  # the first decides both
     with pytest.raises(
         optim.TrainableError,
-        match=r"'hfq_former/out/\.\*' of config.optimizer.learning_rate_ratios decides nothing",
+        match=r"'hfq_former/out/\.\*' of config.optimizer.learning_rate_ratios decides no trained",
     ):
         one_step(
             optim.make_optimizer("adamw", optax.constant_schedule(0.1), learning_rate_ratios=table),

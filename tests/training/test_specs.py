@@ -1,0 +1,87 @@
+"""Specs of a train step: donation, the memory check, and the full-size stages by shape."""
+
+import importlib
+
+import jax
+import pytest
+import tiny_experiment
+
+from fastslm_jax import audio, memory, sharding
+from fastslm_jax.errors import UserError
+from fastslm_jax.plan import published_configs
+from fastslm_jax.training import experiment, specs
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "experiment"
+    tiny_experiment.write(folder)
+    return tiny_experiment.get_config(str(folder))
+
+
+def build(config, devices: int) -> specs.StepSpecs:
+    config.global_batch_size = devices
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    return specs.build(experiment.build(config, weights=False, mesh=mesh), mesh)
+
+
+def test_the_state_is_donated(config):
+    """The new state reuses the memory of the old one."""
+    built = build(config, 1)
+    step = jax.jit(
+        built.train_step,
+        in_shardings=built.in_shardings,
+        out_shardings=built.out_shardings,
+        donate_argnums=0,
+    )
+    compiled = step.lower(built.state, built.frozen, built.batch).compile()
+    state = memory.bytes_per_device((built.state.trained, built.state.opt_state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= state > 0
+
+
+def test_optimizer_state_is_sharded_like_its_parameter(config):
+    config.mesh.update({"data": 1, "fsdp": 2})
+    built = build(config, 2)
+    config.mesh.update({"data": -1, "fsdp": 1})
+    path = "llm/layers/query/lora_a"
+    expected = built.params[path].sharding
+    leaves = jax.tree.leaves(built.state.opt_state, is_leaf=is_flat)
+    moments = [leaf[path] for leaf in leaves if is_flat(leaf)]
+    assert expected.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
+    assert [leaf.sharding for leaf in moments] == [expected, expected]
+    assert built.state.step.sharding.is_fully_replicated
+
+
+def is_flat(leaf) -> bool:
+    return isinstance(leaf, dict)
+
+
+def test_the_error_names_a_mesh_that_would_fit(config):
+    built = build(config, 2)
+    assert dict(built.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    needed = sum(specs.memory_parts(built).values())
+    advice = r"config.mesh {'data': 1, 'fsdp': 2, 'tensor': 1} would need 0.00 GiB"
+    with pytest.raises(UserError, match=advice):
+        specs.check_capacity(built, needed - 1)
+    advice = "no mesh of these devices fits: use more devices, or fewer rows or labels$"
+    with pytest.raises(UserError, match=advice):
+        specs.check_capacity(built, needed // 100)
+
+
+@pytest.mark.parametrize("stage", ["stage1_shortform", "stage2_longform", "stage3_instruct"])
+def test_the_full_size_stages_build_by_shape(stage, tmp_path):
+    """Rows, mesh (of eight devices here), trainable patterns and parameters fit each other."""
+    config = importlib.import_module(f"configs.{stage}").get_config()
+    for base in ("whisper", "llm"):
+        config.base[base] = published_configs.local(config.base[base], tmp_path)
+    config.mesh.fsdp = 8
+    mesh = sharding.make_mesh(**config.mesh)
+    built = specs.build(experiment.build(config, weights=False, mesh=mesh), mesh)
+    trained = {path.split("/")[0]: 0 for path in built.trained}
+    for path, leaf in built.trained.items():
+        trained[path.split("/")[0]] += leaf.size
+    lora = 36 * 16 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
+    assert trained["llm"] == lora == 33_030_144
+    assert 55e6 < trained["hfq_former"] < 57e6
+    assert set(trained) == {"hfq_former", "llm"}
+    assert built.batch["audio"].shape == (64, config.data.row.windows, 480_000 + 2 * audio.CONTEXT)
