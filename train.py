@@ -150,7 +150,9 @@ def main(_: Sequence[str]) -> None:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
-    batches = loader.ahead(batches, functools.partial(sharding.shard_batch, mesh=mesh))
+    batches = loader.prefetch_to_devices(
+        batches, functools.partial(sharding.shard_batch, mesh=mesh)
+    )
     for step in range(first_step, config.steps + 1):
         is_last = step == config.steps
         with log.timer.waiting():
@@ -196,18 +198,21 @@ def train_items(state: TrainState) -> dict:
 # ---------------------------------------------------------------------------------- dev evaluation
 
 
-def dev_sets(data: ConfigDict) -> dict[tuple[str, str], list[Utterance]]:
-    """{(task, language): utterances} of config.data.dev, at most dev_utterances of each group."""
+def dev_sets(data: ConfigDict) -> dict[str, list[Utterance]]:
+    """{label: utterances} of config.data.dev, at most dev_utterances of each task and language.
+
+    Labels are "asr", or "asr-ko" if a task has several languages (see `predict.groups`).
+    """
     groups = {}
     if data.dev:
         for task in data.dev_tasks:
             groups |= predict.by_task(read_manifest(data.dev, (task,)))
-    return {group: utterances[: data.dev_utterances] for group, utterances in groups.items()}
+    return {label: utterances[: data.dev_utterances] for label, utterances in groups.items()}
 
 
 def evaluate(
     generator: Generator,
-    dev: Mapping[tuple[str, str], Sequence[Utterance]],
+    dev: Mapping[str, Sequence[Utterance]],
     writer: metric_writers.MetricWriter,
     step: int,
     batch_size: int,
@@ -217,20 +222,18 @@ def evaluate(
     Returns:
         {metric: mean over the languages that are scored by it}.
     """
-    languages = collections.Counter(task for task, _ in dev)
     values, by_language = collections.defaultdict(list), {}
-    for (task, lang), utterances in dev.items():
-        predictions = predict.predict(generator, utterances, batch_size=batch_size)
-        metric = metrics.main_metric(task, lang)
+    for label, utterances in dev.items():
+        task, _, lang = label.partition("-")
+        predictions = predict.predictions(generator, utterances, batch_size=batch_size)
+        metric = metrics.main_metric(task, utterances[0].lang)
         values[metric].append(predict.summarize(predictions)[metric])
-        suffix = ""
-        if languages[task] > 1:
-            suffix = f"-{lang}"
+        if lang:
             by_language[f"dev/{metric}-{lang}"] = values[metric][-1]
         examples = "\n\n".join(
             f"reference: {p['reference']}\n\nhypothesis: {p['hypothesis']}" for p in predictions[:5]
         )
-        writer.write_texts(step, {f"dev/{task}{suffix}": examples})
+        writer.write_texts(step, {f"dev/{label}": examples})
     scores = {metric: sum(parts) / len(parts) for metric, parts in values.items()}
     means = {f"dev/{metric}": value for metric, value in scores.items()}
     writer.write_scalars(step, means | by_language)

@@ -86,7 +86,7 @@ def test_json_of_a_folder(answered, folder):
         assert all(s["end"] - s["start"] <= 10 for s in segments)
 
 
-def test_text_has_names_when_there_are_several(answered, folder):
+def test_text_of_several_files_has_their_names(answered, folder):
     one = answered(folder / "short.flac")
     lines = answered(folder / "short.flac", folder / "stereo.wav").splitlines()
     assert [line.split("\t")[0] for line in lines] == [
@@ -96,7 +96,7 @@ def test_text_has_names_when_there_are_several(answered, folder):
     assert lines[0].split("\t")[1] == one.rstrip("\n")
 
 
-def test_streamed_text_is_the_text(answered, folder):
+def test_streamed_text_equals_the_text(answered, folder):
     file = folder / "stereo.wav"
     assert answered(file, "--stream", "--max_new_tokens=20") == answered(
         file, "--nostream", "--max_new_tokens=20"
@@ -112,7 +112,7 @@ def test_standard_input(answered, folder, monkeypatch):
     assert (record["file"], record["seconds"]) == ("-", 2.2)
 
 
-def test_files_of_answers(answered, folder, tmp_path):
+def test_output_files(answered, folder, tmp_path):
     assert (
         answered(
             folder / "stereo.wav",

@@ -1,4 +1,4 @@
-"""The judge, against a local endpoint that speaks the protocol."""
+"""The judge, against a local endpoint with the same protocol."""
 
 import http.server
 import json
@@ -15,7 +15,7 @@ PREDICTIONS = [
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Rates 5 if the answer's last word is the reference's, else 2; fails first as often as told."""
+    """Rates 5 if the last words of answer and reference agree, else 2; fails the first calls."""
 
     failures, asked, said = 0, [], None
 
@@ -66,7 +66,7 @@ def test_ratings_are_averaged(endpoint):
     assert len(Endpoint.asked) == 4
 
 
-def test_no_rating_or_no_endpoint_is_named(endpoint):
+def test_missing_ratings_and_endpoints_are_errors(endpoint):
     Endpoint.said = "no idea"
     with pytest.raises(
         JudgeError, match="some-model responded without a rating from 1 to 5: 'no idea'"

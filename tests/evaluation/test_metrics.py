@@ -6,7 +6,7 @@ from fastslm_jax.evaluation import metrics
 
 
 def test_word_and_character_errors():
-    """sat → sit is a substitution, the second "the" a deletion: 2 of 6 words; 1 + 4 (with its space) of 22 characters."""
+    """sat → sit and a missing "the": 2 of 6 words, 1 + 4 (with a space) of 22 characters."""
     scores = metrics.asr(["the cat sat on the mat"], ["the cat sit on mat"])
     assert scores["wer"] == pytest.approx(100 * 2 / 6)
     assert scores["cer"] == pytest.approx(100 * 5 / 22)
@@ -24,12 +24,12 @@ def test_errors_are_pooled_over_the_corpus():
     assert metrics.asr(["yes", right], ["no", right])["wer"] == pytest.approx(10.0)
 
 
-def test_insertions_can_pass_a_hundred_percent():
+def test_insertions_can_exceed_100_percent():
     assert metrics.asr(["yes"], ["yes yes yes"])["wer"] == pytest.approx(200.0)
 
 
-def test_english_is_normalised():
-    """Case, punctuation, spelling, contractions, numbers and hesitations are no errors."""
+def test_english_is_normalized():
+    """Case, punctuation, spelling, contractions, numbers and hesitations are not errors."""
     references = [
         "Mr. O'Neill won't travel.",
         "The COLOUR is grey!",
@@ -55,7 +55,7 @@ def test_silence_in_reference_or_hypothesis():
 
 
 def test_chrf():
-    """abc against abd: 2 of 3 characters, 1 of 2 pairs, 0 of 1 triples, nothing longer: (2/3 + 1/2 + 0) / 3."""
+    """abc against abd: 2 of 3 characters, 1 of 2 pairs, 0 of 1 triples: (2/3 + 1/2 + 0) / 3."""
     assert metrics.ast(["abc"], ["abd"])["chrf"] == pytest.approx(100 * 7 / 18)
     same = metrics.ast(["사과 두 개를 주세요"], ["사과 두 개를 주세요"])
     assert (same["chrf"], same["chrf_pp"], same["bleu"]) == pytest.approx((100.0, 100.0, 100.0))
@@ -63,7 +63,7 @@ def test_chrf():
 
 
 def test_bleu_of_korean_counts_characters():
-    """One of eight syllables differs; words as a whole would share no four-gram at all."""
+    """One of eight syllables differs; whole words would share no four-gram."""
     scores = metrics.ast(["가나다라 마바사아"], ["가나다라 마바사자"])
     assert scores["bleu"] == pytest.approx(100 * (7 / 8 * 6 / 7 * 5 / 6 * 4 / 5) ** 0.25)
 
@@ -124,7 +124,7 @@ def test_signatures_name_the_tokenizer_of_the_language():
 
 
 def test_chrf_pp_counts_words_too():
-    """abc against abd: as chrF, and no word of one shared: (2/3 + 1/2 + 0 + 0) / 4."""
+    """abc against abd: as chrF, and no shared word: (2/3 + 1/2 + 0 + 0) / 4."""
     assert metrics.ast(["abc"], ["abd"])["chrf_pp"] == pytest.approx(100 * (7 / 6) / 4)
 
 
@@ -137,7 +137,7 @@ def test_chrf_pp_counts_words_too():
         ("en", "It's 2", "it is 2"),
     ],
 )
-def test_scripts_and_diacritics_survive_normalisation(lang, text, kept):
+def test_scripts_and_diacritics_survive_normalization(lang, text, kept):
     assert metrics.normalize(text, lang) == kept
 
 
@@ -149,7 +149,7 @@ def test_chinese_errors_are_characters():
 @pytest.mark.parametrize(
     ("task", "lang", "first"), [("asr", "en", "wer"), ("asr", "ko", "cer"), ("ast", "ko", "chrf")]
 )
-def test_the_first_score_of_a_table(task, lang, first):
+def test_main_metric(task, lang, first):
     assert metrics.main_metric(task, lang) == first
 
 
@@ -182,7 +182,7 @@ def test_accuracy_where_references_are_options():
 
 
 def test_bootstrap_interval_of_a_rate():
-    """200 utterances of 5 words, half of them with one error: 10 % with a standard error of 0.71 points."""
+    """200 utterances of 5 words, half with one error: 10 %, standard error 0.71 points."""
     right, wrong = "a b c d e", "a b c d f"
     scores = metrics.asr([right] * 200, [right, wrong] * 100, "de", intervals=True)
     low, high = scores["intervals"]["wer"]

@@ -131,8 +131,13 @@ def prediction(**fields):
 def test_summary():
     cut = prediction(hypothesis="ten", stop_reason="budget")
     assert predict.summarize([prediction(), cut]) == {
-        "em": 50.0, "f1": 50.0, "utterances": 2, "audio_seconds": 2.5, "out_of_budget": 1, "loop_rate": 0.0,
-    }  # fmt: skip
+        "em": 50.0,
+        "f1": 50.0,
+        "utterances": 2,
+        "audio_seconds": 2.5,
+        "out_of_budget": 1,
+        "loop_rate": 0.0,
+    }
 
 
 def test_summary_of_what_was_measured():
@@ -153,6 +158,8 @@ def test_wer_by_duration():
     ]
     found = predict.wer_by_duration(predictions)
     assert [(b["from"], b["to"], b["utterances"], b["wer"]) for b in found] == [
-        (0, 5, 2, 25.0), (30, 60, 1, 50.0), (7200, None, 1, 0.0),
-    ]  # fmt: skip
+        (0, 5, 2, 25.0),
+        (30, 60, 1, 50.0),
+        (7200, None, 1, 0.0),
+    ]
     assert predict.summarize(predictions, intervals=True)["wer_by_duration"] == found

@@ -13,10 +13,13 @@ from fastslm_jax.evaluation import results
 
 ROOT = pathlib.Path(__file__).parents[2]
 HAND_CHECKED = ROOT / "tests/evaluation/predictions/hand_checked.jsonl"
-# Counted on paper. English: 1 substitution and 1 deletion of 6 + 6 words (an apostrophe parts a name), 5 of 22 + 30 characters.
-# Korean: 1 of 2 + 3 words, 1 syllable of 8 + 6 characters. BLEU of 8 syllables, the last wrong: (7/8 · 6/7 · 5/6 · 4/5)^(1/4).
-# chrF: the mean of 7/8, 6/7, 5/6, 4/5, 3/4, 2/3; chrF++ with 1/2 and 0 for words and their pairs. ROUGE: the means of (2/3, 1),
-# (1/2, 0), (2/3, 1/4). Answers: two of three are equal, the third shares one word of one and two.
+# Computed by hand.
+# English: 1 substitution and 1 deletion of 6 + 6 words (an apostrophe splits a name), 5 of 22 + 30
+# characters. Korean: 1 of 2 + 3 words, 1 syllable of 8 + 6 characters.
+# BLEU of 8 syllables, the last wrong: (7/8 · 6/7 · 5/6 · 4/5)^(1/4).
+# chrF: the mean of 7/8, 6/7, 5/6, 4/5, 3/4, 2/3; chrF++ adds 1/2 and 0 for words and word pairs.
+# ROUGE: the means of (2/3, 1), (1/2, 0), (2/3, 1/4).
+# Answers: two of three are equal, the third shares one word of one and two.
 EXPECTED = {
     "asr-en": {
         "wer": 16.6667,

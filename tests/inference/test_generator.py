@@ -41,7 +41,7 @@ def answers(generator):
 
 
 def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answers):
-    """No cache: every token takes a forward pass over all before it, and the best one is appended."""
+    """Greedy decoding without a cache, by one full forward pass per token."""
     length = 160
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answer
         assert len(set(expected)) > 3
 
 
-def test_answers_say_how_they_came_about(answers, encoder):
+def test_answers_report_windows_tokens_and_stop_reason(answers, encoder):
     assert [answer.windows for answer in answers] == [1, 3, 1]
     assert [answer.speech_tokens for answer in answers] == [3, 9, 3]
     for answer, request in zip(answers, REQUESTS, strict=True):
@@ -94,7 +94,7 @@ def test_padding_rows_of_a_batch_change_nothing(generator, answers):
 
 
 def test_an_answer_ends_with_its_end_token(generator, answers):
-    """A token that comes up inside the first answer, declared the end: it and all behind it are cut."""
+    """Declares a token of the first answer the end token: the answer stops before it."""
     ids = answers[0].token_ids
     place = next(i for i in range(1, len(ids)) if ids[i] not in ids[:i])
     ending = Generator(
@@ -107,7 +107,7 @@ def test_an_answer_ends_with_its_end_token(generator, answers):
 
 @dataclasses.dataclass
 class EndsWith:
-    """A prompt encoder with another end token."""
+    """A prompt tokenizer with another end token."""
 
     encoder: object
     end_id: int
@@ -135,12 +135,9 @@ def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, e
     assert Generator(model, doubled, encoder).answer([request]) == [answer]
 
 
-# ------------------------------------------------------------------------------------------- against other ways of the same
-
-
 @pytest.fixture(scope="module")
 def theirs(model, params):
-    """theirs(merged) → `transformers`' Qwen3 with our weights, with LoRA added into them or without it."""
+    """theirs(merged) → Qwen3 of `transformers` with our weights, with or without LoRA merged."""
     torch = pytest.importorskip("torch")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -155,10 +152,16 @@ def theirs(model, params):
             )
             weights[path] = weights[path] + llm.lora.scale * a @ b
         config = Qwen3Config(
-            vocab_size=llm.vocab_size, hidden_size=llm.width, intermediate_size=llm.mlp_dim, num_hidden_layers=llm.num_layers,
-            num_attention_heads=llm.num_heads, num_key_value_heads=llm.num_kv_heads, head_dim=llm.head_dim,
-            rope_parameters={"rope_type": "default", "rope_theta": llm.rope.theta}, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=llm.vocab_size,
+            hidden_size=llm.width,
+            intermediate_size=llm.mlp_dim,
+            num_hidden_layers=llm.num_layers,
+            num_attention_heads=llm.num_heads,
+            num_key_value_heads=llm.num_kv_heads,
+            head_dim=llm.head_dim,
+            rope_parameters={"rope_type": "default", "rope_theta": llm.rope.theta},
+            tie_word_embeddings=True,
+        )
         theirs = Qwen3ForCausalLM(config).eval()
         tensors = {
             tensor.key: torch.from_numpy(np.array(tensor.read()))
@@ -179,9 +182,13 @@ def generate(theirs, encoder, request, repetition_penalty=1.0, **inputs):
     inputs = {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
     with torch.no_grad():
         new = theirs.generate(
-            **inputs, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=encoder.end_id, pad_token_id=0,
+            **inputs,
+            do_sample=False,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=encoder.end_id,
+            pad_token_id=0,
             repetition_penalty=repetition_penalty,
-        )[0]  # fmt: skip
+        )[0]
     new = new[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else new
     return [int(token) for token in new if token != encoder.end_id]
 
@@ -208,7 +215,7 @@ def test_answers_with_audio_are_those_of_transformers(theirs, generator, answers
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_answers_without_audio_are_those_of_transformers(theirs, model, params, encoder, penalty):
-    """A batch of mixed lengths, the longest prompt in several chunks; the penalty counts the prompt's tokens, as theirs does."""
+    """Mixed lengths, the longest in several chunks; the penalty includes the prompt, as there."""
     base = theirs(merged=False)
     generator = Generator(
         model,
@@ -226,7 +233,7 @@ def test_answers_without_audio_are_those_of_transformers(theirs, model, params, 
 
 
 def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
-    """LoRA's parameters are there, and its gate is zero: logits as of a model that has none."""
+    """With LoRA gated off, logits equal those of a model without LoRA bit by bit."""
     leaves = flatten_dict(params["llm"], sep="/")
     base = unflatten_dict(
         {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
@@ -258,7 +265,7 @@ def long_prompt(model):
 
 
 def next_logits(generator, prompt, chunks):
-    """Logits behind a prompt that enters the cache in the generator's chunks, or in others."""
+    """Logits after a prompt that is prefilled in the default chunks (None) or in given ones."""
     model, params = generator.model, generator.params
     batch = batching.ContinuousBatch(
         model,
@@ -295,7 +302,7 @@ def last_logits(model, params, cache, token):
 
 @pytest.fixture(scope="module")
 def whole_logits(model, params, long_prompt):
-    """Of one forward pass without a cache."""
+    """Logits of one forward pass without a cache."""
     embeddings = np.array(np.asarray(params["llm"]["embed_tokens"])[long_prompt.tokens])
     embeddings[550:640] = long_prompt.speech
 
@@ -307,7 +314,7 @@ def whole_logits(model, params, long_prompt):
     return np.asarray(run(embeddings[None]))
 
 
-def test_prefill_in_chunks_is_prefill_as_a_whole(generator, long_prompt, whole_logits):
+def test_prefill_in_chunks_equals_prefill_as_a_whole(generator, long_prompt, whole_logits):
     scale = np.abs(whole_logits).max()
     assert (
         np.abs(next_logits(generator, long_prompt, [LONG - 1]) - whole_logits).max() < 1e-5 * scale
@@ -327,9 +334,6 @@ def test_an_int8_cache_changes_logits_by_less_than_a_hundredth(
     assert generator.capacity.cache_bytes(1, 1024) == 2 * 2 * 1024 * 2 * (16 + 4)
 
 
-# ----------------------------------------------------------------------------------------------- many requests, few programs
-
-
 def test_rows_that_are_done_take_the_next_request(generator):
     requests = [Request(noise(0.5 + 0.3 * i, i), "asr", "write", 3 + 5 * (i % 4)) for i in range(9)]
     together = generator.answer(requests, batch_size=2)
@@ -340,7 +344,7 @@ def test_rows_that_are_done_take_the_next_request(generator):
 
 
 def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monkeypatch):
-    """From half a second to 25, in batches, prompts in chunks of both sizes: after the first pass nothing is compiled."""
+    """0.5 to 25 s, prompts in chunks of both sizes: nothing is compiled after a first pass."""
     monkeypatch.setattr(batching, "LONG_CHUNK", 80)
     generator = Generator(model, params, encoder, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
@@ -357,8 +361,8 @@ def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monke
     assert (devices.compiled_so_far() - before).programs == 0
 
 
-def test_windows_in_micro_batches_are_windows_together(model, params, encoder, generator):
-    """The second half is 60 dB quieter: its log-mel is cut at the maximum of the first."""
+def test_micro_batches_do_not_change_speech_tokens(model, params, encoder, generator):
+    """The second half is 60 dB quieter, and log-mel is floored by the maximum of the first."""
     samples = noise(7.3, 5)
     samples[len(samples) // 2 :] //= 1000
     (together,) = generator.encode_speech([samples])
@@ -367,7 +371,7 @@ def test_windows_in_micro_batches_are_windows_together(model, params, encoder, g
     assert together.shape == (8 * 3, 32)
 
 
-def test_on_a_mesh_as_on_one_device(model, params, encoder, answers):
+def test_a_mesh_gives_the_answers_of_one_device(model, params, encoder, answers):
     """Rows over data and fsdp, heads over tensor."""
     mesh = sharding.make_mesh(2, 2, 2)
     leaves = flatten_dict(params, sep="/")
@@ -401,11 +405,8 @@ def test_a_seed_gives_the_same_answers_in_any_batch(model, params, encoder):
     assert answer(1, REQUESTS) != answer(2, REQUESTS)
 
 
-# -------------------------------------------------------------------------------------------------- loops, limits, refusals
-
-
-def test_a_loop_is_stopped_and_its_repetitions_left_out(model, params, encoder):
-    """A random model settles into a loop within 400 greedy tokens."""
+def test_a_loop_is_stopped_and_its_repetitions_are_cut(model, params, encoder):
+    """A random model falls into a loop within 400 greedy tokens."""
     request = dataclasses.replace(TEXTS[1], max_new_tokens=400)
     (looped,) = Generator(model, params, encoder).answer([request])
     (whole,) = Generator(model, params, encoder, detect_repetition=False).answer([request])
@@ -418,7 +419,7 @@ def test_a_loop_is_stopped_and_its_repetitions_left_out(model, params, encoder):
     )
 
 
-def test_past_the_native_context_positions_are_stretched_by_yarn(model, params, encoder, generator):
+def test_yarn_beyond_the_native_context(model, params, encoder, generator):
     request = TEXTS[2]
     native = len(encoder.prompt_ids(None, request.instruction)) // 2
     stretched = Generator(model, params, encoder, native_positions=native).answer([request])
@@ -459,8 +460,8 @@ def test_any_length_is_answered(generator, samples):
     assert len(answer.token_ids) == 4 or answer.stop_reason == "eos"
 
 
-def test_an_hour_is_encoded_in_one_shape(model, params, encoder, monkeypatch):
-    """Memory of the encoder does not depend on the length: every call has the same windows."""
+def test_an_hour_is_encoded_with_one_shape(model, params, encoder, monkeypatch):
+    """All calls of the encoder have the same shape, so its memory does not depend on the length."""
     encode, shapes = programs.encode, set()
 
     def noted(model, params, windows, *rest, **options):

@@ -1,4 +1,4 @@
-"""Repetition loops: found on the device token by token, and cut to their first round."""
+"""Repetition loops: detected on the device token by token, and cut to their first period."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from fastslm_jax.inference import repetition
 
 
 def found_after(tokens) -> int | None:
-    """Tokens until the device says loop; None: never."""
+    """Number of tokens until a loop is detected; None: never."""
     padded = np.full(1024, -1) - np.arange(1024)  # numbers that never come again
     padded[: len(tokens)] = tokens[: len(padded)]
     looped = np.asarray(scan(np.stack([padded, -2000 - np.arange(1024)], axis=1)))
@@ -19,7 +19,7 @@ def found_after(tokens) -> int | None:
 
 @jax.jit
 def scan(tokens):
-    """tokens [steps, rows] → is it a loop [steps, rows]."""
+    """tokens [steps, rows] → whether each row is in a loop [steps, rows]."""
 
     def step(carry, token):
         *carry, looped = repetition.advance(*carry, token)
@@ -35,7 +35,7 @@ START = [900, 901, 902]
     ("period", "length"),
     [(1, 3 + 1 + 24), (2, 3 + 2 + 24), (8, 3 + 8 + 24), (10, 3 + 40), (64, 3 + 4 * 64)],
 )
-def test_a_repeated_phrase_is_found_and_cut_to_one_round(period, length):
+def test_a_repeated_phrase_is_found_and_cut_to_one_period(period, length):
     tokens = START + list(range(period)) * 60
     assert found_after(tokens) == length
     assert repetition.without_repeats(tokens[:length]) == tuple(START + list(range(period)))
@@ -50,6 +50,6 @@ def test_a_repeated_phrase_is_found_and_cut_to_one_round(period, length):
         np.random.default_rng(0).integers(0, 3, 1000).tolist(),
     ],
 )
-def test_what_repeats_a_little_is_no_loop(tokens):
+def test_short_repetitions_are_no_loop(tokens):
     assert found_after(tokens) is None
     assert repetition.without_repeats(tokens) == tuple(tokens)

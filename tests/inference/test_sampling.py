@@ -1,4 +1,4 @@
-"""The choice of tokens against `transformers`' logits processors, one by one, and the randomness of it."""
+"""Sampling against the logits processors of `transformers`, and its seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def choices(controls, logits, streams):
     )
 
 
-def test_nothing_asked_changes_nothing():
+def test_defaults_change_nothing():
     np.testing.assert_array_equal(sampling.keep_top_k(LOGITS, 0), LOGITS)
     np.testing.assert_array_equal(sampling.keep_top_p(LOGITS, 1.0), LOGITS)
     greedy = sampling.choose(
@@ -96,7 +96,7 @@ def test_nothing_asked_changes_nothing():
     np.testing.assert_array_equal(greedy, LOGITS.argmax(axis=1))
 
 
-def test_draws_belong_to_the_request_and_the_seed():
+def test_draws_depend_on_request_and_seed_only():
     warm, other = (
         SamplingParams(temperature=2.0, seed=5).controls(),
         SamplingParams(temperature=2.0, seed=6).controls(),
