@@ -87,10 +87,7 @@ def _constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "mesh"))
 def empty_cache(model: FastSLM, *, rows: int, slots: int, dtype, mesh: Mesh | None) -> KVCache:
-    cache = model.llm.init_cache(rows, slots, dtype).replace(
-        is_spread=mesh is not None and mesh.size > 1
-    )
-    return _constrain_cache(cache, mesh)
+    return _constrain_cache(model.llm.init_cache(rows, slots, dtype), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))

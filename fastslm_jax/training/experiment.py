@@ -64,23 +64,23 @@ def build(
     dtype = jnp.dtype(options.dtype)
     if platform is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    attend = attention.choose(options.attention, platform, dtype, mesh)
+    attention_kernel = attention.choose(options.attention, platform, dtype, mesh)
     llm = pretrained.qwen3_from_config(
         pretrained.read_config(llm_folder),
         lora=LoRA(**options.lora),
         dtype=dtype,
         remat=options.remat,
         origin=str(llm_folder),
-    ).clone(attend=attend, scan_layers=options.scan_layers)
+    ).clone(attention_kernel=attention_kernel, scan_layers=options.scan_layers)
     encoder = pretrained.whisper_from_config(
         pretrained.read_config(whisper_folder),
         dtype=dtype,
         remat=options.remat,
         origin=str(whisper_folder),
-    ).clone(attend=attend, scan_layers=options.scan_layers)
+    ).clone(attention_kernel=attention_kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
-        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers, attend=attend,
-        dtype=dtype,
+        llm.width, tuple(options.stage_tokens), options.compression_size, options.detail_recovery_layers,
+        attention_kernel=attention_kernel, dtype=dtype,
     )  # fmt: skip
     if options.query_init not in ("normal", "temporal"):
         raise UserError(

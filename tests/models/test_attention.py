@@ -152,7 +152,7 @@ def test_the_model_gives_the_same_with_splash_attention(model, params, batch):
     splash_model = dataclasses.replace(
         model,
         **{
-            name: getattr(model, name).clone(attend=SPLASH)
+            name: getattr(model, name).clone(attention_kernel=SPLASH)
             for name in ("encoder", "hfq_former", "llm")
         },
     )

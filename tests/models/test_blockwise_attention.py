@@ -38,7 +38,7 @@ def written_out(query, key, value, is_causal=False, segment_ids=None):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_attention(case, monkeypatch):
     """Blocks of three queries: ends of segments lie within blocks and at their borders."""
-    monkeypatch.setattr(blockwise_attention, "BLOCK", 3)
+    monkeypatch.setattr(blockwise_attention, "MIN_BLOCK", 3)
     options = dict(CASES[case])
     inputs = arrays(options.pop("length"), options.pop("keys", None))
     weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
@@ -87,8 +87,8 @@ def test_half_precision_sums_in_float32():
 
 
 def test_blocks_leave_out_what_is_masked_and_keep_no_scores(monkeypatch, capsys):
-    monkeypatch.setattr(blockwise_attention, "BLOCK", 2)
-    monkeypatch.setattr(blockwise_attention, "BLOCKS", 3)  # of 9 queries: three each
+    monkeypatch.setattr(blockwise_attention, "MIN_BLOCK", 2)
+    monkeypatch.setattr(blockwise_attention, "MAX_BLOCKS", 3)  # of 9 queries: three each
     inputs = arrays(9)
 
     def attention(*inputs):

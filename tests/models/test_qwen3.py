@@ -108,7 +108,7 @@ def test_packed_segments_do_not_see_each_other(forward, embeddings):
 @pytest.mark.parametrize("chunks", [(9,), (4, 5), (5, 1, 1, 1, 1)])
 def test_cached_chunks_are_the_whole(model, forward, embeddings, chunks):
     whole, _ = forward(embeddings, POSITIONS)
-    cache, parts, at = model.llm.init_cache(batch=2, slots=12), [], 0
+    cache, parts, at = model.llm.init_cache(batch=2, cache_length=12), [], 0
     for length in chunks:
         part = slice(at, at + length)
         hidden, cache = forward(embeddings[:, part], POSITIONS[:, part], None, None, cache)
