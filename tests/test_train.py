@@ -319,7 +319,7 @@ ERRORS = {
     ),
     "unknown remat": (
         {"model.remat": "gates"},
-        "config.model.remat=gates: 'gates' is none of none, full, dots, or names out of",
+        "config.model.remat=gates: unknown name 'gates'; choose none, full, dots, or a",
     ),
     "window groups": (
         {"model.window_batch": 3},

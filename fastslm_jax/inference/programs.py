@@ -100,10 +100,7 @@ def empty_cache(
     model: FastSLM, *, rows: int, cache_length: int, dtype: jnp.dtype, mesh: Mesh | None
 ) -> KVCache:
     """A key-value cache of `cache_length` positions per row."""
-    cache = model.llm.init_cache(rows, cache_length, dtype).replace(
-        is_spread=mesh is not None and mesh.size > 1
-    )
-    return _constrain_cache(cache, mesh)
+    return _constrain_cache(model.llm.init_cache(rows, cache_length, dtype), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))

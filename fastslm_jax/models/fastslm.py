@@ -1,6 +1,7 @@
-"""FastSLM: Whisper encoder → HFQ-Former → Qwen3 with LoRA, joined by pure functions over one plain parameter dict.
+"""FastSLM (arXiv 2601.06199): Whisper encoder → HFQ-Former → Qwen3 with LoRA.
 
-params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}
+The model is a set of pure functions over one parameter dict:
+params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}.
 """
 
 import dataclasses
@@ -18,12 +19,15 @@ from fastslm_jax.models.whisper import WhisperEncoder
 
 @dataclasses.dataclass(frozen=True)
 class FastSLM:
-    """The three modules and how windows run through them.
+    """The three modules, and options of how they are applied.
 
-    window_batch: windows of a row that go through the encoder at a time, at most (0: all), which bounds its memory. Groups are
-        equal: of 30 windows, a window_batch of 8 takes 6 at a time. The HFQ-Former goes in the same groups, and runs again in the
-        backward pass, unless the decoder's remat is "none".
-    query_init: "normal" (small random queries, as the authors) or "temporal" (see `query_init`).
+    window_batch: largest number of windows of a row that are encoded at a time (0: all), to bound
+        memory. Groups have equal size: with 30 windows, a window_batch of 8 gives groups of 6.
+        The HFQ-Former runs in the same groups and is rematerialized in the backward pass, unless
+        the decoder's remat is "none".
+    audio_padding: see `audio.WindowSpec`.
+    query_init: "normal" (small random queries, as the authors) or "temporal" (see the module
+        `query_init`).
     """
 
     encoder: WhisperEncoder
@@ -42,27 +46,26 @@ class FastSLM:
         return self.hfq_former.compression_size
 
     def init(self, rng: jax.Array) -> dict:
-        """Random parameters; use under `jax.eval_shape` for their shapes."""
+        """Random parameters."""
         encoder_rng, hfq_rng, llm_rng = jax.random.split(rng, 3)
         mel = jnp.zeros((1, self.window.frames, self.encoder.num_mels))
         features = jnp.zeros((1, self.encoder.max_positions, self.encoder.width))
         embeddings = jnp.zeros((1, 2, self.llm.width))
         llm = self.llm.init(llm_rng, embeddings, jnp.zeros((1, 2), jnp.int32))
         hfq_former = self.hfq_former.init(hfq_rng, features)["params"]
-        return {
-            "encoder": self.encoder.init(encoder_rng, mel)["params"],
-            "hfq_former": temporal_query_init(hfq_former, hfq_rng)
-            if self.query_init == "temporal"
-            else hfq_former,
-            "llm": llm["params"],
-        }
+        if self.query_init == "temporal":
+            hfq_former = temporal_query_init(hfq_former, hfq_rng)
+        encoder = self.encoder.init(encoder_rng, mel)["params"]
+        return {"encoder": encoder, "hfq_former": hfq_former, "llm": llm["params"]}
 
     def speech_tokens(
         self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array
     ) -> jax.Array:
-        """Cut windows [rows, windows, samples] → speech tokens [rows, windows · tokens_per_window, llm width].
+        """Audio windows [rows, windows, samples] → speech tokens.
 
-        See `log_mel.log_mel` for the arguments. Windows are mapped over the second axis, so rows stay on their devices.
+        Speech tokens are [rows, windows · tokens_per_window, llm width]. See `log_mel.log_mel` for
+        the arguments. Groups of windows are mapped over the second axis, so sharded rows stay on
+        their devices.
         """
         mel = log_mel.log_mel(windows, valid_frames, recording, self.encoder.num_mels)
         return self.speech_tokens_from_mel(params, mel)
@@ -72,26 +75,25 @@ class FastSLM:
         rows, count = mel.shape[:2]
         group = largest_divisor(count, self.window_batch or count)
 
-        def encode(windows):  # [rows, group, frames, mels] → [rows, group, t, d]
-            features = self.encoder.apply(
-                {"params": params["encoder"]}, windows.reshape(-1, *windows.shape[2:])
-            )
+        def encode(windows: jax.Array) -> jax.Array:
+            """[rows, group, frames, mels] → [rows, group, t, d]."""
+            windows = windows.reshape(-1, *windows.shape[2:])
+            features = self.encoder.apply({"params": params["encoder"]}, windows)
             return features.reshape(rows, group, *features.shape[1:])
 
-        def compress(features):  # [rows, group, t, d] → [rows, group · tokens, llm width]
-            tokens = self.hfq_former.apply(
-                {"params": params["hfq_former"]}, features.reshape(-1, *features.shape[2:])
-            )
+        def compress(features: jax.Array) -> jax.Array:
+            """[rows, group, t, d] → [rows, group · tokens_per_window, llm width]."""
+            features = features.reshape(-1, *features.shape[2:])
+            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features)
             return tokens.reshape(rows, -1, tokens.shape[-1])
 
         if group == count:
             return compress(encode(mel))
-        # Two maps: features of a frozen encoder are kept, so that a backward pass runs the HFQ-Former only.
+        # Two loops: the frozen encoder's features are saved, and the backward pass reruns only the
+        # HFQ-Former.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
         features = jax.lax.map(encode, chunks)
-        if (
-            self.llm.remat == "none"
-        ):  # nothing is computed again: activations of all windows are kept
+        if self.llm.remat == "none":
             features = jnp.moveaxis(features, 0, 1)
             return compress(features.reshape(rows, count, *features.shape[3:]))
         tokens = jax.lax.map(jax.checkpoint(compress, prevent_cse=False), features)
@@ -100,20 +102,27 @@ class FastSLM:
     def splice(
         self, params: dict, tokens: jax.Array, speech_slot: jax.Array, speech: jax.Array | None
     ) -> jax.Array:
-        """Token embeddings [rows, length, d], with speech[row, slot] wherever speech_slot ≥ 0.
+        """Token embeddings [rows, length, d], replaced by speech tokens where speech_slot ≥ 0.
 
-        A gather inside the row: nothing crosses devices when rows are sharded.
+        The gather stays within a row, so it needs no communication when rows are sharded.
+
+        Args:
+            tokens: [rows, length].
+            speech_slot: [rows, length], index into the row's speech tokens, or -1 for text.
+            speech: [rows, speech tokens, d]; None without audio.
         """
         embeddings = self.llm.apply({"params": params["llm"]}, tokens, method="embed")
         if speech is None:
             return embeddings
         gathered = jnp.take_along_axis(speech, jnp.maximum(speech_slot, 0)[:, :, None], axis=1)
-        return jnp.where(
-            speech_slot[:, :, None] >= 0, gathered.astype(embeddings.dtype), embeddings
-        )
+        gathered = gathered.astype(embeddings.dtype)
+        return jnp.where(speech_slot[:, :, None] >= 0, gathered, embeddings)
 
     def hidden(self, params: dict, batch: dict, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """A batch of packed rows (see `data.packing`) → hidden states [rows, length, d]. LoRA dropout acts if it has a key."""
+        """Hidden states [rows, length, d] of a batch of packed rows (see `data.packing`).
+
+        dropout_rng: enables LoRA dropout.
+        """
         speech = self.speech_tokens(
             params, batch["audio"], batch["window_frames"], batch["window_recording"]
         )
@@ -135,5 +144,5 @@ class FastSLM:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is at most `limit`."""
+    """The largest divisor of `number` that is at most `limit`."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

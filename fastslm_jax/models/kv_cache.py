@@ -1,30 +1,34 @@
-"""The decoder's key-value cache: written in place, read in blocks, so that memory and time follow what is filled.
+"""Key-value cache of the decoder, updated in place and read in blocks.
 
-Shapes: l layers, b rows, k key-value heads, s slots, h head dimension; r rows at work, t new tokens, n query heads.
+Attention reads only the blocks that contain tokens, so its time follows the filled length.
+
+Shapes: l layers, b rows, k key-value heads, s cache positions, h head dimension; r active rows,
+t new tokens, n query heads.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
-BLOCK = 512  # slots that attention reads at a time of a cache, at most
-LOWEST = -1e30
+BLOCK = 512  # largest number of cache positions that attention reads at a time
+MASKED = -1e30  # score of a masked position
 
 
-def block_size(slots: int) -> int:
-    """Slots that attention reads at a time of a cache of so many: an eighth, or all of a very small one."""
-    return slots if slots < 256 else min(BLOCK, slots // 8)
+def block_size(cache_length: int) -> int:
+    """Cache positions per attention block: an eighth of the cache, or all of a small one."""
+    return cache_length if cache_length < 256 else min(BLOCK, cache_length // 8)
 
 
 class KVCache(struct.PyTreeNode):
-    """Keys and values of all layers. One layer's `attend` writes its new slots and reads all before them.
+    """Keys and values of all layers.
 
-    keys, values: [l, b, k, s, h], of a floating type, or int8 with one scale for each head and slot.
-    key_scales, value_scales: [l, b, k, s] float32, None unless the cache is int8.
-    layer: the layer whose turn it is.
-    rows: [r], the rows at work; None: all of them, in order.
-    is_spread: rows lie on several devices. Then they are written at once, each device its own; else one after the other: a
-        scatter copies the whole cache on a CPU.
+    keys, values: [l, b, k, s, h], floating point, or int8 with one scale per head and position.
+    key_scales, value_scales: [l, b, k, s] float32 for an int8 cache, else None.
+    layer: index of the current layer.
+    rows: [r], indices of the active rows; None if all rows are active.
     """
 
     keys: jax.Array
@@ -33,33 +37,48 @@ class KVCache(struct.PyTreeNode):
     value_scales: jax.Array | None
     layer: jax.Array
     rows: jax.Array | None = None
-    is_spread: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def empty(
-        cls, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype
+        cls,
+        layers: int,
+        rows: int,
+        heads: int,
+        cache_length: int,
+        head_dim: int,
+        dtype: DTypeLike,
     ) -> "KVCache":
-        if slots % block_size(slots):
+        """Zero-filled cache.
+
+        Raises:
+            ValueError: the length is not a multiple of the attention block.
+        """
+        if cache_length % block_size(cache_length):
             raise ValueError(
-                f"a cache of {slots} slots: must be a multiple of the {block_size(slots)} that are read at a time"
+                f"cache length {cache_length} must be a multiple of its attention block of "
+                f"{block_size(cache_length)} positions"
             )
-        shape, is_int8 = (layers, rows, heads, slots, head_dim), jnp.dtype(dtype) == jnp.int8
+        shape, is_int8 = (layers, rows, heads, cache_length, head_dim), jnp.dtype(dtype) == jnp.int8
         scales = [jnp.zeros(shape[:-1], jnp.float32) if is_int8 else None for _ in range(2)]
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales, jnp.int32(0))
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         return self.keys.shape[3]
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, position_ids: jax.Array):
-        """Causal attention of new tokens over the cache, their own slots included; the layer moves on by one.
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, position_ids: jax.Array
+    ) -> tuple[jax.Array, "KVCache"]:
+        """Writes new keys and values, then computes causal attention over the cache.
 
         Args:
-            query: [r, t, n, h]; key, value: [r, t, k, h].
-            position_ids: [r, t], ascending by one; token i of a row goes to slot position_ids[row, 0] + i.
+            query: [r, t, n, h].
+            key, value: [r, t, k, h].
+            position_ids: [r, t], consecutive; token i of a row is written to
+                position_ids[row, 0] + i.
 
         Returns:
-            [r, t, n, h], and the cache.
+            Output [r, t, n, h], and the cache advanced to the next layer.
         """
         start = position_ids[:, 0]
         keys, key_scales = self._write(self.keys, self.key_scales, key, start)
@@ -69,44 +88,50 @@ class KVCache(struct.PyTreeNode):
         )
         return cache._read(query, position_ids), cache.replace(layer=self.layer + 1)
 
-    def _write(self, store, scales, new, start):
+    def _write(
+        self, store: jax.Array, scales: jax.Array | None, new: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Writes new [r, t, k, h] into the current layer from positions start [r]."""
         new = jnp.moveaxis(new, 1, 2)  # [r, k, t, h]
         if scales is None:
-            return self._place(store, new.astype(store.dtype), start), None
+            return self._update(store, new.astype(store.dtype), start), None
         scale = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1) / 127
-        rounded = jnp.round(new.astype(jnp.float32) / jnp.maximum(scale, 1e-30)[..., None])
-        return self._place(store, rounded.astype(jnp.int8), start), self._place(
-            scales, scale, start
+        quantized = jnp.round(new.astype(jnp.float32) / jnp.maximum(scale, 1e-30)[..., None])
+        return (
+            self._update(store, quantized.astype(jnp.int8), start),
+            self._update(scales, scale, start),
         )
 
-    def _place(self, store, new, start):
-        """new [r, k, t(, h)] into store [l, b, k, s(, h)], slot start [r] on."""
-        tail = (0,) * (store.ndim - 4)
-        if self.is_spread and self.rows is None:
+    def _update(self, store: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        """Writes new [r, k, t(, h)] into store [l, b, k, s(, h)] from positions start [r].
 
-            def place(row, value, at):  # [l, k, s(, h)]
-                return jax.lax.dynamic_update_slice(row, value[None], (self.layer, 0, at, *tail))
+        A GPU writes all rows in one scatter. The TPU and CPU compilers turn a scatter into a serial
+        loop and copy the whole cache around it, so there each row is an in-place update. Demo
+        decoder on two CPU cores, 16 rows of 1024 positions: 17 ms per step, 249 ms with a scatter.
+        """
+        scatter = functools.partial(scatter_rows, layer=self.layer, rows=self.rows)
+        slices = functools.partial(update_rows, layer=self.layer, rows=self.rows)
+        return jax.lax.platform_dependent(
+            store, new, start, cuda=scatter, rocm=scatter, default=slices
+        )
 
-            return jax.vmap(place, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
+    def _block(
+        self,
+        store: jax.Array,
+        scales: jax.Array | None,
+        first: jax.Array | int,
+        size: int,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """Positions first to first + size of the active rows: [r, k, size, h]."""
 
-        def place_row(i, store):
-            row = i if self.rows is None else self.rows[i]
-            value = jax.lax.dynamic_index_in_dim(new, i, keepdims=True)[None]
-            return jax.lax.dynamic_update_slice(store, value, (self.layer, row, 0, start[i], *tail))
-
-        return jax.lax.fori_loop(0, len(new), place_row, store)
-
-    def _block(self, store, scales, first, size, dtype):
-        """Slots first … first + size of the rows at work: [r, k, size, h]."""
-
-        def read(array):
+        def read(array: jax.Array) -> jax.Array:
             tail = array.shape[4:]
 
-            def part(row, rows):
+            def part(row: jax.Array | int, rows: int) -> jax.Array:
+                start = (self.layer, row, 0, first, *(0 for _ in tail))
                 shape = (1, rows, array.shape[2], size, *tail)
-                return jax.lax.dynamic_slice(
-                    array, (self.layer, row, 0, first, *(0 for _ in tail)), shape
-                )[0]
+                return jax.lax.dynamic_slice(array, start, shape)[0]
 
             if self.rows is None:
                 return part(0, array.shape[1])
@@ -117,56 +142,91 @@ class KVCache(struct.PyTreeNode):
             block = block.astype(jnp.float32) * read(scales)[..., None]
         return block.astype(dtype)
 
-    def _read(self, query, position_ids):
-        """Softmax over the blocks that hold anything, one after the other, in float32."""
+    def _read(self, query: jax.Array, position_ids: jax.Array) -> jax.Array:
+        """Attention over the filled blocks, with an online softmax in float32."""
         rows, length, heads, head_dim = query.shape
         groups = heads // self.keys.shape[2]
         query = jnp.transpose(query.reshape(rows, length, -1, groups, head_dim), (0, 2, 3, 1, 4))
         query = query.reshape(rows, -1, groups * length, head_dim)  # [r, k, q, h], q = group · t
         last = jnp.tile(position_ids, (1, groups))[:, None, :, None]  # [r, 1, q, 1]
-        size = block_size(self.slots)
+        size = block_size(self.cache_length)
 
-        def scores_of(first):
+        def scores_of(first: jax.Array | int) -> jax.Array:
             keys = self._block(self.keys, self.key_scales, first, size, query.dtype)
             scores = (
                 jnp.einsum("rkqh,rksh->rkqs", query, keys, preferred_element_type=jnp.float32)
                 * head_dim**-0.5
             )
-            return jnp.where(first + jnp.arange(size) <= last, scores, LOWEST)
+            return jnp.where(first + jnp.arange(size) <= last, scores, MASKED)
 
-        def weighted(weights, first):
+        def weighted_values(weights: jax.Array, first: jax.Array | int) -> jax.Array:
             values = self._block(self.values, self.value_scales, first, size, query.dtype)
+            weights = weights.astype(query.dtype)
             return jnp.einsum(
-                "rkqs,rksh->rkqh",
-                weights.astype(query.dtype),
-                values,
-                preferred_element_type=jnp.float32,
+                "rkqs,rksh->rkqh", weights, values, preferred_element_type=jnp.float32
             )
 
-        if self.slots == size:
-            out = weighted(jax.nn.softmax(scores_of(0), axis=-1), 0)
+        if self.cache_length == size:
+            out = weighted_values(jax.nn.softmax(scores_of(0), axis=-1), 0)
         else:
 
-            def body(number, carry):
+            def body(
+                block: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+            ) -> tuple[jax.Array, jax.Array, jax.Array]:
                 highest, total, out = carry
-                scores = scores_of(number * size)
+                scores = scores_of(block * size)
                 new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
-                weights, shrink = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
-                total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-                return new_highest, total, out * shrink + weighted(weights, number * size)
+                weights, rescale = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
+                total = total * rescale + jnp.sum(weights, axis=-1, keepdims=True)
+                return new_highest, total, out * rescale + weighted_values(weights, block * size)
 
-            blocks = jnp.max(position_ids) // size + 1
-            shape = query.shape[:3]
-            start = (
-                jnp.full((*shape, 1), LOWEST),
-                jnp.zeros((*shape, 1)),
+            num_blocks = jnp.max(position_ids) // size + 1
+            shape = (*query.shape[:3], 1)
+            init = (
+                jnp.full(shape, MASKED),
+                jnp.zeros(shape),
                 jnp.zeros(query.shape, jnp.float32),
             )
-            _, total, out = jax.lax.fori_loop(0, blocks, body, start)
+            _, total, out = jax.lax.fori_loop(0, num_blocks, body, init)
             out = out / total
-        out = out.reshape(rows, -1, groups, length, head_dim)
-        return (
-            jnp.transpose(out, (0, 3, 1, 2, 4))
-            .reshape(rows, length, heads, head_dim)
-            .astype(query.dtype)
-        )
+        out = jnp.transpose(out.reshape(rows, -1, groups, length, head_dim), (0, 3, 1, 2, 4))
+        return out.reshape(rows, length, heads, head_dim).astype(query.dtype)
+
+
+def scatter_rows(
+    store: jax.Array,
+    new: jax.Array,
+    start: jax.Array,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None,
+) -> jax.Array:
+    """Writes all rows in one scatter; see `KVCache._update` for the shapes."""
+    if rows is None:
+        tail = (0,) * (store.ndim - 4)
+
+        def write(row: jax.Array, value: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(row, value[None], (layer, 0, first, *tail))
+
+        # A batched axis, so that sharded rows stay on their devices.
+        return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
+    heads = jnp.arange(new.shape[1])[:, None]
+    positions = start[:, None, None] + jnp.arange(new.shape[2])
+    return store.at[layer, rows[:, None, None], heads, positions].set(new, unique_indices=True)
+
+
+def update_rows(
+    store: jax.Array,
+    new: jax.Array,
+    start: jax.Array,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None,
+) -> jax.Array:
+    """Writes one row after the other, in place; see `KVCache._update` for the shapes."""
+    tail = (0,) * (store.ndim - 4)
+    for i in range(len(new)):
+        row = i if rows is None else rows[i]
+        index = (layer, row, 0, start[i], *tail)
+        store = jax.lax.dynamic_update_slice(store, new[None, i : i + 1], index)
+    return store

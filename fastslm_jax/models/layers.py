@@ -1,4 +1,4 @@
-"""Layers that the speech encoder and the HFQ-Former share.
+"""Layers shared by the towers: convolution, attention, position tables, and the layer stack.
 
 Shapes: b batch, t query time, s key time, n heads, h head dimension, d model width.
 """
@@ -9,31 +9,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.lora import Projection
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+# Whisper and the HFQ-Former use the exact (erf) GELU.
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+# Activations that a `remat` policy can save by name.
 SAVEABLE = (
-    "attention",
-    "query",
-    "key",
-    "value",
-    "out",
-    "gate",
-    "up",
-    "down",
-    "mlp_in",
-    "mlp_out",
-)  # names for `remat`
-gelu = functools.partial(
-    jax.nn.gelu, approximate=False
-)  # the exact (erf) one everywhere on the speech side
+    *("attention", "query", "key", "value", "out"),
+    *("gate", "up", "down", "mlp_in", "mlp_out"),
+)
 
 
 def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
-    """Whisper's fixed position table [length, width], float32: the sine half, then the cosine half."""
+    """Whisper's fixed position table [length, width], float32: sine half, then cosine half."""
     if width % 2:
         raise ValueError(f"sinusoids need an even width, got {width}")
     increment = np.log(max_timescale) / (width // 2 - 1)
@@ -42,8 +35,14 @@ def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.nd
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def sinusoid_init(key, shape, dtype=jnp.float32):
-    """Initialiser of a position table. It is a parameter, never trained, so that a checkpoint's own table is kept to the bit."""
+def sinusoid_init(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Initializer of a position table.
+
+    The table is a parameter, although never trained, so that a checkpoint's own table is kept
+    bit for bit.
+    """
     del key
     return jnp.asarray(sinusoids(*shape), dtype)
 
@@ -56,8 +55,8 @@ def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
 class Conv(nn.Module):
     """Convolution over time, kernel 3, padding 1: [b, t, d_in] → [b, ceil(t / stride), features].
 
-    Written as one matrix product of the three shifted inputs, which every backend runs at full speed. The kernel keeps
-    the layout [3, d_in, features].
+    Computed as one matrix product over the three shifted inputs, which is fast on every backend.
+    The kernel has shape [3, d_in, features].
     """
 
     features: int
@@ -72,26 +71,21 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0)))
         out_length = (length - 1) // self.stride + 1
+        span = (out_length - 1) * self.stride + 1
         taps = [
-            jax.lax.slice_in_dim(
-                padded, tap, tap + (out_length - 1) * self.stride + 1, self.stride, axis=1
-            )
-            for tap in range(3)
+            jax.lax.slice_in_dim(padded, tap, tap + span, self.stride, axis=1) for tap in range(3)
         ]
         columns = jnp.concatenate(taps, axis=-1).reshape(batch * out_length, 3 * width)
-        y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features) + bias.astype(
-            self.dtype
-        )
-        return nn.with_logical_constraint(
-            y.reshape(batch, out_length, self.features), ("rows", None, None)
-        )
+        y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features)
+        y = (y + bias.astype(self.dtype)).reshape(batch, out_length, self.features)
+        return nn.with_logical_constraint(y, ("rows", None, None))
 
 
 class Attention(nn.Module):
-    """Projected multi-head attention: query, value and out with bias, key without (Whisper's convention)."""
+    """Projected multi-head attention; as in Whisper, every projection but the key has a bias."""
 
     num_heads: int
-    attend: AttentionKernel = AttentionKernel()
+    attention_kernel: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -102,22 +96,43 @@ class Attention(nn.Module):
         query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
         key = Projection(width, dtype=self.dtype, name="key")(context)
         value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
-        out = self.attend(*(split_heads(y, self.num_heads) for y in (query, key, value))).reshape(
-            query.shape
-        )
+        heads = (split_heads(y, self.num_heads) for y in (query, key, value))
+        out = self.attention_kernel(*heads).reshape(query.shape)
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 
 
-def remat(block: type[nn.Module], policy: str, scan_layers: bool) -> type[nn.Module]:
-    """A block whose backward pass computes activations anew, except those that the policy keeps.
+def stack(
+    block: type[nn.Module], num_layers: int, policy: str, *, scan_layers: bool
+) -> type[nn.Module]:
+    """A stack of equal blocks whose parameters have a leading layer axis.
 
-    policy: "none" keeps all of them (no rematerialisation), "full" keeps the block's input only, "dots" keeps results of matrix
-    products without batch axes, and names such as "attention,gate,up" keep those results: of attention, or of the projections
-    called so.
-    scan_layers: whether the blocks run in a loop. Outside a loop, CSE would undo the rematerialization.
+    Args:
+        block: called as block(carry, *inputs) → (carry, None); all blocks get the same inputs.
+        policy: rematerialization, see `remat`.
+        scan_layers: run the blocks in a compiled loop; False unrolls it.
+    """
+    return nn.scan(
+        remat(block, policy, scan_layers=scan_layers),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=num_layers,
+        unroll=1 if scan_layers else num_layers,
+    )
+
+
+def remat(block: type[nn.Module], policy: str, *, scan_layers: bool) -> type[nn.Module]:
+    """A block that rematerializes activations in the backward pass.
+
+    Args:
+        policy: activations to save. "none": all (no rematerialization). "full": only the
+            block's input. "dots": results of matrix products without batch axes. Otherwise a
+            comma-separated list of names in SAVEABLE, such as "attention,gate,up".
+        scan_layers: whether the blocks run in a loop. Outside a loop, common-subexpression
+            elimination would undo the rematerialization and must be prevented.
 
     Raises:
-        UserError: a name that no layer has.
+        UserError: unknown policy or activation name.
     """
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy == "none":
@@ -126,8 +141,8 @@ def remat(block: type[nn.Module], policy: str, scan_layers: bool) -> type[nn.Mod
         unknown = set(policy.split(",")) - set(SAVEABLE)
         if unknown:
             raise UserError(
-                f"config.model.remat={policy}: {sorted(unknown)[0]!r} is none of none, full, dots, or names out of "
-                f"{', '.join(SAVEABLE)}"
+                f"config.model.remat={policy}: unknown name {min(unknown)!r}; choose none, full, "
+                f"dots, or a comma-separated list of {', '.join(SAVEABLE)}"
             )
         policies[policy] = jax.checkpoint_policies.save_only_these_names(*policy.split(","))
     return nn.remat(block, prevent_cse=not scan_layers, policy=policies[policy])

@@ -1,4 +1,4 @@
-"""The linear layer of every tower, with low-rank adaptation (LoRA, arXiv 2106.09685) as an option of the layer."""
+"""Linear layer of all towers, with optional low-rank adaptation (LoRA, arXiv 2106.09685)."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """rank 0 leaves the parameter tree without LoRA leaves."""
+    """LoRA options; with rank 0 there are no LoRA parameters."""
 
     rank: int = 0
     alpha: float = 64.0
@@ -24,9 +24,10 @@ class LoRA:
 class Projection(nn.Module):
     """y = x W (+ bias) (+ gate · scale · dropout(x) A B).
 
-    The result carries the layer's name for rematerialisation policies (see `layers.remat`).
+    The result is named after the layer for rematerialization policies (see `layers.remat`).
 
-    Parameters: kernel [d_in, features], bias [features], lora_a [d_in, rank], lora_b [rank, features] (zero at first).
+    Parameters: kernel [d_in, features], bias [features], lora_a [d_in, rank], and lora_b
+    [rank, features], initialized to zero.
     """
 
     features: int
@@ -38,15 +39,16 @@ class Projection(nn.Module):
     def __call__(
         self, x: jax.Array, lora_gate: jax.Array | None = None, deterministic: bool = True
     ) -> jax.Array:
-        """x [..., d_in], lora_gate [...] (1 where LoRA acts, 0 where the base must be untouched) → [..., features]."""
+        """x [..., d_in] → [..., features].
+
+        lora_gate: [...], 1 where LoRA is on and 0 where it is off; None: on everywhere.
+        """
         width = x.shape[-1]
-        inputs, columns = (
-            f"{self.name}_inputs",
-            f"{self.name}_columns",
-        )  # logical axes, see `sharding.ACTIVATION_TABLE`
+        # Logical axes, see `sharding.ACTIVATION_TABLE`.
+        inputs, columns = f"{self.name}_inputs", f"{self.name}_columns"
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
         kernel = nn.with_logical_constraint(kernel, (inputs, columns))
-        # One flat matrix product: XLA on CPU is twice as slow on operands of three dimensions.
+        # Flatten to 2D: XLA's CPU matrix product is twice as slow on 3D operands.
         flat = x.reshape(-1, width).astype(self.dtype)
         y = flat @ kernel.astype(self.dtype)
         if self.use_bias:
@@ -57,9 +59,8 @@ class Projection(nn.Module):
             lora_a = nn.with_logical_constraint(lora_a, (inputs, None))
             lora_b = nn.with_logical_constraint(lora_b, (None, columns))
             adapted = nn.Dropout(self.lora.dropout)(flat, deterministic=deterministic)
-            delta = (
-                (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype) * self.lora.scale
-            )
+            delta = (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype)
+            delta *= self.lora.scale
             if lora_gate is not None:
                 delta *= lora_gate.reshape(-1, 1).astype(self.dtype)
             y += delta

@@ -1,9 +1,11 @@
-"""A start for the HFQ-Former that already looks along the time axis; the module and its parameters stay what they are.
+"""Initializes the HFQ-Former with a temporal alignment prior (`query_init="temporal"`).
 
-At the authors' start (queries of small random numbers) every query attends to the whole window alike, so that the speech tokens
-of a window differ little from one another, and stand out from the language model's embeddings by their size. Where to look is
-then learnt first, and slowly. Here query i reads the i-th of equal spans of the first level, tokens keep the order of time, the
-residual branches start small, and the tokens are about as large as embeddings. Everything is trained from there.
+With the authors' initialization (small random queries), every query attends uniformly to the whole
+window. The speech tokens of a window are then almost equal and much larger than the language
+model's embeddings, and training first has to learn where to attend, which is slow. With the
+temporal initialization, query i attends to the i-th of equal spans of the first level, tokens are
+in temporal order, residual branches start small, and tokens have about the scale of embeddings.
+Only initial values change; the module and its parameter tree do not.
 """
 
 from collections.abc import Mapping
@@ -14,67 +16,68 @@ import numpy as np
 
 from fastslm_jax.models.layers import sinusoids
 
-# The sharpness of attention at the start, of the levels and of the distillation (whose keys are fewer and closer); the share of
-# content in the keys; the size of residual branches and of tokens.
-LEVEL_GAIN, DISTILLATION_GAIN, CONTENT, BRANCH, TOKEN = 3.0, 8.0, 0.3, 0.1, 0.1
+# Scale of the normalized queries, hence sharpness of attention: for the three levels, and for
+# the distillation, whose keys are fewer and closer to each other.
+LEVEL_GAIN, DISTILLATION_GAIN = 3.0, 8.0
+CONTENT_SCALE = 0.3  # of the normalized context, relative to its position embeddings
+BRANCH_SCALE = 0.1  # of the residual branches
+TOKEN_SCALE = 0.1  # of the speech tokens
 
 
 def temporal_query_init(hfq_former: Mapping, rng: jax.Array) -> dict:
-    """Fresh parameters of `HFQFormer` → the same tree, started in time."""
+    """Replaces the initial values of `HFQFormer` parameters by the temporal initialization."""
     rngs = iter(jax.random.split(rng, len(hfq_former)))
-    part = hfq_former["compressor_1"]["query"].shape[0]
-    started = {}
+    first_stage_tokens = hfq_former["compressor_1"]["query"].shape[0]
+    params = {}
     for name, leaves in hfq_former.items():
         key = next(rngs)
         if name.startswith("compressor_"):
-            started[name] = _compressor(
-                leaves, leaves["context_positions"].shape[0], LEVEL_GAIN, key
-            )
+            context = leaves["context_positions"].shape[0]
+            params[name] = _compressor(leaves, context, LEVEL_GAIN, key)
         elif name == "semantic_distillation":
-            started[name] = _compressor(leaves, part, DISTILLATION_GAIN, key)
+            # Its context is the concatenated stage tokens; attend to those of the first level.
+            params[name] = _compressor(leaves, first_stage_tokens, DISTILLATION_GAIN, key)
         elif name.startswith("detail_recovery_"):
-            started[name] = {
-                **leaves,
-                **{kind: _branch(leaves[kind]) for kind in ("self_attention", "cross_attention")},
-            }
+            attention = ("self_attention", "cross_attention")
+            params[name] = {**leaves, **{part: _branch(leaves[part]) for part in attention}}
         elif name == "projection":
-            started[name] = {**leaves, "kernel": _orthogonal(key, leaves["kernel"], TOKEN)}
+            params[name] = {**leaves, "kernel": _orthogonal(key, leaves["kernel"], TOKEN_SCALE)}
         else:
-            started[name] = leaves
-    return started
+            params[name] = leaves
+    return params
 
 
-def _compressor(leaves: Mapping, part: int, gain: float, key: jax.Array) -> dict:
-    """Queries match the keys at the centres of equal spans of the first `part` positions of the context."""
+def _compressor(leaves: Mapping, span: int, gain: float, key: jax.Array) -> dict:
+    """Queries that match the keys at the centers of equal parts of the first `span` positions."""
     num_queries, width = leaves["query"].shape
     positions = sinusoids(leaves["context_positions"].shape[0], width)
-    positions -= positions.mean(axis=0)  # what all keys share tells nothing
-    centres = np.maximum((np.arange(num_queries) + 0.5) / num_queries * part - 0.5, 0)
-    below = centres.astype(int)
-    fraction = (centres - below)[:, None]
-    target = (1 - fraction) * positions[below] + fraction * positions[
-        np.minimum(below + 1, part - 1)
-    ]
-    own = sinusoids(num_queries, width)  # added to the normalised query
-    query = target / target.std(axis=1, keepdims=True) - (own - own.mean(axis=0)) / gain
+    positions -= positions.mean(axis=0)  # a component common to all keys has no effect
+    centers = np.maximum((np.arange(num_queries) + 0.5) / num_queries * span - 0.5, 0)
+    below = centers.astype(int)
+    above = np.minimum(below + 1, span - 1)
+    fraction = (centers - below)[:, None]
+    target = (1 - fraction) * positions[below] + fraction * positions[above]
+    # The module adds these position embeddings to the normalized query; compensate for them.
+    query_positions = sinusoids(num_queries, width)
+    query_positions -= query_positions.mean(axis=0)
+    query = target / target.std(axis=1, keepdims=True) - query_positions / gain
+    out = leaves["out"]
     return {
         **leaves,
         "query": jnp.asarray(query, leaves["query"].dtype),
-        "query_norm": {
-            **leaves["query_norm"],
-            "scale": jnp.full_like(leaves["query_norm"]["scale"], gain),
-        },
-        "context_norm": {
-            **leaves["context_norm"],
-            "scale": jnp.full_like(leaves["context_norm"]["scale"], CONTENT),
-        },
-        "out": {**leaves["out"], "kernel": _orthogonal(key, leaves["out"]["kernel"], 1 / CONTENT)},
+        "query_norm": _with_scale(leaves["query_norm"], gain),
+        "context_norm": _with_scale(leaves["context_norm"], CONTENT_SCALE),
+        "out": {**out, "kernel": _orthogonal(key, out["kernel"], 1 / CONTENT_SCALE)},
     }
+
+
+def _with_scale(norm: Mapping, scale: float) -> dict:
+    return {**norm, "scale": jnp.full_like(norm["scale"], scale)}
 
 
 def _branch(attention: Mapping) -> dict:
     out = attention["out"]
-    return {**attention, "out": {**out, "kernel": BRANCH * out["kernel"]}}
+    return {**attention, "out": {**out, "kernel": BRANCH_SCALE * out["kernel"]}}
 
 
 def _orthogonal(key: jax.Array, kernel: jax.Array, scale: float) -> jax.Array:

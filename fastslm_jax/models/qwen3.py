@@ -1,6 +1,7 @@
 """Qwen3 decoder (arXiv 2505.09388) with LoRA and an explicit key-value cache.
 
-Shapes: b batch, t new tokens, s cache slots, n query heads, k key-value heads, h head dimension, d width, v vocabulary.
+Shapes: b batch, t new tokens, n query heads, k key-value heads, h head dimension, d width,
+v vocabulary.
 """
 
 import dataclasses
@@ -10,16 +11,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fastslm_jax.models.attention import AttentionKernel, CausalSegments
 from fastslm_jax.models.kv_cache import KVCache
-from fastslm_jax.models.layers import remat
+from fastslm_jax.models.layers import stack
 from fastslm_jax.models.lora import LoRA, Projection
 
 
 @dataclasses.dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding. `factor` above 1 is YaRN (arXiv 2309.00071) as `transformers` computes it."""
+    """Rotary position embedding, with YaRN (arXiv 2309.00071) as in `transformers`.
+
+    factor: YaRN scaling factor of the context length; 1 disables YaRN.
+    original_max_positions, beta_fast, beta_slow, attention_factor: YaRN parameters.
+    """
 
     theta: float = 1_000_000.0
     factor: float = 1.0
@@ -29,48 +35,39 @@ class RoPE:
     attention_factor: float | None = None
 
     def inverse_frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Frequencies [head_dim / 2] in float32, and the factor on the cosines and sines."""
+        """Frequencies [head_dim / 2], float32, and the scale of the cosines and sines."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = (1.0 / np.power(np.float32(self.theta), exponents, dtype=np.float32)).astype(
-            np.float32
-        )
+        frequencies = 1.0 / np.power(np.float32(self.theta), exponents, dtype=np.float32)
+        frequencies = frequencies.astype(np.float32)
         if self.factor == 1.0:
             return frequencies, 1.0
 
         def correction_dim(rotations: float) -> float:
-            return (
-                head_dim
-                * math.log(self.original_max_positions / (rotations * 2 * math.pi))
-                / (2 * math.log(self.theta))
-            )
+            wavelength = self.original_max_positions / (rotations * 2 * math.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
         low = max(math.floor(correction_dim(self.beta_fast)), 0)
         high = min(math.ceil(correction_dim(self.beta_slow)), head_dim - 1)
-        ramp = np.clip(
-            (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
-        )
-        extrapolated = 1 - ramp
+        dimensions = np.arange(head_dim // 2, dtype=np.float32)
+        extrapolated = 1 - np.clip((dimensions - low) / max(high - low, 0.001), 0, 1)
         frequencies = frequencies / self.factor * (1 - extrapolated) + frequencies * extrapolated
-        scale = (
-            self.attention_factor
-            if self.attention_factor is not None
-            else 0.1 * math.log(self.factor) + 1.0
-        )
+        scale = self.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(self.factor) + 1.0
         return frequencies.astype(np.float32), scale
 
     def __call__(self, x: jax.Array, position_ids: jax.Array) -> jax.Array:
-        """Rotates x [b, t, n, h] by position_ids [b, t]; the two halves of h are the pairs. Computed in float32."""
+        """Rotates x [b, t, n, h] by position_ids [b, t] in float32; pairs are (i, i + h / 2)."""
         frequencies, scale = self.inverse_frequencies(x.shape[-1])
         angles = position_ids[:, :, None, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate(
-            [first * cos - second * sin, second * cos + first * sin], axis=-1
-        ).astype(x.dtype)
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32."""
+    """Root-mean-square normalization over the last axis, in float32."""
 
     epsilon: float
     dtype: jnp.dtype = jnp.float32
@@ -84,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm block: grouped-query attention with normalised queries and keys, then SwiGLU."""
+    """Pre-norm block: grouped-query attention with query and key norms, then SwiGLU."""
 
     num_heads: int
     num_kv_heads: int
@@ -94,45 +91,54 @@ class DecoderBlock(nn.Module):
     epsilon: float
     lora: LoRA
     deterministic: bool
-    attend: AttentionKernel = AttentionKernel()
+    attention_kernel: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, carry, position_ids, mask, lora_gate):
-        """carry: x [b, t, d], and the cache or None; mask None with a cache → (x, cache), None."""
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KVCache | None],
+        position_ids: jax.Array,
+        mask: CausalSegments | None,
+        lora_gate: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        """carry: x [b, t, d] and the cache, if any; with a cache, mask is None."""
         x, cache = carry
-        width = x.shape[-1]
 
-        def project(features, name):
+        def project(y: jax.Array, features: int, name: str) -> jax.Array:
             layer = Projection(features, lora=self.lora, dtype=self.dtype, name=name)
-            return lambda y: layer(y, lora_gate, self.deterministic)
+            return layer(y, lora_gate, self.deterministic)
 
-        def heads(y, count):
+        def heads(y: jax.Array, count: int, name: str) -> jax.Array:
+            y = project(y, count * self.head_dim, name)
             return y.reshape(*y.shape[:-1], count, self.head_dim)
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        query = heads(project(self.num_heads * self.head_dim, "query")(hidden), self.num_heads)
-        key = heads(project(self.num_kv_heads * self.head_dim, "key")(hidden), self.num_kv_heads)
-        value = heads(
-            project(self.num_kv_heads * self.head_dim, "value")(hidden), self.num_kv_heads
-        )
+        query = heads(hidden, self.num_heads, "query")
+        key = heads(hidden, self.num_kv_heads, "key")
+        value = heads(hidden, self.num_kv_heads, "value")
         query = self.rope(RMSNorm(self.epsilon, self.dtype, name="query_norm")(query), position_ids)
         key = self.rope(RMSNorm(self.epsilon, self.dtype, name="key_norm")(key), position_ids)
         if cache is None:
-            out = self.attend(query, key, value, mask)
+            out = self.attention_kernel(query, key, value, mask)
         else:
             out, cache = cache.attend(query, key, value, position_ids)
-        x = x + project(width, "out")(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim))
+        width = x.shape[-1]
+        x = x + project(out.reshape(*out.shape[:-2], -1), width, "out")
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
-        hidden = jax.nn.silu(project(self.mlp_dim, "gate")(hidden)) * project(self.mlp_dim, "up")(
-            hidden
-        )
-        return (x + project(width, "down")(hidden), cache), None
+        gate, up = (project(hidden, self.mlp_dim, name) for name in ("gate", "up"))
+        return (x + project(jax.nn.silu(gate) * up, width, "down"), cache), None
 
 
 class Qwen3(nn.Module):
-    """Any dense Qwen3. Embeddings go in and hidden states come out, so that speech can be spliced between."""
+    """Dense Qwen3 decoder from embeddings to hidden states.
+
+    Embedding and logits are separate methods, so that speech tokens can replace text embeddings.
+
+    deterministic: False enables LoRA dropout; apply() then needs rngs={"dropout": ...}.
+    remat, scan_layers: see `layers.stack`.
+    """
 
     vocab_size: int
     width: int
@@ -145,31 +151,21 @@ class Qwen3(nn.Module):
     epsilon: float = 1e-6
     tied_embeddings: bool = True
     lora: LoRA = LoRA()
-    deterministic: bool = True  # False: LoRA dropout acts, and apply() needs rngs={"dropout": …}
-    remat: str = "none"  # see `layers.remat`
+    deterministic: bool = True
+    remat: str = "none"
     scan_layers: bool = True
-    attend: AttentionKernel = AttentionKernel()
+    attention_kernel: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
-        self.embed_tokens = self.param(
-            "embed_tokens", nn.initializers.normal(0.02), (self.vocab_size, self.width)
-        )
+    def setup(self) -> None:
+        normal, shape = nn.initializers.normal(0.02), (self.vocab_size, self.width)
+        self.embed_tokens = self.param("embed_tokens", normal, shape)
         if not self.tied_embeddings:
-            self.lm_head = self.param(
-                "lm_head", nn.initializers.normal(0.02), (self.vocab_size, self.width)
-            )
+            self.lm_head = self.param("lm_head", normal, shape)
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim)
-        options = (self.rope, self.epsilon, self.lora, self.deterministic, self.attend, self.dtype)
-        stack = nn.scan(
-            remat(DecoderBlock, self.remat, self.scan_layers),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.num_layers,
-            unroll=1 if self.scan_layers else self.num_layers,
-        )
-        self.layers = stack(*sizes, *options)
+        options = (self.rope, self.epsilon, self.lora, self.deterministic)
+        blocks = stack(DecoderBlock, self.num_layers, self.remat, scan_layers=self.scan_layers)
+        self.layers = blocks(*sizes, *options, self.attention_kernel, self.dtype)
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -191,13 +187,15 @@ class Qwen3(nn.Module):
         lora_gate: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Embeddings [b, t, d] → hidden states [b, t, d] after the last norm, and the cache.
+        """Embeddings [b, t, d] → hidden states [b, t, d] after the final norm, and the cache.
 
         Args:
-            position_ids: [b, t]. With a cache, new token i of a row is written to slot position_ids[row, 0] + i.
-            segment_ids: [b, t]. Tokens attend within their segment only; each segment is contiguous. Without a cache.
-            lora_gate: [b, t] or [b, 1]; 0 switches LoRA off for a token. None: on everywhere.
-            cache: see `init_cache`; its slots behind a token are not seen, whatever they hold.
+            position_ids: [b, t]. With a cache, token i of a row is written to cache position
+                position_ids[row, 0] + i.
+            segment_ids: [b, t]; tokens attend within their segment only. Segments are
+                contiguous. Ignored with a cache.
+            lora_gate: [b, t] or [b, 1]; 0 disables LoRA for a token. None: enabled everywhere.
+            cache: see `init_cache`. Positions after a token are masked.
         """
         batch, length = embeddings.shape[:2]
         mask = None
@@ -211,8 +209,7 @@ class Qwen3(nn.Module):
         (hidden, cache), _ = self.layers((embeddings, cache), position_ids, mask, lora_gate)
         return self.final_norm(hidden), cache
 
-    def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
-        """An empty cache for `slots` positions of `batch` rows; dtype int8 takes half the memory of bfloat16."""
-        return KVCache.empty(
-            self.num_layers, batch, self.num_kv_heads, slots, self.head_dim, dtype or self.dtype
-        )
+    def init_cache(self, batch: int, cache_length: int, dtype: DTypeLike | None = None) -> KVCache:
+        """Empty cache of `batch` rows; int8 needs half the memory of bfloat16."""
+        heads, dtype = self.num_kv_heads, dtype or self.dtype
+        return KVCache.empty(self.num_layers, batch, heads, cache_length, self.head_dim, dtype)

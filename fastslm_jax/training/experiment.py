@@ -128,19 +128,19 @@ def _make_model(
         dtype=dtype,
         remat=options.remat,
         origin=str(llm_folder),
-    ).clone(attend=kernel, scan_layers=options.scan_layers)
+    ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
     encoder = pretrained.whisper_from_config(
         pretrained.read_config(whisper_folder),
         dtype=dtype,
         remat=options.remat,
         origin=str(whisper_folder),
-    ).clone(attend=kernel, scan_layers=options.scan_layers)
+    ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
         llm.width,
         tuple(options.stage_tokens),
         options.compression_size,
         options.detail_recovery_layers,
-        attend=kernel,
+        attention_kernel=kernel,
         dtype=dtype,
     )
     if options.query_init not in ("normal", "temporal"):

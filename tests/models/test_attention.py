@@ -1,4 +1,4 @@
-"""Attention by platform: the TPU's kernel, interpreted, gives the values and gradients of XLA's; refusals are said or counted."""
+"""Attention kernels: splash attention against XLA, choice by platform, and unsupported inputs."""
 
 import dataclasses
 
@@ -25,20 +25,19 @@ def arrays(rows=2, length=9, kv_length=None, heads=4, kv_heads=2, head_dim=16):
     ]
 
 
-def values_and_gradients(attend, inputs, mask, weights):
-    """The result [b, t, n, h] and the gradients of a weighted sum of it."""
+def values_and_gradients(kernel, inputs, mask, weights):
+    """The output [b, t, n, h] and the gradients of a weighted sum of it."""
 
     def weighted(*inputs):
-        out = attend(*inputs, mask)
+        out = kernel(*inputs, mask)
         return jnp.sum(out * weights), out
 
     gradients, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(*inputs)
     return out, *gradients
 
 
-SEGMENTS = jnp.array(
-    [[1] * 4 + [2] * 5 + [3] * 120 + [0] * 21, [1] * 150]
-)  # the last ones of row 0 are padding; 150 is no block
+# Row 0 ends with padding; 150 is not a multiple of the block size.
+SEGMENTS = jnp.array([[1] * 4 + [2] * 5 + [3] * 120 + [0] * 21, [1] * 150])
 CASES = {
     "packed decoder": ({"length": 150}, CausalSegments(SEGMENTS)),
     "encoder": ({"length": 130, "kv_heads": 4}, None),
@@ -47,29 +46,29 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_splash_attention_is_xla_attention(case):
+def test_splash_attention_matches_xla(case):
     options, mask = CASES[case]
     inputs = arrays(**options)
     weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
     got, expected = (
-        values_and_gradients(attend, inputs, mask, weights) for attend in (SPLASH, XLA)
+        values_and_gradients(kernel, inputs, mask, weights) for kernel in (SPLASH, XLA)
     )
     for name, value, right in zip(("out", "query", "key", "value"), got, expected, strict=True):
         assert value.shape == right.shape
         np.testing.assert_allclose(value, right, atol=1e-5 * np.abs(right).max(), err_msg=name)
 
 
-def test_splash_attention_lies_on_the_mesh():
+def test_splash_attention_is_sharded_over_the_mesh():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     inputs = arrays(rows=4, length=20)
     mask = CausalSegments(jnp.ones((4, 20), jnp.int32))
     spread = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*inputs, mask)
     np.testing.assert_allclose(spread, XLA(*inputs, mask), atol=1e-5)
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 20, 2, 16)}
-    three = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(
-        *(x[:3] for x in inputs), CausalSegments()
-    )  # 4 do not divide 3
-    np.testing.assert_allclose(three, XLA(*(x[:3] for x in inputs), CausalSegments()), atol=1e-5)
+    # A batch of 3 is not divisible by 4 shards and is replicated.
+    three = [x[:3] for x in inputs]
+    replicated = jax.jit(dataclasses.replace(SPLASH, mesh=mesh))(*three, CausalSegments())
+    np.testing.assert_allclose(replicated, XLA(*three, CausalSegments()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_splash_attention_lies_on_the_mesh():
         ("gpu", "float32", "xla"),
     ],
 )
-def test_auto_takes_the_kernel_of_the_platform(platform, dtype, kernel):
+def test_auto_chooses_the_kernel_of_the_platform(platform, dtype, kernel):
     mesh = sharding.make_mesh()
     chosen = attention.choose("auto", platform, dtype, mesh)
     assert (chosen.kernel, chosen.fall_back, chosen.mesh is not None) == (
@@ -95,64 +94,60 @@ def test_auto_takes_the_kernel_of_the_platform(platform, dtype, kernel):
     ("name", "message"),
     [
         ("flash", "attention=flash is not one of auto, xla, splash, splash_interpret, cudnn"),
-        ("splash", "attention=splash runs on tpu, here is cpu; choose auto or xla"),
-        ("cudnn", "attention=cudnn runs on gpu, here is cpu; choose auto or xla"),
+        ("splash", "attention=splash needs a tpu, this platform is cpu; choose auto or xla"),
+        ("cudnn", "attention=cudnn needs a gpu, this platform is cpu; choose auto or xla"),
     ],
 )
-def test_kernels_that_are_not_there_are_refused(name, message):
+def test_unavailable_kernels_raise(name, message):
     with pytest.raises(UserError, match=message):
         attention.choose(name, "cpu", jnp.float32)
 
 
-REFUSED = [
+UNSUPPORTED = [
     (
         AttentionKernel("splash"),
         {"head_dim": 80},
-        "heads of 80, splash attention takes multiples of 64",
+        "head dimension 80; splash attention needs a multiple of 64",
     ),
     (
         AttentionKernel("cudnn"),
         {"head_dim": 64},
-        "float32 arrays, cuDNN takes bfloat16 and float16",
+        "dtype float32; cuDNN needs bfloat16 or float16",
     ),
     (
         "mesh",
         {"heads": 3, "kv_heads": 3},
-        r"3 heads and 3 key-value heads do not divide over config.mesh.tensor=2",
+        "3 heads and 3 key-value heads are not divisible by config.mesh.tensor=2",
     ),
 ]
 
 
-@pytest.mark.parametrize(("attend", "options", "message"), REFUSED)
-def test_what_a_kernel_cannot_take_is_an_error_or_counted(attend, options, message, monkeypatch):
-    attend = (
-        AttentionKernel("splash_interpret", mesh=sharding.make_mesh(data=4, tensor=2))
-        if attend == "mesh"
-        else attend
-    )
+@pytest.mark.parametrize(("kernel", "options", "message"), UNSUPPORTED)
+def test_unsupported_inputs_raise_or_fall_back(kernel, options, message, monkeypatch):
+    if kernel == "mesh":
+        kernel = AttentionKernel("splash_interpret", mesh=sharding.make_mesh(data=4, tensor=2))
     inputs = arrays(**options)
-    with pytest.raises(
-        attention.KernelError, match=f"attention={attend.kernel}: {message}; choose auto or xla"
-    ):
-        attend(*inputs)
+    error = f"attention={kernel.kernel}: {message}; choose auto or xla"
+    with pytest.raises(attention.KernelError, match=error):
+        kernel(*inputs)
 
-    said = []
-    monkeypatch.setattr(absl_logging, "warning", lambda text, *values: said.append(text % values))
+    warnings = []
+    monkeypatch.setattr(absl_logging, "warning", lambda text, *args: warnings.append(text % args))
     monkeypatch.setattr(attention, "CHOICES", type(attention.CHOICES)())
-    falls_back = dataclasses.replace(attend, fall_back=True)
+    falls_back = dataclasses.replace(kernel, fall_back=True)
     for _ in range(2):
         np.testing.assert_array_equal(falls_back(*inputs), XLA(*inputs))
-    assert len(said) == 1
-    assert message.split(",")[0] in said[0]
-    assert [count for choice, count in attention.CHOICES.items() if said[0].endswith(choice)] == [2]
+    (warning,) = warnings
+    assert message in warning
+    assert [count for name, count in attention.CHOICES.items() if warning.endswith(name)] == [2]
 
 
-def test_the_model_gives_the_same_with_splash_attention(model, params, batch):
-    """Encoder, HFQ-Former and packed decoder together, values and gradients of LoRA."""
+def test_the_model_matches_with_splash_attention(model, params, batch):
+    """Encoder, HFQ-Former and packed decoder: values and LoRA gradients."""
     splash_model = dataclasses.replace(
         model,
         **{
-            name: getattr(model, name).clone(attend=SPLASH)
+            name: getattr(model, name).clone(attention_kernel=SPLASH)
             for name in ("encoder", "hfq_former", "llm")
         },
     )

@@ -1,4 +1,4 @@
-"""The joined model: speech tokens of windows, and how they take their places among the text."""
+"""The joint model: speech tokens of windows, and splicing them into the text embeddings."""
 
 import dataclasses
 
@@ -13,16 +13,16 @@ def windows_of(model, seconds: float, seed: int = 0):
     return windows[None], frames[None], np.zeros((1, len(windows)), np.int32)
 
 
-def test_tree_has_three_parts(params):
+def test_parameters_have_three_parts(params):
     assert set(params) == {"encoder", "hfq_former", "llm"}
 
 
-def test_window_and_tokens_follow_from_the_modules(model):
+def test_window_length_and_tokens_per_window(model):
     assert model.window.seconds == 1.0
     assert model.tokens_per_window == 3
 
 
-def test_windows_in_groups_give_the_same_as_all_at_once(model, params):
+def test_window_groups_match_all_windows_at_once(model, params):
     audio = windows_of(model, 4.0)
     speech = jax.jit(model.speech_tokens)(params, *audio)
     assert speech.shape == (1, 12, 32)
@@ -33,16 +33,16 @@ def test_windows_in_groups_give_the_same_as_all_at_once(model, params):
         )
 
 
-def test_speech_tokens_stand_in_the_order_of_time(model, params):
+def test_speech_tokens_are_in_temporal_order(model, params):
     mel = np.random.default_rng(0).normal(0, 0.5, (1, 3, 100, 16)).astype(np.float32)
     tokens_of = jax.jit(model.speech_tokens_from_mel)
-    tokens = tokens_of(params, mel).reshape(3, 3, 32)  # window, token of it, width
+    tokens = tokens_of(params, mel).reshape(3, 3, 32)  # window, token, width
     swapped = tokens_of(params, mel[:, [1, 0, 2]]).reshape(3, 3, 32)
     np.testing.assert_allclose(swapped[np.array([1, 0, 2])], tokens, atol=1e-5)
     assert np.abs(tokens[0] - tokens[1]).max() > 1e-3
 
 
-def test_splice_puts_speech_where_slots_say(model, params):
+def test_splice_follows_the_speech_slots(model, params):
     speech = jnp.arange(2 * 4 * 32, dtype=jnp.float32).reshape(2, 4, 32)
     tokens = jnp.array([[7, 0, 0, 9], [1, 2, 0, 3]])
     slots = jnp.array([[-1, 2, 3, -1], [-1, -1, 0, -1]])

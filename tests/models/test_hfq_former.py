@@ -1,4 +1,4 @@
-"""The HFQ-Former: a compressor without projections, stages at three rates, and few tokens for each window."""
+"""HFQ-Former: compressor without projections, feature levels, and independent windows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from fastslm_jax.models.hfq_former import Compressor, HFQFormer
 from fastslm_jax.models.layers import sinusoids
 
 
-def test_compressor_is_attention_on_the_normalised_context():
-    """One head, by hand: softmax((LN(query) + sin)(LN(x) + sin)ᵀ / √d) LN(x), then one linear layer."""
+def test_compressor_values():
+    """One head: softmax((LN(query) + sin)(LN(x) + sin)ᵀ / √d) LN(x), then a linear layer."""
     x = np.random.default_rng(0).normal(2.0, 3.0, (1, 6, 8)).astype(np.float32)
     compressor = Compressor(num_queries=2, num_heads=1)
     weights = compressor.init(jax.random.key(0), x)["params"]
@@ -35,7 +35,7 @@ def test_compressor_is_attention_on_the_normalised_context():
     np.testing.assert_allclose(compressor.apply({"params": weights}, x)[0], expected, atol=1e-5)
 
 
-def test_levels_and_their_lengths():
+def test_lengths_of_the_levels():
     hfq_former = HFQFormer(
         output_width=12,
         stage_tokens=(5, 4, 3),
@@ -59,7 +59,7 @@ def test_levels_and_their_lengths():
     assert "bias" not in tree["detail_recovery_0"]["self_attention"]["key"]
 
 
-def test_windows_do_not_see_each_other(model, params):
+def test_windows_do_not_attend_to_each_other(model, params):
     features = jax.random.normal(jax.random.key(0), (3, 50, 64))
     forward = jax.jit(
         lambda features: model.hfq_former.apply({"params": params["hfq_former"]}, features)
@@ -69,6 +69,6 @@ def test_windows_do_not_see_each_other(model, params):
     assert np.abs(tokens[1] - changed[1]).max() > 1e-3
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="heads of 64, which do not divide the encoder width 96"):
+def test_width_must_be_a_multiple_of_head_dim():
+    with pytest.raises(ValueError, match=r"encoder width 96 is not a multiple .* head_dim 64"):
         HFQFormer(output_width=8).init(jax.random.key(0), jnp.zeros((1, 20, 96)))

@@ -1,4 +1,4 @@
-"""LoRA inside the projection: absent at rank 0, silent while B is zero, switched off for single tokens by the gate."""
+"""LoRA in the projection layer: rank 0, zero-initialized B, the per-token gate, and dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,17 @@ def shapes(tree: dict) -> dict:
     return jax.tree.map(lambda leaf: leaf.shape, tree)
 
 
-def test_the_projection_by_hand():
+def test_projection_values():
     x = jax.random.normal(jax.random.key(0), (2, 3, 6))
     projection = Projection(4, use_bias=True, lora=LoRA(rank=2, alpha=6.0))
     weights = projection.init(jax.random.key(1), x)["params"]
     weights = weights | {"bias": jnp.arange(4.0), "lora_b": jnp.ones((2, 4))}
-    expected = (
-        x @ weights["kernel"] + jnp.arange(4.0) + 3.0 * (x @ weights["lora_a"]) @ jnp.ones((2, 4))
-    )  # alpha / rank = 3
+    delta = 3.0 * (x @ weights["lora_a"]) @ jnp.ones((2, 4))  # alpha / rank = 3
+    expected = x @ weights["kernel"] + jnp.arange(4.0) + delta
     np.testing.assert_allclose(projection.apply({"params": weights}, x), expected, atol=1e-5)
 
 
-def test_rank_0_leaves_the_tree_of_the_base(model, params):
+def test_rank_0_has_no_lora_parameters(model, params):
     plain = model.llm.clone(lora=LoRA())
     tree = jax.eval_shape(
         plain.init, jax.random.key(0), jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32)
@@ -58,7 +57,7 @@ def logits_of(llm, weights, gate=None):
     return np.asarray(forward(weights))
 
 
-def test_gate_and_zero_b_give_the_base_to_the_bit(model, params):
+def test_closed_gate_or_zero_b_matches_the_base_exactly(model, params):
     base = logits_of(model.llm.clone(lora=LoRA()), without_lora(params["llm"]))
     gated = logits_of(model.llm, params["llm"], gate=jnp.zeros((2, 1)))
     np.testing.assert_array_equal(gated, base)
@@ -72,7 +71,7 @@ def test_gate_and_zero_b_give_the_base_to_the_bit(model, params):
     assert np.abs(logits_of(model.llm, params["llm"]) - base).max() > 1e-2
 
 
-def test_the_gate_acts_on_its_row_only(model, params):
+def test_gate_is_per_row(model, params):
     on, off = (
         logits_of(model.llm, params["llm"]),
         logits_of(model.llm, params["llm"], gate=jnp.zeros((2, 1))),
@@ -82,7 +81,7 @@ def test_the_gate_acts_on_its_row_only(model, params):
     np.testing.assert_array_equal(mixed[1], off[1])
 
 
-def test_dropout_acts_on_the_adapter_only():
+def test_dropout_applies_to_the_adapter_only():
     x = jnp.ones((1, 50, 8))
     projection = Projection(4, lora=LoRA(rank=2, dropout=0.5))
     weights = projection.init(jax.random.key(0), x)["params"]
@@ -91,7 +90,7 @@ def test_dropout_acts_on_the_adapter_only():
     np.testing.assert_array_equal(base, projection.apply({"params": weights}, x))
     weights = weights | {"lora_b": jnp.ones((2, 4))}
     dropped = projection.apply({"params": weights}, x, deterministic=False, rngs=rngs)
-    assert len(np.unique(np.asarray(dropped)[0, :, 0])) > 10  # rows are equal, their masks are not
+    assert len(np.unique(np.asarray(dropped)[0, :, 0])) > 10  # equal rows, different masks
     np.testing.assert_array_equal(
         dropped, projection.apply({"params": weights}, x, deterministic=False, rngs=rngs)
     )

@@ -1,4 +1,4 @@
-"""Log-mel against `WhisperFeatureExtractor`, and the released padding against the same features before their padding."""
+"""Log-mel against `WhisperFeatureExtractor`, in both padding modes."""
 
 import functools
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def recording(seconds: float) -> np.ndarray:
-    """A gliding voice with harmonics that comes and goes over noise 50 dB below it: float32 in [-1, 1]."""
+    """Harmonics of a varying pitch and loudness, plus noise 50 dB below: float32 in [-1, 1]."""
     t = np.arange(round(seconds * audio.SAMPLE_RATE)) / audio.SAMPLE_RATE
     phase = 2 * np.pi * np.cumsum(140 + 40 * np.sin(2 * np.pi * 0.7 * t)) / audio.SAMPLE_RATE
     voice = sum(np.sin(k * phase) / k for k in range(1, 20)) * np.clip(
@@ -32,7 +32,7 @@ def extractor():
 
 
 def windows_of(samples: np.ndarray, padding: str) -> np.ndarray:
-    """Log-mel of a recording, windows joined: [frames, 128]."""
+    """Log-mel of a recording with its windows joined: [frames, 128]."""
     windows, frames = audio.WindowSpec(padding=padding).cut(samples)
     mel = jax.jit(log_mel.log_mel, static_argnums=3)(
         windows[None], frames[None], np.zeros((1, len(windows)), np.int32), 128
@@ -58,7 +58,7 @@ def test_whisper_padding(seconds, extractor):
 
 @pytest.mark.parametrize("seconds", SECONDS)
 def test_released_padding(seconds, extractor):
-    """The features of the recording as it is (of one second at least), then 0.0."""
+    """Features of the recording without padding (at least one second), then zeros."""
     samples = recording(seconds)
     ours = windows_of(samples, "released")
     samples = np.pad(samples, (0, max(0, audio.MIN_SAMPLES - len(samples))))

@@ -1,4 +1,4 @@
-"""Qwen3 against `transformers`, and its LoRA against PEFT, on small random models: a layer, logits, and the way back."""
+"""Qwen3 against `transformers` and LoRA against PEFT, on small random models."""
 
 import copy
 import functools
@@ -17,8 +17,17 @@ from fastslm_jax.models.qwen3 import DecoderBlock
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import SafetensorsSource
 
-LAYER, MODEL = 1e-5, 1e-4  # tolerances, of the largest value
+# Tolerances, relative to the largest value.
+LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-5, 1e-4
 VOCABULARY, NATIVE_CONTEXT, LENGTH = 97, 32, 100
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -61,7 +70,7 @@ def run(llm, params, tokens, position_ids, segment_ids, lora_gate):
 
 
 def our_logits(llm, params, tokens, position_ids=None, segment_ids=None, lora_gate=1.0):
-    """tokens [b, t] → logits [b, t, v]. One compiled program for all tests of a model, for all have one shape."""
+    """tokens [b, t] → logits [b, t, v]. All tests of a model share one compiled shape."""
     position_ids = (
         np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         if position_ids is None
@@ -88,13 +97,15 @@ def random_tokens(*shape, seed=0):
 
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))
 def reference(request, tmp_path_factory):
-    """(model, our decoder, our parameters)."""
+    """(transformers model, our decoder, our parameters)."""
     heads, kv_heads, tied, rope = CASES[request.param]
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=128, rope_parameters=dict(rope),
+        **SIZES,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rope_parameters=dict(rope),
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     model = Qwen3ForCausalLM(config).eval()
     randomize(model, seed=1)
     folder = tmp_path_factory.mktemp("qwen3")
@@ -128,20 +139,22 @@ def test_layer(reference):
             hidden = torch.from_numpy(x)
             rotations = model.model.rotary_emb(hidden, torch.from_numpy(position_ids.copy()))
             assert_close(
-                actual, layer(hidden, attention_mask=None, position_embeddings=rotations), LAYER
+                actual,
+                layer(hidden, attention_mask=None, position_embeddings=rotations),
+                LAYER_TOLERANCE,
             )
 
 
 def test_logits(reference):
-    """Of three times the native context of the YaRN case."""
+    """The length is three times the native context of the YaRN case."""
     model, llm, params = reference
     assert LENGTH > 3 * NATIVE_CONTEXT
     tokens = random_tokens(2, LENGTH)
-    assert_close(our_logits(llm, params, tokens), their_logits(model, tokens), MODEL)
+    assert_close(our_logits(llm, params, tokens), their_logits(model, tokens), MODEL_TOLERANCE)
 
 
 def test_left_padded_input(reference):
-    """transformers pads at the left for generation. Here the padding is a segment of its own."""
+    """transformers pads on the left for generation; we give the padding its own segment id."""
     model, llm, params = reference
     mask = np.arange(LENGTH) >= np.array([[0], [37]])
     tokens = np.where(mask, random_tokens(2, LENGTH), 0).astype(np.int32)
@@ -150,11 +163,11 @@ def test_left_padded_input(reference):
         model, tokens, attention_mask=mask.astype(np.int64), position_ids=position_ids
     )
     ours = our_logits(llm, params, tokens, position_ids, mask)
-    assert_close(ours[mask], theirs[mask], MODEL)
+    assert_close(ours[mask], theirs[mask], MODEL_TOLERANCE)
 
 
 def test_packed_input(reference):
-    """Three examples in a row, and two in another, give what each gives alone."""
+    """Rows of three and of two packed examples match the examples run separately."""
     model, llm, params = reference
     rows = [
         [random_tokens(1, length, seed=length) for length in lengths]
@@ -171,10 +184,10 @@ def test_packed_input(reference):
     alone = np.concatenate(
         [np.concatenate([their_logits(model, part) for part in row], axis=1) for row in rows]
     )
-    assert_close(our_logits(llm, params, tokens, position_ids, segment_ids), alone, MODEL)
+    assert_close(our_logits(llm, params, tokens, position_ids, segment_ids), alone, MODEL_TOLERANCE)
 
 
-def test_the_way_back_is_bit_equal(reference):
+def test_round_trip_is_bit_equal(reference):
     model, llm, params = reference
     theirs = {key: value.numpy() for key, value in model.state_dict().items()}
     if llm.tied_embeddings:
@@ -186,17 +199,13 @@ def test_the_way_back_is_bit_equal(reference):
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
 
 
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-
-
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """(PEFT model, its adapter's folder, our decoder with LoRA, our parameters, base model)."""
+    """(PEFT model, our LoRA parameters, our decoder, all our parameters, base model)."""
     peft = pytest.importorskip("peft")
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+    )
     base = Qwen3ForCausalLM(config).eval()
     randomize(base, seed=2)
     folder = tmp_path_factory.mktemp("base")
@@ -238,16 +247,18 @@ def test_peft_lora_logits(adapted):
     tokens = random_tokens(2, LENGTH)
     expected = their_logits(model, tokens)
     assert np.abs(expected - their_logits(base, tokens)).max() > 0.1
-    assert_close(our_logits(llm, params, tokens), expected, MODEL)
+    assert_close(our_logits(llm, params, tokens), expected, MODEL_TOLERANCE)
 
 
-def test_lora_switched_off_is_the_base_model(adapted):
+def test_disabled_lora_matches_the_base_model(adapted):
     _, _, llm, params, base = adapted
     tokens = random_tokens(2, LENGTH)
-    assert_close(our_logits(llm, params, tokens, lora_gate=0.0), their_logits(base, tokens), MODEL)
+    assert_close(
+        our_logits(llm, params, tokens, lora_gate=0.0), their_logits(base, tokens), MODEL_TOLERANCE
+    )
 
 
-def test_lora_goes_back_to_peft_bit_equal(adapted, tmp_path):
+def test_peft_round_trip_is_bit_equal(adapted, tmp_path):
     import peft
 
     model, lora, *_ = adapted
@@ -264,4 +275,4 @@ def test_lora_goes_back_to_peft_bit_equal(adapted, tmp_path):
         layouts.peft_lora(),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora),
     )
-    jax.tree.map(np.testing.assert_array_equal, again, lora)
+    jax.tree.map(np.testing.assert_array_equal, reloaded, lora)

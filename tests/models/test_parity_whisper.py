@@ -1,4 +1,4 @@
-"""The Whisper encoder against `transformers`, on a small random model: a layer, the whole, and the way back."""
+"""Whisper encoder against `transformers` on a small random model: layers, output, and export."""
 
 import jax
 import numpy as np
@@ -9,11 +9,12 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from fastslm_jax.models.whisper import EncoderBlock
 from fastslm_jax.weights import engine, layouts, pretrained
 
-LAYER, MODEL = 1e-5, 1e-4  # tolerances, of the largest value
+# Tolerances, relative to the largest value.
+LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-5, 1e-4
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter random, biases and norms too, so that none is at a value where an error would not show."""
+    """Randomizes all parameters, including biases and norms, so that no mapping error is hidden."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -31,12 +32,25 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(model, its folder, our encoder, our parameters)."""
+    """(transformers model, its folder, our encoder, our parameters)."""
     config = WhisperConfig(
-        d_model=48, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=80, num_mel_bins=20, max_source_positions=30,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60, max_target_positions=16,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, begin_suppress_tokens=None,
-    )  # fmt: skip
+        d_model=48,
+        encoder_layers=2,
+        encoder_attention_heads=3,
+        encoder_ffn_dim=80,
+        num_mel_bins=20,
+        max_source_positions=30,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        vocab_size=60,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    )
     model = WhisperForConditionalGeneration(config).eval()
     randomize(model, seed=0)
     folder = tmp_path_factory.mktemp("whisper")
@@ -48,7 +62,7 @@ def reference(tmp_path_factory):
     return model, folder, encoder, pretrained.load_whisper(folder, tree)
 
 
-def test_sizes_are_those_of_config_json(reference):
+def test_sizes_follow_config_json(reference):
     _, _, encoder, params = reference
     sizes = (
         encoder.width,
@@ -71,7 +85,7 @@ def test_layer(reference):
             {"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}, x
         )
         with torch.no_grad():
-            assert_close(actual, layer(torch.from_numpy(x), None), LAYER)
+            assert_close(actual, layer(torch.from_numpy(x), None), LAYER_TOLERANCE)
 
 
 def test_encoder_output(reference):
@@ -79,14 +93,11 @@ def test_encoder_output(reference):
     mel = np.random.default_rng(1).normal(size=(3, 60, 20)).astype(np.float32)
     actual = jax.jit(encoder.apply)({"params": params}, mel)
     with torch.no_grad():
-        assert_close(
-            actual,
-            model.model.encoder(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state,
-            MODEL,
-        )
+        expected = model.model.encoder(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state
+    assert_close(actual, expected, MODEL_TOLERANCE)
 
 
-def test_the_way_back_is_bit_equal(reference):
+def test_round_trip_is_bit_equal(reference):
     model, _, _, params = reference
     theirs = {
         key: value.numpy()
@@ -99,7 +110,7 @@ def test_the_way_back_is_bit_equal(reference):
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
 
 
-def test_frames_of_another_length_are_refused(reference):
+def test_wrong_number_of_frames_raises(reference):
     _, _, encoder, params = reference
-    with pytest.raises(ValueError, match=r"\(59, 20\), this encoder takes \(60, 20\)"):
+    with pytest.raises(ValueError, match=r"\(59, 20\); this encoder takes \(60, 20\)"):
         encoder.apply({"params": params}, np.zeros((1, 59, 20), np.float32))

@@ -1,4 +1,4 @@
-"""The start in time: where each speech token listens before anything was learnt."""
+"""Temporal query initialization: which frames each speech token attends to before training."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def normal(module):
     return module.init(jax.random.key(0), jnp.zeros((1, FRAMES, 128)))["params"]
 
 
-def heard(module, params):
-    """|change of token i| where the frames of span j change: [tokens, spans]."""
+def sensitivity(module, params):
+    """Change of token i when the frames of span j are replaced: [tokens, spans]."""
     features = jax.random.normal(jax.random.key(1), (1, FRAMES, 128))
     other = jax.random.normal(jax.random.key(2), (1, FRAMES, 128))
     span = jnp.arange(FRAMES) * TOKENS // FRAMES
@@ -32,29 +32,31 @@ def heard(module, params):
     return np.asarray(jnp.linalg.norm(tokens[1:] - tokens[0], axis=-1)).T
 
 
-def test_a_token_listens_to_its_own_span_most(module, normal):
-    change = heard(module, temporal_query_init(normal, jax.random.key(3)))
+def test_tokens_attend_mostly_to_their_own_span(module, normal):
+    change = sensitivity(module, temporal_query_init(normal, jax.random.key(3)))
     nearest = change.argmax(axis=1)
     assert np.abs(nearest - np.arange(TOKENS)).max() <= 1
-    assert (np.diff(nearest) >= 0).all()  # tokens keep the order of time
+    assert (np.diff(nearest) >= 0).all()  # tokens are in temporal order
 
 
-def test_the_normal_start_listens_everywhere_alike(module, normal):
-    """What the start in time is for: there the own span is worth no more than another."""
-    share = {name: np.mean(np.diag(c) / c.sum(axis=1)) for name, c in (
-        ("normal", heard(module, normal)), ("time", heard(module, temporal_query_init(normal, jax.random.key(3)))),
-    )}  # fmt: skip
-    assert share["normal"] == pytest.approx(1 / TOKENS, abs=0.03)
-    assert share["time"] > 0.25
+def test_normal_initialization_attends_uniformly(module, normal):
+    """The motivation: with normal initialization a token's own span counts as much as others."""
+
+    def own_share(params):
+        change = sensitivity(module, params)
+        return np.mean(np.diag(change) / change.sum(axis=1))
+
+    assert own_share(normal) == pytest.approx(1 / TOKENS, abs=0.03)
+    assert own_share(temporal_query_init(normal, jax.random.key(3))) > 0.25
 
 
-def test_only_values_differ_from_the_normal_start(normal):
-    started = flatten_dict(temporal_query_init(normal, jax.random.key(3)), sep="/")
+def test_only_the_documented_values_change(normal):
+    after = flatten_dict(temporal_query_init(normal, jax.random.key(3)), sep="/")
     before = flatten_dict(normal, sep="/")
-    assert {path: leaf.shape for path, leaf in started.items()} == {
+    assert {path: leaf.shape for path, leaf in after.items()} == {
         path: leaf.shape for path, leaf in before.items()
     }
-    changed = {path for path in before if not np.array_equal(before[path], started[path])}
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
     compressors = ("compressor_1", "compressor_2", "compressor_3", "semantic_distillation")
     expected = {
         f"{name}/{leaf}"
@@ -69,7 +71,7 @@ def test_only_values_differ_from_the_normal_start(normal):
     assert changed == expected | {"projection/kernel"}
 
 
-def test_tokens_start_at_the_size_of_embeddings(module, normal):
+def test_tokens_have_the_scale_of_embeddings(module, normal):
     features = jax.random.normal(jax.random.key(1), (4, FRAMES, 128))
     tokens = module.apply({"params": temporal_query_init(normal, jax.random.key(3))}, features)
     assert 0.02 < float(jnp.sqrt(jnp.mean(tokens**2))) < 0.2

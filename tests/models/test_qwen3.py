@@ -1,4 +1,4 @@
-"""The decoder: a scanned stack that is a plain loop, rotary positions, segments that do not mix, and the key-value cache."""
+"""Qwen3 decoder: scanned layers, rotary positions, causal and packed attention, and logits."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def embeddings():
 POSITIONS = jnp.broadcast_to(jnp.arange(9), (2, 9))
 
 
-def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, embeddings):
+def test_scanned_layers_match_a_plain_loop(model, params, forward, embeddings):
     llm, weights = model.llm, params["llm"]
 
     @jax.jit
@@ -40,8 +40,8 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
         )
         mask = CausalSegments()
         for layer in range(llm.num_layers):
-            of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights["layers"])
-            (x, _), _ = block.apply({"params": of_layer}, (x, None), POSITIONS, mask, None)
+            layer_params = jax.tree.map(lambda leaf, i=layer: leaf[i], weights["layers"])
+            (x, _), _ = block.apply({"params": layer_params}, (x, None), POSITIONS, mask, None)
         return RMSNorm(llm.epsilon).apply({"params": weights["final_norm"]}, x)
 
     hidden, cache = forward(embeddings, POSITIONS)
@@ -49,8 +49,8 @@ def test_scanned_blocks_are_blocks_one_after_another(model, params, forward, emb
     np.testing.assert_allclose(hidden, unrolled(weights, embeddings), atol=1e-5)
 
 
-def test_remat_outside_a_loop(model, params, embeddings):
-    """XLA must not find that the backward pass repeats the forward pass."""
+def test_unrolled_layers_are_rematerialized(model, params, embeddings):
+    """Common-subexpression elimination must not undo the rematerialization."""
 
     def products(remat: str) -> int:
         llm = model.llm.clone(remat=remat, scan_layers=False)
@@ -63,14 +63,13 @@ def test_remat_outside_a_loop(model, params, embeddings):
     assert products("full") > products("none") > 0
 
 
-def test_rms_norm_by_hand():
-    norm = RMSNorm(epsilon=0.0)
-    np.testing.assert_allclose(norm.apply({"params": {"scale": jnp.array([1.0, 2.0])}}, jnp.array([3.0, 4.0])), [
-        3 / np.sqrt(12.5), 8 / np.sqrt(12.5),
-    ], rtol=1e-6)  # fmt: skip
+def test_rms_norm_values():
+    params = {"scale": jnp.array([1.0, 2.0])}
+    normalized = RMSNorm(epsilon=0.0).apply({"params": params}, jnp.array([3.0, 4.0]))
+    np.testing.assert_allclose(normalized, [3 / np.sqrt(12.5), 8 / np.sqrt(12.5)], rtol=1e-6)
 
 
-def test_rope_rotates_pairs_of_the_two_halves():
+def test_rope_rotates_pairs_across_the_two_halves():
     x = jnp.array([1.0, 10.0, 0.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
     rotated = RoPE(theta=100.0)(x, jnp.array([[3]]))[0, 0, 0]  # frequencies 1 and 100^(-1/2)
     np.testing.assert_allclose(
@@ -89,14 +88,14 @@ def test_yarn_keeps_fast_rotations_and_slows_slow_ones():
     assert (np.diff(slowed / plain) <= 1e-6).all()
 
 
-def test_tokens_do_not_see_later_ones(forward, embeddings):
+def test_attention_is_causal(forward, embeddings):
     hidden, _ = forward(embeddings, POSITIONS)
     changed, _ = forward(embeddings.at[:, 6].add(1.0), POSITIONS)
     np.testing.assert_array_equal(hidden[:, :6], changed[:, :6])
     assert (np.abs(hidden[:, 6:] - changed[:, 6:]).max(axis=-1) > 1e-4).all()
 
 
-def test_packed_segments_do_not_see_each_other(forward, embeddings):
+def test_packed_segments_do_not_attend_to_each_other(forward, embeddings):
     first, second = embeddings[:, :4], embeddings[:, 4:]
     positions = jnp.concatenate([POSITIONS[:, :4], POSITIONS[:, :5]], axis=1)
     segments = jnp.broadcast_to(jnp.array([1, 1, 1, 1, 2, 2, 2, 2, 2]), (2, 9))
@@ -105,29 +104,7 @@ def test_packed_segments_do_not_see_each_other(forward, embeddings):
     np.testing.assert_allclose(packed[:, 4:], forward(second, POSITIONS[:, :5])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [(9,), (4, 5), (5, 1, 1, 1, 1)])
-def test_cached_chunks_are_the_whole(model, forward, embeddings, chunks):
-    whole, _ = forward(embeddings, POSITIONS)
-    cache, parts, at = model.llm.init_cache(batch=2, slots=12), [], 0
-    for length in chunks:
-        part = slice(at, at + length)
-        hidden, cache = forward(embeddings[:, part], POSITIONS[:, part], None, None, cache)
-        parts.append(hidden)
-        at += length
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    assert not np.asarray(cache.keys)[:, :, :, 9:].any()  # slots that no token has reached
-
-
-def test_rows_of_a_cache_stand_at_their_own_positions(model, forward, embeddings):
-    """Row 0 is 5 tokens in and row 1 only 3: each goes on behind its own, over what padding left there."""
-    whole, _ = forward(embeddings, POSITIONS)
-    _, cache = forward(embeddings[:, :5], POSITIONS[:, :5], None, None, model.llm.init_cache(2, 12))
-    step = jnp.stack([embeddings[0, 5], embeddings[1, 3]])[:, None]
-    hidden, _ = forward(step, jnp.array([[5], [3]]), None, None, cache)
-    np.testing.assert_allclose(hidden[:, 0], [whole[0, 5], whole[1, 3]], atol=1e-5)
-
-
-def test_logits_are_tied_to_the_embeddings_or_have_a_head(model, params):
+def test_logits_use_tied_embeddings_or_an_untied_head(model, params):
     hidden = jax.random.normal(jax.random.key(1), (2, 32))
     table = params["llm"]["embed_tokens"]
     tied = model.llm.apply({"params": params["llm"]}, hidden, method="logits")

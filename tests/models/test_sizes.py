@@ -1,4 +1,4 @@
-"""The full-size model by its shapes alone: tokens of a recording, and parameters counted from the layers' definitions."""
+"""Shapes of the full-size model: speech tokens per recording and parameter counts."""
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,17 @@ from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
-D, MELS, POSITIONS, LAYERS = 1280, 128, 1500, 32  # Whisper-large-v3's encoder
-LLM_D, LLM_LAYERS, VOCAB, HEADS, KV_HEADS, HEAD_DIM, MLP = (
-    2560,
-    36,
-    151_936,
-    32,
-    8,
-    128,
-    9728,
-)  # Qwen3-4B
+# Encoder of Whisper-large-v3.
+D, MELS, POSITIONS, LAYERS = 1280, 128, 1500, 32
+# Qwen3-4B.
+LLM_D, LLM_LAYERS, VOCAB, MLP = 2560, 36, 151_936, 9728
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RANK = 16
 
 
 @pytest.fixture(scope="module")
 def full() -> FastSLM:
-    """Whisper-large-v3, HFQ-Former of 80, 80, 80 → 50 tokens, Qwen3-4B with LoRA of rank 16."""
+    """Whisper-large-v3, HFQ-Former with 80 + 80 + 80 → 50 tokens, Qwen3-4B with rank-16 LoRA."""
     return FastSLM(
         encoder=WhisperEncoder(
             D, LAYERS, num_heads=20, mlp_dim=4 * D, num_mels=MELS, max_positions=POSITIONS
@@ -48,11 +43,8 @@ def count(tree, keep=lambda path: True) -> int:
 
 
 def is_fixed(path: str) -> bool:
-    """Position tables: leaves of the tree, so that a checkpoint's own tables are kept, but never trained."""
+    """Position tables are parameters, but never trained."""
     return path.endswith("positions")
-
-
-# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 def test_thirty_seconds_are_fifty_tokens(full, tree):
@@ -86,24 +78,17 @@ def test_tokens_of_a_recording(full, tree, minutes, tokens):
     assert full.window.seconds == 30.0
 
 
-# ---------------------------------------------------------------------------------------------------------- parameters
-
-
 def test_whisper_large_v3_encoder_has_637_million(tree):
     convolutions = (3 * MELS * D + D) + (3 * D * D + D)
     attention = 4 * D * D + 3 * D  # the key has no bias
     mlp = 2 * (4 * D * D) + 4 * D + D
     block = attention + mlp + 2 * (2 * D)
     expected = convolutions + POSITIONS * D + LAYERS * block + 2 * D
-    assert (
-        count(tree["encoder"]) == expected == 636_968_960
-    )  # its position table of 1.9 M counted, as is usual
+    assert count(tree["encoder"]) == expected == 636_968_960  # including the position table
 
 
 def test_hfq_former_has_56_million_and_4_million_fixed(tree):
-    compressors = 4 * (
-        (D * D + D) + 2 * (2 * D)
-    )  # an output projection and two norms; no query, key or value
+    compressors = 4 * ((D * D + D) + 2 * (2 * D))  # output projection and two norms
     queries = (3 * 80 + 50) * D
     downsamplers = 2 * (2 * (3 * D * D + D) + 2 * D)
     detail_recovery = 2 * (2 * (4 * D * D + 3 * D) + 2 * (2 * D))
@@ -122,7 +107,7 @@ def test_qwen3_4b_has_4_billion(tree):
     attention = 2 * LLM_D * HEADS * HEAD_DIM + 2 * LLM_D * KV_HEADS * HEAD_DIM
     norms = 2 * LLM_D + 2 * HEAD_DIM
     block = attention + 3 * LLM_D * MLP + norms
-    expected = VOCAB * LLM_D + LLM_LAYERS * block + LLM_D  # embeddings tied: counted once
+    expected = VOCAB * LLM_D + LLM_LAYERS * block + LLM_D  # tied embeddings
     assert count(tree["llm"], lambda path: not is_lora(path)) == expected == 4_022_468_096
 
 
