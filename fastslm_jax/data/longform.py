@@ -49,8 +49,8 @@ class LongForm:
             )
         if not 0 < self.min_seconds <= self.max_seconds:
             raise UserError(
-                f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} are not a range: "
-                "0 < min_seconds <= max_seconds is required"
+                f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} are not a "
+                "range: 0 < min_seconds <= max_seconds is required"
             )
         if len(self.gap_seconds) != 2 or not 0 <= self.gap_seconds[0] <= self.gap_seconds[1]:
             raise UserError(
