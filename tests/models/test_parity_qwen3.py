@@ -270,7 +270,7 @@ def test_peft_round_trip_is_bit_equal(adapted, tmp_path):
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
     save_file(ours, tmp_path / "adapter.safetensors")
-    again = engine.load(
+    reloaded = engine.load(
         SafetensorsSource(tmp_path / "adapter.safetensors"),
         layouts.peft_lora(),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora),
