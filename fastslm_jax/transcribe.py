@@ -25,7 +25,7 @@ from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
 from fastslm_jax.inference import long_form
 from fastslm_jax.inference.generator import Generator
-from fastslm_jax.inference.long_form import Recording, Result, Segment
+from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
@@ -134,7 +134,7 @@ def _clock(seconds: float, decimal: str) -> str:
     return f"{hours:02}:{minutes:02}:{rest // 1000:02}{decimal}{rest % 1000:03}"
 
 
-def subtitles(segments: Sequence[Segment], kind: str) -> str:
+def subtitles(segments: Sequence[TranscriptSegment], kind: str) -> str:
     """SRT or WebVTT with an entry for each segment that has text."""
     decimal = "," if kind == "srt" else "."
     entries = [] if kind == "srt" else ["WEBVTT\n"]

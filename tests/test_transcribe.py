@@ -130,9 +130,9 @@ def test_output_files(answered, folder, tmp_path):
 
 
 SEGMENTS = [
-    long_form.Segment(0, 61.5, "anna left", "eos"),
-    long_form.Segment(61.5, 62, "", "eos"),
-    long_form.Segment(62, 3700, "bye", "eos"),
+    long_form.TranscriptSegment(0, 61.5, "anna left", "eos"),
+    long_form.TranscriptSegment(61.5, 62, "", "eos"),
+    long_form.TranscriptSegment(62, 3700, "bye", "eos"),
 ]
 
 

@@ -35,7 +35,7 @@ from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import espeak, examples
 from fastslm_jax.demo.augment import CLEAN, Augmentation
-from fastslm_jax.demo.recordings import Recording, render, render_long
+from fastslm_jax.demo.recordings import SyntheticRecording, render, render_long
 from fastslm_jax.demo.voices import voices
 from fastslm_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def _with_defaults(counts: Counts | None) -> dict[str, dict[str, int]]:
 
 def _recordings(
     seed: int, counts: Counts, train: Augmentation, evaluation: Augmentation
-) -> list[Recording]:
+) -> list[SyntheticRecording]:
     """All audio files. The first translations reuse the audio of the transcription examples."""
     recordings = []
     for name, tasks in counts.items():
@@ -126,7 +126,7 @@ def _recordings(
             first = min(tasks["asr"], count) if task == "ast" else 0
             for index in range(first, count):
                 target = _long_seconds(index, count) if name == "test_long" else 0.0
-                recordings.append(Recording(seed, name, task, index, augmentation, target))
+                recordings.append(SyntheticRecording(seed, name, task, index, augmentation, target))
     return recordings
 
 
@@ -169,7 +169,7 @@ def _claim(out: pathlib.Path, settings: Mapping[str, object]) -> None:
     _write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def _is_complete(out: pathlib.Path, recordings: Sequence[Recording]) -> bool:
+def _is_complete(out: pathlib.Path, recordings: Sequence[SyntheticRecording]) -> bool:
     present = {
         f"{folder}/{name}"
         for folder in examples.SPLITS
@@ -182,7 +182,9 @@ def _is_complete(out: pathlib.Path, recordings: Sequence[Recording]) -> bool:
     )
 
 
-def _build_all(recordings: Sequence[Recording], out: pathlib.Path, workers: int) -> Iterable[Row]:
+def _build_all(
+    recordings: Sequence[SyntheticRecording], out: pathlib.Path, workers: int
+) -> Iterable[Row]:
     build = functools.partial(_build_recording, out=out)
     if workers == 1:
         yield from map(build, recordings)
@@ -192,7 +194,7 @@ def _build_all(recordings: Sequence[Recording], out: pathlib.Path, workers: int)
         yield from pool.imap(build, recordings, chunksize=16)
 
 
-def _build_recording(recording: Recording, out: pathlib.Path) -> Row:
+def _build_recording(recording: SyntheticRecording, out: pathlib.Path) -> Row:
     """Writes the audio file unless it exists; returns its manifest line."""
     path = out / recording.path
     if recording.target_seconds:  # rendered again even if it exists: the row needs its segments
@@ -210,7 +212,7 @@ def _build_recording(recording: Recording, out: pathlib.Path) -> Row:
     return _row(recording, recording.example(), num_samples)
 
 
-def _row(recording: Recording, example: examples.SpokenExample, num_samples: int) -> Row:
+def _row(recording: SyntheticRecording, example: examples.SpokenExample, num_samples: int) -> Row:
     return {
         "id": f"{recording.set_name}-{example.task}-{recording.index:06d}",
         "audio_filepath": recording.path,
@@ -227,7 +229,7 @@ def _row(recording: Recording, example: examples.SpokenExample, num_samples: int
 
 def _shared_translation(seed: int, name: str, index: int, asr: Row) -> Row:
     """A translation example on the audio of a transcription example."""
-    drawn = examples.draw_example("ast", Recording(seed, name, "asr", index).rng(), name)
+    drawn = examples.draw_example("ast", SyntheticRecording(seed, name, "asr", index).rng(), name)
     if drawn.text != asr["text"]:
         raise AssertionError(f"{asr['id']}: {asr['text']!r} was translated as {drawn.text!r}")
     return {

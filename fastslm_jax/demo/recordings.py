@@ -21,7 +21,7 @@ Segment = dict[str, object]  # start and end in seconds, text
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
+class SyntheticRecording:
     """One audio file. `target_seconds` is set for long recordings only."""
 
     seed: int
@@ -75,7 +75,7 @@ def _to_int16(signal: np.ndarray, peak_db: float) -> np.ndarray:
 
 
 def _speak_short(
-    recording: Recording, rng: random.Random
+    recording: SyntheticRecording, rng: random.Random
 ) -> tuple[np.ndarray, str, voices.WordStarts, float]:
     """A short recording before reverberation and noise.
 
@@ -92,14 +92,14 @@ def _speak_short(
     return signal, text, starts, peak_db
 
 
-def render(recording: Recording) -> np.ndarray:
+def render(recording: SyntheticRecording) -> np.ndarray:
     """The int16 samples of a short recording."""
     rng = recording.audio_rng()
     signal, _, _, peak_db = _speak_short(recording, rng)
     return _to_int16(augment(signal, rng, recording.augmentation), peak_db)
 
 
-def word_times(recording: Recording) -> list[tuple[str, float, float]]:
+def word_times(recording: SyntheticRecording) -> list[tuple[str, float, float]]:
     """(word, start, end) in seconds of a short recording, including hesitations.
 
     Words that espeak-ng speaks as one ("in the") share their time by number of letters.
@@ -117,7 +117,7 @@ def word_times(recording: Recording) -> list[tuple[str, float, float]]:
     return times
 
 
-def render_long(recording: Recording) -> tuple[np.ndarray, list[Segment]]:
+def render_long(recording: SyntheticRecording) -> tuple[np.ndarray, list[Segment]]:
     """Sentences of one voice, 0.2 to 0.6 s apart, up to the target length.
 
     Returns:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fastslm_jax import audio, devices
 from fastslm_jax.demo import corpus
 from fastslm_jax.demo.augment import Augmentation
-from fastslm_jax.demo.recordings import Recording, word_times
+from fastslm_jax.demo.recordings import SyntheticRecording, word_times
 
 FEATURE_SAMPLES = 320  # audio samples per encoder feature: 50 features per second
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
@@ -57,7 +57,9 @@ def read_clips(
     recordings = []
     for row in rows:
         name, task, index = row["recording"].split("-")
-        recordings.append(Recording(settings["seed"], name, task, int(index), augmentation))
+        recordings.append(
+            SyntheticRecording(settings["seed"], name, task, int(index), augmentation)
+        )
     words_of = functools.partial(_word_at_features, vocabulary=vocabulary)
     with multiprocessing.get_context("spawn").Pool(devices.cores()) as pool:
         frames = list(
@@ -71,7 +73,7 @@ def read_clips(
     return Clips(samples, [row["text"] for row in rows], frames)
 
 
-def _word_at_features(recording: Recording, vocabulary: Mapping[str, int]) -> np.ndarray:
+def _word_at_features(recording: SyntheticRecording, vocabulary: Mapping[str, int]) -> np.ndarray:
     """Word ids [features] of a recording."""
     times = word_times(recording)
     words = np.zeros(int(np.ceil(times[-1][2] * audio.SAMPLE_RATE / FEATURE_SAMPLES)), np.int32)

@@ -57,7 +57,7 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class TranscriptSegment:
     """The text from `start` to `end`, in seconds: boundaries of segments, not of words."""
 
     start: float
@@ -82,7 +82,7 @@ class Result:
     """
 
     text: str
-    segments: tuple[Segment, ...]
+    segments: tuple[TranscriptSegment, ...]
     windows: int
     speech_tokens: int
     covered_seconds: float
@@ -257,7 +257,7 @@ class _Plan:
         return Result(
             text=" ".join(answer.text for answer in answers if answer.text),
             segments=tuple(
-                Segment(
+                TranscriptSegment(
                     piece.start / SAMPLE_RATE,
                     piece.stop / SAMPLE_RATE,
                     piece.answer.text,

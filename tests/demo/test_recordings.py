@@ -11,7 +11,7 @@ from fastslm_jax.demo.augment import Augmentation
 
 
 def test_word_times_cover_the_recording_in_order():
-    recording = recordings.Recording(0, "train", "asr", 3)
+    recording = recordings.SyntheticRecording(0, "train", "asr", 3)
     times, seconds = (
         recordings.word_times(recording),
         len(recordings.render(recording)) / SAMPLE_RATE,
@@ -27,7 +27,9 @@ def test_word_times_cover_the_recording_in_order():
 
 def test_word_times_follow_word_lengths_and_include_hesitations():
     """A long word lasts longer than a short one, and a hesitation has its own time."""
-    recording = recordings.Recording(0, "train", "asr", 5, Augmentation(hesitation=1.0, pause=0.0))
+    recording = recordings.SyntheticRecording(
+        0, "train", "asr", 5, Augmentation(hesitation=1.0, pause=0.0)
+    )
     times = recordings.word_times(recording)
     spoken = examples.draw_example("asr", recording.rng(), "train").text.split()
     assert len(times) == len(spoken) + 1
