@@ -118,18 +118,20 @@ def answer_and_score(
         log = results.PredictionLog(folder / name / label, settings)
         recordings = as_recordings(utterances, clips)
         seconds = sum(u.seconds for u in utterances)
-        done = sum(u.seconds for u in utterances if u.id in log.known)
+        found = {i: log.known[u.id] for i, u in enumerate(utterances) if u.id in log.known}
+        done = sum(utterances[i].seconds for i in found)
         title = f"{name} {label}"
         with tqdm(total=round(seconds), initial=done, unit="s", desc=title, mininterval=2) as bar:
-            for _, progress, prediction in predict.predict(
+            for i, progress, prediction in predict.predict(
                 generator,
                 utterances,
                 batch_size=config.eval.batch_size,
                 recordings=recordings,
-                known=log.known,
+                known=tuple(found),
             ):
                 bar.update(progress)
                 if prediction is not None:
+                    found[i] = prediction
                     log.add(prediction)
         measured = {
             "run_seconds": round(time.time() - started, 2),
@@ -139,8 +141,9 @@ def answer_and_score(
             "run": settings,
         }
         if FLAGS.rtfx_batches:
-            measured["rtfx_by_batch"] = rtfx_by_batch(generator, utterances, recordings)
-        predictions = [log.known[utterance.id] for utterance in utterances]
+            own = as_recordings(utterances, utterances)
+            measured["rtfx_by_batch"] = rtfx_by_batch(generator, utterances, own)
+        predictions = [found[i] for i in range(len(utterances))]
         rows.append((name, label, log.finish(predictions, measured, judge)))
     return rows
 

@@ -145,13 +145,13 @@ def subtitles(segments: Sequence[TranscriptSegment], kind: str) -> str:
     return "\n".join(entries).rstrip("\n")
 
 
-def record(name: str, recording: Recording, result: Result) -> dict:
+def record(name: str, task: str, result: Result) -> dict:
     """The JSON object of a file."""
     return {
         "file": name,
         "text": result.text,
-        "task": recording.task,
-        "seconds": round(recording.seconds, 3),
+        "task": task,
+        "seconds": round(result.seconds, 3),
         "windows": result.windows,
         "speech_tokens": result.speech_tokens,
         "covered_seconds": result.covered_seconds,
@@ -278,7 +278,7 @@ def transcribe(
             if streams:
                 terminal.end(result.text)
             else:
-                write(options, files[i], recordings[i], result, num_files=len(files))
+                write(options, files[i], result, num_files=len(files))
             warn(files[i], result)
 
 
@@ -289,13 +289,12 @@ def display_name(file: pathlib.Path) -> str:
 def write(
     options: flags.FlagValues,
     file: pathlib.Path,
-    recording: Recording,
     result: Result,
     num_files: int,
 ) -> None:
     """Writes one answer to the standard output or to its own file."""
     if options.format in ("json", "jsonl"):
-        text = json.dumps(record(display_name(file), recording, result), ensure_ascii=False)
+        text = json.dumps(record(display_name(file), options.task, result), ensure_ascii=False)
     elif options.format in ("srt", "vtt"):
         text = subtitles(result.segments, options.format)
     else:

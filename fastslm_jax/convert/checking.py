@@ -63,6 +63,7 @@ def compare_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict
     """The names and largest differences in the result of `check`."""
     shared = sorted(set(first) & set(second))
     same_shape = [path for path in shared if first[path].shape == second[path].shape]
+    misshapen = [path for path in shared if first[path].shape != second[path].shape]
     groups: dict[str, tuple[int, float]] = {}
     for path in same_shape:
         count, largest = groups.get(_group(path), (0, 0.0))
@@ -71,7 +72,7 @@ def compare_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict
     return {
         "missing": [first[path].key for path in sorted(set(first) - set(second))],
         "extra": [second[path].key for path in sorted(set(second) - set(first))],
-        "misshapen": [second[path].key for path in shared if path not in set(same_shape)],
+        "misshapen": [second[path].key for path in misshapen],
         "max_abs_difference": max((largest for _, largest in groups.values()), default=None),
         "groups": groups,
     }

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -47,14 +47,14 @@ def predict(
     *,
     batch_size: int = 32,
     recordings: Sequence[Recording] | None = None,
-    known: Mapping[str, dict] | None = None,
+    known: Collection[int] = (),
 ) -> Iterator[tuple[int, float, dict | None]]:
     """Answers every utterance; yields as audio is done.
 
     Args:
         recordings: what to answer for each utterance (default: `recording`); another audio is the
             wrong-audio control.
-        known: predictions of an earlier run by id; these utterances are skipped.
+        known: indices of utterances to skip, because their predictions are known.
 
     Yields:
         (index, seconds of its audio done since its last item, its prediction or None if it is
@@ -64,7 +64,7 @@ def predict(
         and for tasks with normalized scores both texts as they are scored.
     """
     recordings = recordings or [recording(utterance) for utterance in utterances]
-    open_ = [i for i, utterance in enumerate(utterances) if utterance.id not in (known or {})]
+    open_ = [i for i in range(len(utterances)) if i not in set(known)]
     covered = dict.fromkeys(open_, 0.0)
     for index, result in long_form.stream(
         generator, [recordings[i] for i in open_], batch_size=batch_size

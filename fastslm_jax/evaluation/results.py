@@ -50,7 +50,6 @@ class PredictionLog:
 
     def add(self, prediction: dict) -> None:
         self._measured = {}
-        self.known[prediction["id"]] = prediction
         with open(self._part, "a") as file:
             file.write(_json_lines([prediction]))
 

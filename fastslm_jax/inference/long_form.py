@@ -71,10 +71,11 @@ class Result:
     """The answer to a recording, from all its segments so far.
 
     Attributes:
+        seconds: length of the decoded audio.
         covered_seconds: audio that was answered; at the end all of it, except for less than one
             frame (10 ms).
-        stop_reason: "loop" or "budget" if any segment ended so, else "eos"; None while segments
-            are missing.
+        stop_reason: "loop" or "budget" if any segment ended so, else "eos"; None if the result is
+            incomplete.
         again: segments that ended in a loop and were split and decoded again.
         run_seconds: this recording's share of its group's run time, without compilation.
         compile_seconds: of its group.
@@ -82,6 +83,7 @@ class Result:
     """
 
     text: str
+    seconds: float
     segments: tuple[TranscriptSegment, ...]
     windows: int
     speech_tokens: int
@@ -105,8 +107,8 @@ def stream(
 ) -> Iterator[tuple[int, Result]]:
     """Yields (index, result) of recordings; segments of several recordings share batches.
 
-    A result is yielded each time a segment ends, the complete one (with a stop reason) when its
-    group of recordings is done.
+    A result without a stop reason is yielded each time a segment ends; the complete one, with a
+    stop reason and timing, when its group of recordings is done.
 
     Args:
         batch_size: see `Generator.stream`.
@@ -121,8 +123,7 @@ def stream(
         plans = [_Plan(recordings[i], generator.model.window) for i in members]
         started, before = time.time(), devices.compiled_so_far()
         for number in _answer(generator, plans, batch_size, lengths[members[0]], partial):
-            if not plans[number].is_done:
-                yield members[number], plans[number].result()
+            yield members[number], dataclasses.replace(plans[number].result(), stop_reason=None)
         compiling = (devices.compiled_so_far() - before).seconds
         running = max(1e-9, time.time() - started - compiling)
         seconds = sum(plan.seconds for plan in plans)
@@ -256,6 +257,7 @@ class _Plan:
             reason = next((name for name in ("loop", "budget") if name in reasons), "eos")
         return Result(
             text=" ".join(answer.text for answer in answers if answer.text),
+            seconds=self.seconds,
             segments=tuple(
                 TranscriptSegment(
                     piece.start / SAMPLE_RATE,

@@ -212,7 +212,7 @@ def scatter_rows(
         return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
     heads = jnp.arange(new.shape[1])[:, None]
     positions = start[:, None, None] + jnp.arange(new.shape[2])
-    return store.at[layer, rows[:, None, None], heads, positions].set(new, unique_indices=True)
+    return store.at[layer, rows[:, None, None], heads, positions].set(new)
 
 
 def update_rows(

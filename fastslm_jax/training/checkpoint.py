@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from fastslm_jax.errors import UserError
 from fastslm_jax.training.checksums import changed, checksums
 
-FORMAT = 1
+FORMAT = 2
 DISK_ERRORS = (
     "No space left",
     "File too large",
@@ -178,6 +178,7 @@ class Checkpoints:
 
         Raises:
             TornCheckpointError: it is unreadable, or not what was written.
+            CheckpointError: it was written by an incompatible version.
         """
         try:
             meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
@@ -188,6 +189,11 @@ class Checkpoints:
             ) from None
         if expected != _crc32(meta):
             raise TornCheckpointError(f"{self.folder / str(step)}: meta does not match its crc32")
+        if meta["format"] != FORMAT:
+            raise CheckpointError(
+                f"{self.folder / str(step)}: has format {meta['format']}, this version reads "
+                f"{FORMAT}; use the version that wrote it"
+            )
         return meta
 
     def check_bases(self, step: int, fingerprints: Mapping[str, str]) -> None:

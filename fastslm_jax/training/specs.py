@@ -146,12 +146,13 @@ def memory_parts(specs: StepSpecs) -> dict[str, int]:
     shards = shape["data"] * shape["fsdp"] * settings.accumulate
     micro_rows = specs.experiment.global_batch_size // shards
     labels = min(settings.loss_chunk, settings.label_slots)
+    vocabulary = specs.experiment.model.llm.vocab_size // shape["tensor"]
     arguments = memory.step_bytes(
         specs.frozen, specs.state.trained, specs.state.opt_state, specs.batch
     )
     return arguments | {
         "gradients": arguments["trained"],
-        "logits": 4 * micro_rows * labels * specs.experiment.model.llm.vocab_size,
+        "logits": 4 * micro_rows * labels * vocabulary,
     }
 
 

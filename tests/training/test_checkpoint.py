@@ -244,7 +244,7 @@ def test_meta_is_readable_json(checkpoints, tmp_path):
     save(checkpoints, 10)
     meta = json.loads((tmp_path / "checkpoints" / "10" / "meta" / "metadata").read_text())
     checksums, crc32 = meta.pop("checksums"), meta.pop("crc32")
-    assert meta == {"format": 1, "row": 40, "config": {"seed": 1}, "bases": BASES}
+    assert meta == {"format": 2, "row": 40, "config": {"seed": 1}, "bases": BASES}
     assert set(checksums["params"]) == set(ABSTRACT[0])
     assert checksums["train"]["step"] == "int32:10"
     assert isinstance(crc32, int)
