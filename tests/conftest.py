@@ -1,4 +1,4 @@
-"""What the tests share: eight virtual CPU devices, a tiny tokenizer, a tiny model with parameters, and a tiny spoken corpus."""
+"""Shared fixtures: eight virtual CPU devices, a tiny tokenizer, model, batch, and corpus."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Programs here are tiny and run a few times: most of the time would go into compiling them well.
+        # Test programs are tiny and run a few times; optimizing them would take most of the time.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
     ]
@@ -30,7 +30,7 @@ from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
-VOCAB_ROWS = 320  # of the model: 300 of the tokenizer, nine added, and a few that no token has
+VOCAB_ROWS = 320  # embedding rows: 300 tokens, nine added tokens, and some unused rows
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,9 @@ def tokenizer_folder(tmp_path_factory):
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -70,19 +72,28 @@ def encoder(tokenizer_folder) -> prompts.PromptTokenizer:
 @pytest.fixture(scope="session")
 def model() -> FastSLM:
     """Windows of 1 s, 3 speech tokens each; encoder width 64, decoder width 32, LoRA of rank 4."""
-    return FastSLM(
-        encoder=WhisperEncoder(width=64, num_layers=2, num_heads=2, mlp_dim=128, num_mels=16, max_positions=50),
-        hfq_former=HFQFormer(output_width=32, stage_tokens=(4, 4, 4), compression_size=3, detail_recovery_layers=1),
-        llm=Qwen3(
-            vocab_size=VOCAB_ROWS, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=64,
-            lora=LoRA(rank=4, alpha=8.0),
-        ),
-    )  # fmt: skip
+    encoder = WhisperEncoder(
+        width=64, num_layers=2, num_heads=2, mlp_dim=128, num_mels=16, max_positions=50
+    )
+    hfq_former = HFQFormer(
+        output_width=32, stage_tokens=(4, 4, 4), compression_size=3, detail_recovery_layers=1
+    )
+    llm = Qwen3(
+        vocab_size=VOCAB_ROWS,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=64,
+        lora=LoRA(rank=4, alpha=8.0),
+    )
+    return FastSLM(encoder, hfq_former, llm)
 
 
 @pytest.fixture(scope="session")
 def params(model) -> dict:
-    """Parameters of `model`. No leaf is at its initial value: LoRA's B and biases are not zero, norms' scales are not one."""
+    """Random parameters of `model`, including LoRA B, biases, and norm scales."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -105,7 +116,7 @@ def row_shape() -> packing.RowShape:
 
 @pytest.fixture(scope="session")
 def make_part(encoder, model):
-    """make_part(seconds, answer, seed) → (ids, samples) of an example, noise for speech, as `packing.assemble` takes them."""
+    """make_part(seconds, answer, seed) → (ids, samples): one example for `packing.assemble`."""
 
     def make(seconds: float, answer: str, seed: int = 0, task: str = "asr"):
         samples = (
@@ -119,7 +130,7 @@ def make_part(encoder, model):
 
 @pytest.fixture(scope="session")
 def batch(make_part, row_shape, model) -> dict[str, np.ndarray]:
-    """Eight rows: two examples in each, of 1 … 2.5 s, with answers of different lengths."""
+    """Eight rows of two examples each, 0.8 to 2.4 s long, with answers of different lengths."""
     words = "anna bought two red lamps in vienna on friday".split()
     rows = []
     for number in range(8):
@@ -133,7 +144,7 @@ def batch(make_part, row_shape, model) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with train.jsonl and dev.jsonl: a dozen clips of all four tasks, spoken by espeak-ng."""
+    """A folder with train.jsonl and dev.jsonl: espeak-ng clips of all four tasks."""
     pytest.importorskip("espeakng_loader")
     out = tmp_path_factory.mktemp("corpus")
     counts = {
