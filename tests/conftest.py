@@ -65,7 +65,7 @@ def tokenizer_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def encoder(tokenizer_folder) -> prompts.PromptTokenizer:
+def prompt_tokenizer(tokenizer_folder) -> prompts.PromptTokenizer:
     return prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_folder, VOCAB_ROWS))
 
 
@@ -115,7 +115,7 @@ def row_shape() -> packing.RowShape:
 
 
 @pytest.fixture(scope="session")
-def make_part(encoder, model):
+def make_part(prompt_tokenizer, model):
     """make_part(seconds, answer, seed) → (ids, samples): one example for `packing.assemble`."""
 
     def make(seconds: float, answer: str, seed: int = 0, task: str = "asr"):
@@ -123,7 +123,7 @@ def make_part(encoder, model):
             np.random.default_rng(seed).normal(0, 3000, round(16_000 * seconds)).astype(np.int16)
         )
         num_speech = model.window.count(len(samples)) * model.tokens_per_window
-        return encoder.encode(task, "write", answer, num_speech), samples
+        return prompt_tokenizer.encode(task, "write", answer, num_speech), samples
 
     return make
 

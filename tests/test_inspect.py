@@ -12,8 +12,8 @@ from fastslm_jax.data.rows import MixtureSource, PackedRows
 
 
 @pytest.fixture
-def rows(corpus, encoder, model):
-    prompt_tokenizer, path = encoder, str(corpus / "train.jsonl")
+def rows(corpus, prompt_tokenizer, model):
+    prompt_tokenizer, path = prompt_tokenizer, str(corpus / "train.jsonl")
     join = LongForm(4.0, 9.0, gap_seconds=(0.5, 0.5))
     sources = [MixtureSource(path), MixtureSource(path, ("asr",), 1.0, join)]
     shape = RowShape(windows=12, tokens=640, labels=384)

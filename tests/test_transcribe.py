@@ -43,11 +43,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def answered(model, params, encoder, monkeypatch, capsys):
+def answered(model, params, prompt_tokenizer, monkeypatch, capsys):
     """answered(*arguments) → the output with the tiny model (windows of 1 s, trained on 10 s)."""
 
     def run(*arguments):
-        monkeypatch.setattr(transcribe, "load", lambda _: (Generator(model, params, encoder), 10.0))
+        monkeypatch.setattr(
+            transcribe, "load", lambda _: (Generator(model, params, prompt_tokenizer), 10.0)
+        )
         transcribe.main(*options(*arguments))
         return capsys.readouterr().out
 

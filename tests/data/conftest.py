@@ -7,9 +7,9 @@ from fastslm_jax.data.rows import MixtureSource, PackedRows
 
 
 @pytest.fixture
-def make_rows(corpus, encoder, model):
+def make_rows(corpus, prompt_tokenizer, model):
     """make_rows(*sources, shape, seed) → PackedRows; default: the training manifest."""
-    prompt_tokenizer = encoder
+    prompt_tokenizer = prompt_tokenizer
 
     def make(
         *sources: MixtureSource,

@@ -32,16 +32,16 @@ def test_nine_tokens_are_appended_in_a_fixed_order(tokenizer_folder):
     assert len(tokenizer) == before + 9
 
 
-def test_a_prompt_with_audio_and_an_answer(encoder):
+def test_a_prompt_with_audio_and_an_answer(prompt_tokenizer):
     """<|AUDIO|> becomes six speech tokens; only the answer and <|im_end|> are in the loss."""
-    tokenizer = encoder.tokenizer
+    tokenizer = prompt_tokenizer.tokenizer
     ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     at = ids.index(tokenizer.convert_tokens_to_ids("<|AUDIO|>"))
     answer = tokenizer("anna bought eggs", add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == 1  # of the user's turn
 
-    encoded = encoder.encode("asr", "write", "anna bought eggs", num_speech=6)
+    encoded = prompt_tokenizer.encode("asr", "write", "anna bought eggs", num_speech=6)
     assert encoded.tokens.tolist() == ids[:at] + [0] * 6 + ids[at + 1 :] + answer + [end]
     assert encoded.loss_mask.tolist() == [False] * (len(ids) + 5) + [True] * (len(answer) + 1)
     assert (encoded.speech_start, encoded.num_speech) == (at, 6)
@@ -63,35 +63,35 @@ def test_a_prompt_with_audio_and_an_answer(encoder):
         ),
     ],
 )
-def test_default_instructions(encoder, task, content):
-    assert encoder.user_turn(task) == content
+def test_default_instructions(prompt_tokenizer, task, content):
+    assert prompt_tokenizer.user_turn(task) == content
 
 
-def test_prompts_without_an_answer_or_without_audio(encoder):
-    prompt = encoder.encode("asr", "write", None, num_speech=6)
-    assert len(prompt.tokens) == len(encoder.prompt_ids("asr", "write")) + 5
+def test_prompts_without_an_answer_or_without_audio(prompt_tokenizer):
+    prompt = prompt_tokenizer.encode("asr", "write", None, num_speech=6)
+    assert len(prompt.tokens) == len(prompt_tokenizer.prompt_ids("asr", "write")) + 5
     assert not prompt.loss_mask.any()
-    text = encoder.encode(None, "say hello", "hello", num_speech=0)
+    text = prompt_tokenizer.encode(None, "say hello", "hello", num_speech=0)
     expected = "<|im_start|>user\nsay hello<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>"
-    assert encoder.tokenizer.decode(text.tokens) == expected
+    assert prompt_tokenizer.tokenizer.decode(text.tokens) == expected
     assert (text.speech_start, text.num_speech) == (-1, 0)
 
 
-def test_answers_are_decoded_to_text(encoder):
-    ids = encoder.answer_ids("안녕하세요 anna")
-    assert ids[-1] == encoder.end_id
-    assert encoder.decode(np.array(ids)) == "안녕하세요 anna"
+def test_answers_are_decoded_to_text(prompt_tokenizer):
+    ids = prompt_tokenizer.answer_ids("안녕하세요 anna")
+    assert ids[-1] == prompt_tokenizer.end_id
+    assert prompt_tokenizer.decode(np.array(ids)) == "안녕하세요 anna"
 
 
-def test_invalid_prompts(encoder):
+def test_invalid_prompts(prompt_tokenizer):
     with pytest.raises(prompts.PromptError, match="task 'vqa' is not one of asr, ast, ssum, sqqa"):
-        encoder.prompt_ids("vqa")
+        prompt_tokenizer.prompt_ids("vqa")
     with pytest.raises(prompts.PromptError, match=r"the instruction must not contain <\|AUDIO\|>"):
-        encoder.prompt_ids("asr", "repeat <|AUDIO|>")
+        prompt_tokenizer.prompt_ids("asr", "repeat <|AUDIO|>")
     with pytest.raises(
         prompts.PromptError, match=r"a prompt without audio must not contain <\|AUDIO\|>"
     ):
-        encoder.prompt_ids(None, "what is <|AUDIO|>?")
+        prompt_tokenizer.prompt_ids(None, "what is <|AUDIO|>?")
 
 
 def test_unusable_tokenizers(tokenizer_folder, tmp_path):
@@ -109,18 +109,18 @@ def test_unusable_tokenizers(tokenizer_folder, tmp_path):
         prompts.load_tokenizer(tmp_path / "plain")
 
 
-def test_a_joined_answer_has_the_ids_of_the_whole_text(encoder):
+def test_a_joined_answer_has_the_ids_of_the_whole_text(prompt_tokenizer):
     parts = ["anna bought two red lamps.", "in vienna, on friday", "7 o'clock", "안녕하세요"]
-    assert encoder.answer_ids(parts) == encoder.answer_ids(" ".join(parts))
+    assert prompt_tokenizer.answer_ids(parts) == prompt_tokenizer.answer_ids(" ".join(parts))
     lengths = [
-        *encoder.answer_lengths(parts[:1]),
-        *encoder.answer_lengths([f" {part}" for part in parts[1:]]),
+        *prompt_tokenizer.answer_lengths(parts[:1]),
+        *prompt_tokenizer.answer_lengths([f" {part}" for part in parts[1:]]),
     ]
-    assert sum(lengths) + 1 == len(encoder.answer_ids(parts))
+    assert sum(lengths) + 1 == len(prompt_tokenizer.answer_ids(parts))
 
 
-def test_fingerprints_identify_tokenizers(encoder, tokenizer_folder):
+def test_fingerprints_identify_tokenizers(prompt_tokenizer, tokenizer_folder):
     same = prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_folder))
-    assert same.fingerprint() == encoder.fingerprint()
+    assert same.fingerprint() == prompt_tokenizer.fingerprint()
     same.tokenizer.add_tokens(["<|more|>"])
-    assert same.fingerprint() != encoder.fingerprint()
+    assert same.fingerprint() != prompt_tokenizer.fingerprint()

@@ -166,7 +166,7 @@ def test_a_recording_longer_than_a_row_is_split_at_its_segments(tmp_path, make_r
 # ---- The arrays
 
 
-def test_planned_sizes_match_the_arrays(make_rows, encoder):
+def test_planned_sizes_match_the_arrays(make_rows, prompt_tokenizer):
     rows = make_rows()
     for number in range(3):
         row, examples = rows[number], rows.examples(number)
@@ -176,7 +176,7 @@ def test_planned_sizes_match_the_arrays(make_rows, encoder):
         assert row["loss_mask"].sum() == labels
         for segment, example in enumerate(examples, start=1):
             is_label = (row["segment_ids"] == segment) & (row["loss_mask"] == 1)
-            assert encoder.decode(row["labels"][is_label]) == rows.answer(example)
+            assert prompt_tokenizer.decode(row["labels"][is_label]) == rows.answer(example)
 
 
 def test_an_imported_folder_gives_the_same_rows_as_its_manifest(

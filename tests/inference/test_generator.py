@@ -31,8 +31,8 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def generator(model, params, encoder):
-    return Generator(model, params, encoder)
+def generator(model, params, prompt_tokenizer):
+    return Generator(model, params, prompt_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def answers(generator):
     return generator.answer(REQUESTS)
 
 
-def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answers):
+def test_tokens_are_those_of_plain_forward_passes(model, params, prompt_tokenizer, answers):
     """Greedy decoding without a cache, by one full forward pass per token."""
     length = 160
 
@@ -59,27 +59,27 @@ def test_tokens_are_those_of_plain_forward_passes(model, params, encoder, answer
         valid[0, : len(windows)], recording[0, : len(windows)] = frames, 0
         speech = speak(params, slots, valid, recording)
 
-        prompt = encoder.encode(request.task, request.instruction, None, 3 * len(windows))
+        prompt = prompt_tokenizer.encode(request.task, request.instruction, None, 3 * len(windows))
         tokens, speech_slot = np.zeros(length, np.int32), np.full(length, -1, np.int32)
         tokens[: len(prompt.tokens)] = prompt.tokens
         speech_slot[prompt.speech_start : prompt.speech_start + prompt.num_speech] = np.arange(
             prompt.num_speech
         )
         expected = []
-        while len(expected) < request.max_new_tokens and encoder.end_id not in expected:
+        while len(expected) < request.max_new_tokens and prompt_tokenizer.end_id not in expected:
             at = len(prompt.tokens) + len(expected)
             expected.append(int(best(speech, tokens, speech_slot, at - 1)))
             tokens[at] = expected[-1]
-        assert [*answer.token_ids, encoder.end_id][: len(expected)] == expected
+        assert [*answer.token_ids, prompt_tokenizer.end_id][: len(expected)] == expected
         assert len(set(expected)) > 3
 
 
-def test_answers_report_windows_tokens_and_stop_reason(answers, encoder):
+def test_answers_report_windows_tokens_and_stop_reason(answers, prompt_tokenizer):
     assert [answer.windows for answer in answers] == [1, 3, 1]
     assert [answer.speech_tokens for answer in answers] == [3, 9, 3]
     for answer, request in zip(answers, REQUESTS, strict=True):
-        assert answer.text == encoder.decode(answer.token_ids)
-        assert encoder.end_id not in answer.token_ids
+        assert answer.text == prompt_tokenizer.decode(answer.token_ids)
+        assert prompt_tokenizer.end_id not in answer.token_ids
         is_full = len(answer.token_ids) == request.max_new_tokens
         assert is_full == (answer.stop_reason == "budget")
 
@@ -109,14 +109,14 @@ def test_an_answer_ends_with_its_end_token(generator, answers):
 class EndsWith:
     """A prompt tokenizer with another end token."""
 
-    encoder: object
+    prompt_tokenizer: object
     end_id: int
 
     def __getattr__(self, name):
-        return getattr(self.encoder, name)
+        return getattr(self.prompt_tokenizer, name)
 
 
-def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, encoder):
+def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, prompt_tokenizer):
     request = Request(None, None, "where did anna go", 16)
     (answer,) = generator.answer([request])
     leaves = flatten_dict(params, sep="/")
@@ -124,7 +124,7 @@ def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, e
         {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
     )
     without_lora = Generator(
-        dataclasses.replace(model, llm=model.llm.clone(lora=LoRA())), base, encoder
+        dataclasses.replace(model, llm=model.llm.clone(lora=LoRA())), base, prompt_tokenizer
     )
     assert without_lora.answer([request]) == [answer]
     assert (answer.windows, answer.speech_tokens) == (0, 0)
@@ -132,7 +132,7 @@ def test_text_prompts_are_answered_by_the_base_alone(generator, params, model, e
         {path: 2 * leaf if path.endswith("lora_b") else leaf for path, leaf in leaves.items()},
         sep="/",
     )
-    assert Generator(model, doubled, encoder).answer([request]) == [answer]
+    assert Generator(model, doubled, prompt_tokenizer).answer([request]) == [answer]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def theirs(model, params):
     return build
 
 
-def generate(theirs, encoder, request, repetition_penalty=1.0, **inputs):
+def generate(theirs, prompt_tokenizer, request, repetition_penalty=1.0, **inputs):
     """Greedy tokens of `transformers`, up to and without the end token."""
     import torch
 
@@ -185,12 +185,12 @@ def generate(theirs, encoder, request, repetition_penalty=1.0, **inputs):
             **inputs,
             do_sample=False,
             max_new_tokens=request.max_new_tokens,
-            eos_token_id=encoder.end_id,
+            eos_token_id=prompt_tokenizer.end_id,
             pad_token_id=0,
             repetition_penalty=repetition_penalty,
         )[0]
     new = new[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else new
-    return [int(token) for token in new if token != encoder.end_id]
+    return [int(token) for token in new if token != prompt_tokenizer.end_id]
 
 
 TEXTS = [
@@ -214,22 +214,24 @@ def test_answers_with_audio_are_those_of_transformers(theirs, generator, answers
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_answers_without_audio_are_those_of_transformers(theirs, model, params, encoder, penalty):
+def test_answers_without_audio_are_those_of_transformers(
+    theirs, model, params, prompt_tokenizer, penalty
+):
     """Mixed lengths, the longest in several chunks; the penalty includes the prompt, as there."""
     base = theirs(merged=False)
     generator = Generator(
         model,
         params,
-        encoder,
+        prompt_tokenizer,
         sampling=SamplingParams(repetition_penalty=penalty),
         detect_repetition=False,
     )
     found = generator.answer(TEXTS)
     for request, answer in zip(TEXTS, found, strict=True):
-        ids = list(encoder.prompt_ids(None, request.instruction))
-        expected = generate(base, encoder, request, penalty, input_ids=ids)
+        ids = list(prompt_tokenizer.prompt_ids(None, request.instruction))
+        expected = generate(base, prompt_tokenizer, request, penalty, input_ids=ids)
         assert expected == list(answer.token_ids)
-    assert len(encoder.prompt_ids(None, TEXTS[2].instruction)) > 2 * PREFILL_CHUNK
+    assert len(prompt_tokenizer.prompt_ids(None, TEXTS[2].instruction)) > 2 * PREFILL_CHUNK
 
 
 def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
@@ -323,9 +325,9 @@ def test_prefill_in_chunks_equals_prefill_as_a_whole(generator, long_prompt, who
 
 
 def test_an_int8_cache_changes_logits_by_less_than_a_hundredth(
-    model, params, encoder, long_prompt, whole_logits
+    model, params, prompt_tokenizer, long_prompt, whole_logits
 ):
-    generator = Generator(model, params, encoder, cache_dtype=jnp.int8)
+    generator = Generator(model, params, prompt_tokenizer, cache_dtype=jnp.int8)
     difference = (
         np.abs(next_logits(generator, long_prompt, None) - whole_logits).max()
         / np.abs(whole_logits).max()
@@ -343,10 +345,10 @@ def test_rows_that_are_done_take_the_next_request(generator):
     assert all(answer.first_token_seconds > 0 for answer in together)
 
 
-def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monkeypatch):
+def test_fifty_lengths_share_a_handful_of_programs(model, params, prompt_tokenizer, monkeypatch):
     """0.5 to 25 s, prompts in chunks of both sizes: nothing is compiled after a first pass."""
     monkeypatch.setattr(batching, "LONG_CHUNK", 80)
-    generator = Generator(model, params, encoder, window_batch=4)
+    generator = Generator(model, params, prompt_tokenizer, window_batch=4)
     lengths = [0.5 + 0.5 * i for i in range(50)]
     before = devices.compiled_so_far()
     first = [Request(noise(seconds, 1), max_new_tokens=8) for seconds in (0.5, 2.5, 25.0)]
@@ -361,17 +363,17 @@ def test_fifty_lengths_share_a_handful_of_programs(model, params, encoder, monke
     assert (devices.compiled_so_far() - before).programs == 0
 
 
-def test_micro_batches_do_not_change_speech_tokens(model, params, encoder, generator):
+def test_micro_batches_do_not_change_speech_tokens(model, params, prompt_tokenizer, generator):
     """The second half is 60 dB quieter, and log-mel is floored by the maximum of the first."""
     samples = noise(7.3, 5)
     samples[len(samples) // 2 :] //= 1000
     (together,) = generator.encode_speech([samples])
-    (apart,) = Generator(model, params, encoder, window_batch=2).encode_speech([samples])
+    (apart,) = Generator(model, params, prompt_tokenizer, window_batch=2).encode_speech([samples])
     np.testing.assert_allclose(apart, together, atol=1e-5 * np.abs(together).max())
     assert together.shape == (8 * 3, 32)
 
 
-def test_a_mesh_gives_the_answers_of_one_device(model, params, encoder, answers):
+def test_a_mesh_gives_the_answers_of_one_device(model, params, prompt_tokenizer, answers):
     """Rows over data and fsdp, heads over tensor."""
     mesh = sharding.make_mesh(2, 2, 2)
     leaves = flatten_dict(params, sep="/")
@@ -379,7 +381,7 @@ def test_a_mesh_gives_the_answers_of_one_device(model, params, encoder, answers)
     spread = unflatten_dict(
         {path: jax.device_put(leaf, placed[path]) for path, leaf in leaves.items()}, sep="/"
     )
-    generator = Generator(model, spread, encoder)
+    generator = Generator(model, spread, prompt_tokenizer)
     assert generator.mesh == mesh
     assert generator.answer(REQUESTS) == answers
 
@@ -396,20 +398,22 @@ def test_partial_answers_grow_into_the_whole(generator, answers):
         assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(ids))
 
 
-def test_a_seed_gives_the_same_answers_in_any_batch(model, params, encoder):
+def test_a_seed_gives_the_same_answers_in_any_batch(model, params, prompt_tokenizer):
     def answer(seed, requests):
         sampling = SamplingParams(temperature=1.5, top_k=50, top_p=0.95, seed=seed)
-        return Generator(model, params, encoder, sampling=sampling).answer(requests, batch_size=4)
+        return Generator(model, params, prompt_tokenizer, sampling=sampling).answer(
+            requests, batch_size=4
+        )
 
     assert answer(1, REQUESTS)[:1] == answer(1, REQUESTS[:1])
     assert answer(1, REQUESTS) != answer(2, REQUESTS)
 
 
-def test_a_loop_is_stopped_and_its_repetitions_are_cut(model, params, encoder):
+def test_a_loop_is_stopped_and_its_repetitions_are_cut(model, params, prompt_tokenizer):
     """A random model falls into a loop within 400 greedy tokens."""
     request = dataclasses.replace(TEXTS[1], max_new_tokens=400)
-    (looped,) = Generator(model, params, encoder).answer([request])
-    (whole,) = Generator(model, params, encoder, detect_repetition=False).answer([request])
+    (looped,) = Generator(model, params, prompt_tokenizer).answer([request])
+    (whole,) = Generator(model, params, prompt_tokenizer, detect_repetition=False).answer([request])
     assert looped.stop_reason == "loop"
     assert looped.token_ids == whole.token_ids[: len(looped.token_ids)]
     assert len(looped.token_ids) < len(whole.token_ids) == 400
@@ -419,19 +423,23 @@ def test_a_loop_is_stopped_and_its_repetitions_are_cut(model, params, encoder):
     )
 
 
-def test_yarn_beyond_the_native_context(model, params, encoder, generator):
+def test_yarn_beyond_the_native_context(model, params, prompt_tokenizer, generator):
     request = TEXTS[2]
-    native = len(encoder.prompt_ids(None, request.instruction)) // 2
-    stretched = Generator(model, params, encoder, native_positions=native).answer([request])
+    native = len(prompt_tokenizer.prompt_ids(None, request.instruction)) // 2
+    stretched = Generator(model, params, prompt_tokenizer, native_positions=native).answer(
+        [request]
+    )
     rope = dataclasses.replace(model.llm.rope, factor=4.0, original_max_positions=native)
     by_hand = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
-    assert stretched == Generator(by_hand, params, encoder).answer([request])
+    assert stretched == Generator(by_hand, params, prompt_tokenizer).answer([request])
     assert stretched != generator.answer([request])
 
 
-def test_requests_that_do_not_fit_are_rejected_before_any_work(model, params, encoder, monkeypatch):
+def test_requests_that_do_not_fit_are_rejected_before_any_work(
+    model, params, prompt_tokenizer, monkeypatch
+):
     request = Request(noise(30.0, 0), max_new_tokens=64)
-    small = Generator(model, params, encoder, native_positions=50)
+    small = Generator(model, params, prompt_tokenizer, native_positions=50)
     monkeypatch.setattr(small, "encode_speech", None)
     message = (
         r"positions \(speech, prompt and answer\) are needed and the language model supports 200"
@@ -439,7 +447,7 @@ def test_requests_that_do_not_fit_are_rejected_before_any_work(model, params, en
     with pytest.raises(memory.CapacityError, match=message):
         small.answer([request])
     monkeypatch.setattr(memory, "free_bytes", lambda: 2**20)
-    full = Generator(model, params, encoder)
+    full = Generator(model, params, prompt_tokenizer)
     monkeypatch.setattr(full, "encode_speech", None)
     message = (
         r"\(key-value cache .*\), but only 0.00 GiB is available; use --kv_cache=int8, or lower"
@@ -460,7 +468,7 @@ def test_any_length_is_answered(generator, samples):
     assert len(answer.token_ids) == 4 or answer.stop_reason == "eos"
 
 
-def test_an_hour_is_encoded_with_one_shape(model, params, encoder, monkeypatch):
+def test_an_hour_is_encoded_with_one_shape(model, params, prompt_tokenizer, monkeypatch):
     """All calls of the encoder have the same shape, so its memory does not depend on the length."""
     encode, shapes = programs.encode, set()
 
@@ -469,7 +477,7 @@ def test_an_hour_is_encoded_with_one_shape(model, params, encoder, monkeypatch):
         return encode(model, params, windows, *rest, **options)
 
     monkeypatch.setattr(programs, "encode", noted)
-    generator = Generator(model, params, encoder)
+    generator = Generator(model, params, prompt_tokenizer)
     (speech,) = generator.encode_speech([np.resize(noise(60, 0), 3600 * 16_000)])
     assert speech.shape == (3600 * 3, 32)
     assert len(shapes) == 1

@@ -12,8 +12,10 @@ from fastslm_jax.data.ingest.shards import Settings
 from fastslm_jax.data.manifest import Segment, read_clip, read_manifest
 
 
-def test_token_counts_match_the_tokenizer(noise_corpus, tokenizer_folder, encoder, tmp_path):
-    prompt_tokenizer = encoder
+def test_token_counts_match_the_tokenizer(
+    noise_corpus, tokenizer_folder, prompt_tokenizer, tmp_path
+):
+    prompt_tokenizer = prompt_tokenizer
     import_corpus(noise_corpus, tmp_path / "out", Settings(tokenizer=str(tokenizer_folder)))
     utterances = read_manifest(tmp_path / "out")
 
