@@ -1,4 +1,4 @@
-"""What the tests share: eight virtual CPU devices, a tiny tokenizer, a tiny model with parameters, and a tiny spoken corpus."""
+"""Shared fixtures: eight virtual CPU devices, and a tiny tokenizer, model and spoken corpus."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Programs here are tiny and run a few times: most of the time would go into compiling them well.
+        # Compile fast: the programs are tiny and run a few times.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
     ]
@@ -30,7 +30,7 @@ from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
-VOCAB_ROWS = 320  # of the model: 300 of the tokenizer, nine added, and a few that no token has
+VOCAB_ROWS = 320  # of the model: 300 of the tokenizer, nine added, and a few unused
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def model() -> FastSLM:
 
 @pytest.fixture(scope="session")
 def params(model) -> dict:
-    """Parameters of `model`. No leaf is at its initial value: LoRA's B and biases are not zero, norms' scales are not one."""
+    """Parameters of `model`. No leaf has its initial value of zero or one."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -105,7 +105,7 @@ def row_shape() -> packing.RowShape:
 
 @pytest.fixture(scope="session")
 def make_part(encoder, model):
-    """make_part(seconds, answer, seed) → (ids, samples) of an example, noise for speech, as `packing.assemble` takes them."""
+    """make_part(seconds, answer, seed) → a part for `packing.assemble`, with noise as audio."""
 
     def make(seconds: float, answer: str, seed: int = 0, task: str = "asr"):
         samples = (
@@ -133,7 +133,7 @@ def batch(make_part, row_shape, model) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with train.jsonl and dev.jsonl: a dozen clips of all four tasks, spoken by espeak-ng."""
+    """A folder with train.jsonl and dev.jsonl: a dozen espeak-ng clips of all four tasks."""
     pytest.importorskip("espeakng_loader")
     out = tmp_path_factory.mktemp("corpus")
     counts = {

@@ -1,4 +1,4 @@
-"""Numbers of the authors' PyTorch implementation. The folder comes from FASTSLM_GOLDEN; any folder of that layout must pass."""
+"""Parity with outputs of the authors' PyTorch implementation, in the folder FASTSLM_GOLDEN."""
 
 import functools
 import json
@@ -71,13 +71,13 @@ def assert_close(actual, expected, name, tolerance=TOLERANCE):
     assert difference <= tolerance, f"{name}: differs by {difference:.1e} of its maximum"
 
 
-# Every program is compiled once: windows go one at a time, prompts are padded at the right to one length for all cases, which a
-# causal model does not see.
+# Every program is compiled once: windows are encoded one at a time, and prompts are padded on the
+# right to one length, which does not affect a causal model.
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_window(model, params, mel):
-    """mel [1, frames, bands] → features, speech tokens, and what lies between by its name."""
+    """mel [1, frames, bands] → features, speech tokens, and intermediates by name."""
     features = model.encoder.apply({"params": params["encoder"]}, mel)
     tokens, state = model.hfq_former.apply(
         {"params": params["hfq_former"]}, features, mutable="intermediates"
@@ -98,7 +98,7 @@ _speech: dict[str, tuple] = {}
 
 
 def speech_side(case, model, params):
-    """(mel [windows, frames, bands], features, speech tokens, intermediates) of a case, windows along the first axis."""
+    """(mel, features, speech tokens, intermediates) of a case, each [windows, ...]."""
     if case["file"] not in _speech:
         windows, frames = model.window.cut(load_file(GOLDEN / case["file"])["audio"])
         mel = log_mel.log_mel(
@@ -174,7 +174,7 @@ def test_logits_and_loss(case, model_and_params):
 
 @each_case
 def test_greedy_tokens(case, model_and_params):
-    """From the decoding loop with its key-value cache; and without a cache, each from all those before it."""
+    """From the decoding loop with its cache, and from one full forward pass."""
     golden = load_file(GOLDEN / case["file"])
     expected = golden["greedy_ids"]
     prompt = golden["input_ids"][: int(golden["prompt_len"])]
@@ -199,7 +199,7 @@ def test_greedy_tokens(case, model_and_params):
     np.testing.assert_array_equal(np.argmax(logits[length - 1 : -1], axis=-1), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- conversion
+# -------------------------------------------------------------------------------------- conversion
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_answers_with_audio_are_those_of_transformers(theirs, generator, answers
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_answers_without_audio_are_those_of_transformers(theirs, model, params, encoder, penalty):
-    """Mixed lengths, the longest in several chunks; the penalty includes the prompt, as there."""
+    """Mixed lengths, the longest in several chunks; the penalty includes the prompt."""
     base = theirs(merged=False)
     generator = Generator(
         model,
@@ -233,7 +233,7 @@ def test_answers_without_audio_are_those_of_transformers(theirs, model, params, 
 
 
 def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
-    """With LoRA gated off, logits equal those of a model without LoRA bit by bit."""
+    """With LoRA gated off, logits equal those of a model without LoRA bit for bit."""
     leaves = flatten_dict(params["llm"], sep="/")
     base = unflatten_dict(
         {path: leaf for path, leaf in leaves.items() if "/lora_" not in path}, sep="/"
@@ -252,7 +252,7 @@ def test_a_prompt_without_audio_has_the_bits_of_the_base(model, params):
     assert not np.array_equal(logits(model.llm, params["llm"], jnp.ones((2, 1))), plain)
 
 
-LONG = 700  # tokens: more than a block of the cache, and no multiple of any chunk
+LONG = 700  # tokens: more than a block of the cache, and not a multiple of any chunk
 
 
 @pytest.fixture(scope="module")
