@@ -3,11 +3,11 @@
     python benchmarks/decode.py [--sizes=demo,middle] [--batches=1,16] [--new_tokens=128]
         [--rounds=8]
 
-Two random Qwen3 models in float32: the demo's size (width 192, 4 layers) and a middle size (width
-1024, 8 layers). Prompts have 32 tokens, and no token ends an answer. Both sides decode greedily on
+Two random Qwen3 models in float32: the demo's size (width 192, 4 layers) and `middle` (width 1024,
+8 layers). Prompts have 32 tokens, and no token ends an answer. Both sides decode greedily on
 all cores that this process may use. Rounds alternate and the fastest of each side counts;
-compilation is reported separately. Targets: 3 times PyTorch's speed at the demo's size, 1.2 times
-at the middle size. Last line: one JSON list.
+compilation is reported separately. Targets: 3 times PyTorch's speed for `demo`, 1.2 times for
+`middle`. Last line: one JSON list.
 """
 
 import os
@@ -122,7 +122,7 @@ def generate_pytorch(model: Qwen3ForCausalLM, ids: np.ndarray) -> np.ndarray:
 
 
 def fastest(ours: Callable[[], object], pytorch: Callable[[], object]) -> tuple[float, float]:
-    """Least seconds of each side, from alternating rounds."""
+    """Shortest time of each side in seconds, from alternating rounds."""
     seconds = [], []
     for _ in range(FLAGS.rounds):
         for found, run in zip(seconds, (ours, pytorch), strict=True):

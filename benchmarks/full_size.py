@@ -52,7 +52,7 @@ def write_bases(scratch: pathlib.Path, small: bool = False) -> ConfigDict:
         small: two layers of each base and a small vocabulary.
 
     Returns:
-        the full-size config on these folders.
+        the full-size config with these folders.
     """
     config = config_lib.full_size()
     config.base.whisper, config.base.llm = str(scratch / "whisper"), str(scratch / "llm")
@@ -120,7 +120,7 @@ class PrivateMemory:
             self.peak = max(self.peak, self.now())
 
     def now(self) -> int:
-        """0 once the process has ended."""
+        """Anonymous memory in bytes; 0 once the process has ended."""
         try:
             lines = self.status.read_text().splitlines()
         except OSError:

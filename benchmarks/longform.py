@@ -1,16 +1,17 @@
-"""Memory and time by the length of a recording, in one context.
+"""Memory and time by length of a recording that is processed in one context.
 
     python benchmarks/longform.py --checkpoint=assets/demo_model [--minutes=1,5,15,60,240,480,1440]
     python benchmarks/longform.py --compile=v6e,v5p [--kv_cache=bfloat16] [--minutes=…]
 
 --checkpoint measures a model on this machine. Each length runs in a separate process on a synthetic
-recording. The task is a summary of 64 tokens, so that the recording dominates and not the answer.
-Reported are peak memory and the time without compilation, and both for the encoder alone.
+recording. The task is a summary of 64 tokens, so that the recording, not the answer, dominates.
+Reports peak memory and time without compilation, in total and for the encoder alone.
 
 --compile compiles the generation programs of FastSLM-4B in bfloat16 ahead of time for one TPU chip.
 Peak memory is the parameters, the cache, and the largest temporary memory of a program. Seconds are
 a lower bound from the chip's peak rates, not a measurement. The cache has room for the recording,
-the prompt and the answer of a summary (`long_form.budget`). Needs libtpu (pip install -e .[tpu]).
+the prompt and the answer of a summary (`long_form.default_new_tokens`). Needs libtpu
+(pip install -e .[tpu]).
 
 Last line: a JSON list of {minutes, peak_gib, seconds, device, kind: measured | compiled, …}.
 --plot=FILE.png draws it, together with the lists of earlier runs given by --with=FILE.json,…
@@ -94,7 +95,7 @@ def measure_one(minutes: float) -> dict:
         cache_dtype=FLAGS.kv_cache,
         detect_repetition=False,
     )
-    # No limit of the context: quality does not matter here.
+    # No context limit: quality does not matter here.
     loaded.capacity = dataclasses.replace(loaded.capacity, native_positions=None)
     loaded.answer([generator.Request(recording(0.2), "ssum", max_new_tokens=8)])
     before_gib = devices.peak_memory_gib()

@@ -3,11 +3,11 @@
     python benchmarks/packing.py [--examples=20000] [--million=1000000]
 
 utterances   as in LibriSpeech: 1.5 to 24.5 s, mean 12.3 s; rows of 32 windows
-longform     these joined to 1 to 15 minutes, as in stage 2; rows of 60 windows (30 minutes)
+longform     the same, joined into 1 to 15 minutes, as in stage 2; rows of 60 windows (30 minutes)
 mix          half utterances of four tasks (asr, ast, ssum, sqqa) in equal parts, half joined
              recordings; rows of 30 windows
-longform_30  as longform, in rows of 30 windows: a recording of 14 minutes then leaves room for one
-             of one minute only
+longform_30  as longform, in rows of 30 windows: a recording of 14 minutes then leaves room for
+             only one of one minute
 
 `window_fill` and `token_fill` are the fraction of filled slots in packed rows. `padded_…` is the
 same for batches of 16 random examples, padded to the longest in the batch. Rows have as many token

@@ -95,7 +95,7 @@ class Run:
         self.wait_for(lambda: time.time() >= deadline)
 
     def kill(self) -> None:
-        """SIGKILL to every process, with its children."""
+        """Sends SIGKILL to every process and its children."""
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -336,15 +336,15 @@ def soak_demo(options: argparse.Namespace, scratch: pathlib.Path) -> tuple[dict,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="of the times at which runs are killed")
+    common.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     targets = parser.add_subparsers(dest="target", required=True)
     train = targets.add_parser("train", parents=[common], help="a tiny training run")
     train.add_argument("--kills", type=int, default=20)
-    train.add_argument("--processes", type=int, default=1, help="that train together")
+    train.add_argument("--processes", type=int, default=1, help="processes that train together")
     ingest = targets.add_parser("ingest", parents=[common], help="the import of a corpus")
     ingest.add_argument("--kills", type=int, default=3)
     ingest.add_argument("--clips", type=int, default=20_000)
-    ingest.add_argument("--workers", type=int, default=2, help="of the import")
+    ingest.add_argument("--workers", type=int, default=2, help="workers of the import")
     demo = targets.add_parser("demo", parents=[common], help="the demo, in every phase")
     demo.add_argument("--full", action="store_true", help="the real demo, not a reduced one")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The exported PyTorch model beside ours: same weights, encoder batch and number of threads."""
+"""The exported PyTorch model against ours: same weights, encoder batch and number of threads."""
 
 import functools
 import json

@@ -67,7 +67,7 @@ hidden behind matrix products. Rows are full: in stages 2 and 3 a row is one 15-
 Targets: memory (85 % of the chip), operations (executed / minimum at most 1.20 on v5e, 1.10 on
 v5p), gathers (none larger than a layer's frozen weights, except the embedding's), collectives (on
 v5p less than 20 % of the compute bound). Effort is the compiler's optimization effort (`--effort`,
-docs/performance.md). Compile seconds include pauses of the machine.
+docs/performance.md). Compile times are wall-clock times.
 """
 
 FLAGS = flags.FLAGS

@@ -1,4 +1,4 @@
-"""Imports go one way: a table of the rooms of the package and what each may import."""
+"""Imports go one way: a table of what each top-level module of the package may import."""
 
 import ast
 import pathlib
@@ -10,7 +10,7 @@ PACKAGE = ROOT / "fastslm_jax"
 FOUNDATION = (
     *("audio", "chips", "cli", "config", "devices", "distributed", "errors", "memory", "sharding"),
 )
-# From the bottom up: a room may import itself, the foundation, and the rooms listed for it.
+# From the bottom up: a module may import itself, FOUNDATION, and those listed for it.
 ALLOWED = {
     "models": (),
     "weights": ("models",),
@@ -28,12 +28,12 @@ ALLOWED = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path: pathlib.Path) -> str:
+def module_of(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_rooms(path: pathlib.Path) -> dict[str, int]:
-    """{room: line} of the package's modules that a file imports, inside functions too."""
+def imported_modules(path: pathlib.Path) -> dict[str, int]:
+    """{module: line} of the top-level modules that a file imports, inside functions too."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -50,16 +50,16 @@ def imported_rooms(path: pathlib.Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_room_imports_upward(path):
-    room = room_of(path)
-    allowed = {room, *FOUNDATION, *ALLOWED.get(room, ())}
-    for other, line in imported_rooms(path).items():
-        assert other in allowed, f"{path.relative_to(ROOT)}:{line}: {room} may not import {other}"
+def test_no_module_imports_upward(path):
+    module = module_of(path)
+    allowed = {module, *FOUNDATION, *ALLOWED.get(module, ())}
+    for other, line in imported_modules(path).items():
+        assert other in allowed, f"{path.relative_to(ROOT)}:{line}: {module} may not import {other}"
 
 
-def test_every_module_has_a_room():
-    rooms = {room_of(path) for path in FILES} - {"__init__"}
-    assert rooms == {*FOUNDATION, *ALLOWED}
+def test_every_module_is_in_the_table():
+    modules = {module_of(path) for path in FILES} - {"__init__"}
+    assert modules == {*FOUNDATION, *ALLOWED}
 
 
 def test_no_file_is_long():

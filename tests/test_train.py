@@ -87,7 +87,7 @@ def undisturbed(run, tmp_path_factory):
 
 @pytest.fixture
 def at_step_4(undisturbed, tmp_path):
-    """A copy of it, as after step 4."""
+    """A copy of it as of step 4."""
     shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     return tmp_path / "run"
@@ -103,7 +103,7 @@ def said(monkeypatch):
 
 
 def on_batch(monkeypatch, number: int, act) -> None:
-    """Calls act() when train.py asks for its batch of that number (from 1 on)."""
+    """Calls act() when train.py asks for its batch of that number (from 1)."""
     batches = train.loader.batches
 
     def watched(*args, **options):

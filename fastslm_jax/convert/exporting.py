@@ -76,7 +76,7 @@ def export(
 
 
 def released_tensors(given: Stored) -> list[Tensor]:
-    """The authors' state_dict, with the copy of tied embeddings, in the dtypes before an import."""
+    """The authors' state_dict, with a copy of tied embeddings, in the dtypes of the import."""
     options = given.config.model
     layout = layouts.released(len(options.stage_tokens), options.detail_recovery_layers)
     leaves = {}
@@ -92,7 +92,7 @@ def released_tensors(given: Stored) -> list[Tensor]:
 
 
 def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
-    """Writes model.safetensors, tokenizer/, and config.json with what the tensors do not tell."""
+    """Writes model.safetensors, tokenizer/, and config.json with what the tensors do not show."""
     tensors = released_tensors(given)
     write_safetensors(folder / "model.safetensors", tensors)
     encoder, options = given.model.encoder, given.config.model

@@ -69,7 +69,7 @@ def run_torch(given: Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndar
 
 
 def can_run_torch(given: Stored) -> bool:
-    """Whether PyTorch is installed and the folder's code equals this package's, byte by byte."""
+    """Whether PyTorch is installed and the folder's code equals this package's, byte for byte."""
     if given.kind != "hf" or importlib.util.find_spec("torch") is None:
         return False
     code = pathlib.Path(given.path) / MODELING.name

@@ -1,6 +1,6 @@
 """Opens a FastSLM in any format.
 
-Opening checks the names and shapes of all tensors; weights of files are read on demand.
+Opening checks the names and shapes of all tensors; weights in files are read on demand.
 """
 
 import os

@@ -96,7 +96,7 @@ class Stored:
 
 
 def build_model(config: ConfigDict, whisper_config: dict, llm_config: dict, origin: str) -> FastSLM:
-    """Builds the float32 model of a file, which has no pretrained folders to build it from.
+    """Builds the float32 model of a file that has no pretrained folders.
 
     Args:
         config: its `model` fields give the HFQ-Former and LoRA.

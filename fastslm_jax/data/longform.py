@@ -82,7 +82,7 @@ class Example:
 
 
 def single_examples(source: int, num_clips: int, rng: np.random.Generator) -> list[Example]:
-    """Every clip as an example of its own, in random order."""
+    """Returns one example per clip, in random order."""
     return [Example(source, (clip,)) for clip in rng.permutation(num_clips).tolist()]
 
 
@@ -121,7 +121,7 @@ def joined_examples(
     fits: Callable[[int, int, int], bool] = lambda first, samples, tokens: True,
     vectors: scipy.sparse.csr_array | None = None,
 ) -> list[Example]:
-    """Concatenates clips to recordings whose lengths follow the plan. Every clip is used once.
+    """Concatenates clips into recordings whose lengths follow the plan. Every clip is used once.
 
     A recording ends before the clip that would exceed its drawn length, or that would not fit in a
     row. The last recording of a run may be shorter.

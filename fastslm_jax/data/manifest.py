@@ -147,9 +147,7 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
     """
     missing = [key for key in _REQUIRED if key not in fields]
     if missing:
-        raise ManifestError(
-            where, f"{missing[0]!r} is missing; required are {', '.join(_REQUIRED)}"
-        )
+        raise ManifestError(where, f"{missing[0]!r} is missing; required: {', '.join(_REQUIRED)}")
     for key in _TEXT_FIELDS:
         is_default = key == "prompt" and fields.get(key) is None
         if not is_default and not isinstance(fields.get(key, ""), str):
@@ -255,7 +253,7 @@ def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Ut
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str | None:
-    """Fingerprint of the tokenizer that counted an imported folder's tokens, if they were."""
+    """Fingerprint of the tokenizer that counted an imported folder's tokens, or None."""
     return store.description(path)["tokenizer"] if os.path.isdir(path) else None
 
 

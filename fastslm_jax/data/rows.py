@@ -52,7 +52,7 @@ class MixtureSource:
 class PackedRows:
     """Random access to packed rows.
 
-    An epoch has as many examples as all sources together, shared between the sources by weight. A
+    An epoch has as many examples as all sources together, divided among the sources by weight. A
     source continues in the next epoch where it stopped, and reshuffles when all its examples have
     been used.
 
@@ -117,7 +117,7 @@ class PackedRows:
     # ---- The index
 
     def _read(self, source: MixtureSource) -> list[Utterance]:
-        """Returns the clips of a source, those longer than a row split at their segments."""
+        """Returns a source's clips; those longer than a row are split at their segments."""
         path = os.path.expanduser(source.path)
         index = read_manifest(path, source.tasks)
         tasks = sorted({utterance.task for utterance in index})

@@ -2,7 +2,7 @@
 
 TF-IDF vectors are bisected recursively into small groups; inside a group, every transcript is
 followed by the most similar one left. Every pass over the data draws new random directions, so that
-clips meet other neighbors of their topic. The order takes O(n log n) for n transcripts.
+clips get different neighbors. The order takes O(n log n) for n transcripts.
 """
 
 import collections
@@ -15,7 +15,7 @@ import scipy.sparse
 _GROUP_SIZE = 32  # transcripts that are compared pairwise
 _WORD = re.compile(r"\w+")
 _MAX_DOCUMENT_FREQUENCY = 0.25  # words in more than this share of the transcripts are ignored
-_POWER_ITERATIONS = 3  # few, so that every pass finds another direction
+_POWER_ITERATIONS = 3  # few, so that every pass finds a different direction
 
 
 def tf_idf(texts: Sequence[str]) -> scipy.sparse.csr_array:

@@ -12,7 +12,7 @@ class Task:
         instruction: the default instruction.
         metric: the main score (see `evaluation.metrics`); transcripts in languages without word
             boundaries use the character error rate instead.
-        is_normalized: whether both texts pass Whisper's normalizer before they are scored.
+        is_normalized: whether Whisper's normalizer is applied to both texts before they are scored.
         is_splittable: whether the answers for consecutive pieces of a recording add up to the
             answer for the whole. A transcript's do; a summary's do not.
     """

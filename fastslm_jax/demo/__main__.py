@@ -52,7 +52,7 @@ class Phases:
         """Runs `python COMMAND` as the phase `name`.
 
         Raises:
-            UserError: the command failed, or the phase was run with another command before.
+            UserError: the command failed, or the phase was previously run with a different command.
         """
         phase = self.state.setdefault(
             name, {"done": False, "seconds": 0.0, "peak_rss_gib": 0.0, "command": command}

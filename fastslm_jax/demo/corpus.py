@@ -53,7 +53,7 @@ DEFAULT_COUNTS: Counts = {
 # Targets of the shortest and longest of test_long. A recording ends up to one sentence earlier,
 # so they last 60 to 180 s.
 LONG_SECONDS = (67.0, 180.0)
-VERSION = 2  # of the audio recipe: increment it when the same seed gives other samples
+VERSION = 2  # of the audio recipe: increment it when the same seed gives different samples
 
 FLAGS = flags.FLAGS
 
@@ -102,7 +102,7 @@ def build_corpus(
 
 
 def _with_defaults(counts: Counts | None) -> dict[str, dict[str, int]]:
-    """`DEFAULT_COUNTS` with `counts` over them."""
+    """`DEFAULT_COUNTS`, overridden by `counts`."""
     merged = {name: dict(tasks) for name, tasks in DEFAULT_COUNTS.items()}
     for name, tasks in (counts or {}).items():
         for task, count in tasks.items():

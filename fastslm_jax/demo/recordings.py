@@ -1,6 +1,6 @@
 """Recordings of the synthetic corpus: which words and voice each has, and its audio.
 
-A recording is a pure function of (seed, set, task, index), whatever process renders it.
+A recording is a pure function of (seed, set, task, index), whichever process renders it.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from fastslm_jax.demo import voices
 from fastslm_jax.demo.augment import CLEAN, Augmentation, augment, insert_hesitations
 from fastslm_jax.demo.examples import SpokenExample, draw_example
 
-# Seconds at most. One window of the demo's encoder is 6 s; summaries may take two.
+# Maximum seconds. One window of the demo's encoder is 6 s; summaries may take two.
 MAX_SECONDS = {"asr": 5.6, "ast": 5.6, "ssum": 11.5, "sqqa": 5.9}
 
 Segment = dict[str, object]  # start and end in seconds, text

@@ -31,7 +31,7 @@ class Clips:
 def read_clips(
     folder: pathlib.Path, split: str, vocabulary: Mapping[str, int], limit: int | None = None
 ) -> Clips:
-    """Reads the transcription examples of a split; for train also those of other tasks' audio.
+    """Reads the transcription examples of a split; for train, also those of other tasks' audio.
 
     Word times are not stored: each utterance is synthesized again to get them.
 
@@ -146,7 +146,7 @@ class StreamBatches:
     def _stream(
         self, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, np.ndarray]:
-        """The same for clips in a row with gaps: one recording that crosses window borders."""
+        """The same for consecutive clips with gaps: one recording that crosses window borders."""
         clips, limit = self.clips, self.windows * self.spec.samples
         i = int(rng.integers(len(clips.samples)))
         offset = int(rng.integers(0, 2 * audio.SAMPLE_RATE)) if rng.random() < 0.7 else 0

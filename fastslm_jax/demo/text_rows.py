@@ -85,7 +85,7 @@ def blur(
     """Lays words out in time as speech and mixes them like speech tokens.
 
     Words get durations, pauses and a tempo. A position is the mean of the words (and of `silence`)
-    under a triangle around its time, cut off at the borders of its window.
+    weighted by a triangle around its time, cut off at the borders of its window.
 
     Args:
         words: (id, number of characters) of each word.
@@ -130,7 +130,7 @@ def _times(words: Sequence[tuple[int, int]], rng: random.Random) -> list[tuple[f
 
 
 def with_input_errors(text: TextExample, rng: random.Random) -> TextExample:
-    """Replaces some inputs by other tokens of the text; the targets stay the same.
+    """Replaces some inputs with other tokens of the text; the targets stay the same.
 
     During generation a model reads its own mistakes, and has to recover from them.
     """

@@ -1,8 +1,8 @@
-"""Trains the demo's small Whisper-shaped encoder by CTC on synthetic speech.
+"""Trains the demo's small Whisper-shaped encoder with CTC on synthetic speech.
 
     python -m fastslm_jax.demo.train_encoder --corpus=corpus/bases --out=assets [--seed=0]
 
-Temporary linear heads predict characters and words by CTC. Words are predicted from features
+Temporary linear heads predict characters and words with CTC. Words are predicted from features
 averaged over 0.2 s, so that words remain distinguishable when HFQ-Former's attention averages
 features. Recordings cross window borders as they do in FastSLM: windows are encoded separately,
 their features are concatenated in time, and CTC aligns the whole recording. The result,

@@ -2,7 +2,7 @@
 
     python -m fastslm_jax.demo.train_llm --out=assets [--seed=0]
 
-The model learns plain sentences in English and Korean, and all tasks in chat form with text in the
+The model learns plain sentences in English and Korean, and all tasks in chat form with text in
 place of speech; see `text_rows`. The result, OUT/demo_llm, is a Hugging Face folder. Interrupt at
 any time; rerunning resumes.
 """

@@ -7,8 +7,8 @@
 
 For TPU topologies, the TPU compiler (pip install -e .[tpu]) compiles the step on any machine, with
 or without a TPU. Times are lower bounds from the peak figures of the chips: real steps take longer.
---sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster: layouts and
-collectives are the same, but the machine code is slower (docs/performance.md).
+--sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster and slightly
+overestimates (docs/performance.md).
 
 The last line of the output is a JSON object.
 """

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: bytes sent per chip, and a lower bound of their time.
+"""Collectives of a compiled program: bytes sent per chip, and a lower bound on their time.
 
 Bytes are those of a ring algorithm, which sends the least. With n chips per group, a chip sends
 (n - 1) / n of the full array for an all-gather, reduce-scatter or all-to-all, twice that for an
@@ -161,7 +161,7 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -> dict[str, float]:
-    """Lower bound of the time of all executions in a step, as {"ici": ..., "dcn": ...}.
+    """Lower bound on the time of all executions in a step, as {"ici": ..., "dcn": ...}.
 
     Within a slice, a group uses the ICI links of the torus axes it spans. An axis without
     wraparound links has half the bandwidth of a ring. Across slices, the chips of a slice first

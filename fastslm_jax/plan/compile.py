@@ -233,7 +233,7 @@ def _bound_seconds(
     mesh: Mesh,
     chip: chips.Chip,
 ) -> dict[str, float]:
-    """Lower bounds of the step time from the chip's peak figures, without any overlap."""
+    """Lower bounds on the step time from the chip's peak figures, without any overlap."""
     devices = mesh.devices.ravel().tolist()
     num_chips = len(devices) // chip.devices
     transfers = [collectives.seconds(collective, devices, chip) for collective in found]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def progress(text: str, interval: float = 5.0) -> Iterator[None]:
-    """Prints text to stderr; on a terminal, adds the elapsed seconds and clears the line after."""
+    """Prints text to stderr; on a terminal, adds the elapsed seconds and later clears the line."""
     if not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
         yield

@@ -8,7 +8,7 @@ _NO_TRAFFIC = {
     *("while", "conditional", "call", "after-all", "partition-id", "replica-id"),
     *("opt-barrier", "optimization-barrier", "async-start", "async-update", "async-done"),
 }
-# Instructions whose called computations have no traffic of their own.
+# Instructions whose called computations add no traffic.
 _FUSED = {
     *("fusion", "reduce", "map", "sort", "scatter", "select-and-scatter", "reduce-window"),
     *("all-reduce", "reduce-scatter"),

@@ -191,7 +191,7 @@ def match_tensors(source: TensorSource, layout: Layout) -> tuple[dict[str, Tenso
     """Maps every tensor of a checkpoint to our names, even if they do not form a complete model.
 
     Returns:
-        {"path" or "path[layer]": tensor}, and the names that the layout does not have.
+        {"path" or "path[layer]": tensor}, and the names unknown to the layout.
     """
     by_key = {rule.key: (path, rule) for path, rule in layout.items()}
     found, unknown = {}, []

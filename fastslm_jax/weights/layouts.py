@@ -65,7 +65,7 @@ def hf_whisper(prefix: str = "model.encoder.") -> Layout:
 
 
 def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
-    """Qwen3ForCausalLM of Hugging Face; PEFT appends `base` (".base_layer") to adapted layers."""
+    """Hugging Face's Qwen3ForCausalLM; PEFT appends `base` (".base_layer") to adapted layers."""
     block = f"{prefix}model.layers.{{layer}}."
     rules = {
         "embed_tokens": Rule(f"{prefix}model.embed_tokens.weight"),
@@ -82,7 +82,7 @@ def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
 
 
 def peft_lora(prefix: str = "base_model.model.", adapter: str = "") -> Layout:
-    """LoRA of PEFT. In a model in memory, names include `adapter` (".default"); in files, not."""
+    """PEFT's LoRA. Names include `adapter` (".default") in a loaded model, but not in files."""
     rules = {}
     for ours, theirs in _QWEN3_PROJECTIONS.items():
         key = f"{prefix}model.layers.{{layer}}.{theirs}"

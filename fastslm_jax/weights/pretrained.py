@@ -205,7 +205,7 @@ def qwen3_from_config(
 
 
 def _whisper_layout(source: TensorSource) -> engine.Layout:
-    """The layout of a Whisper with output layer, without output layer, or of an encoder only."""
+    """The layout of a Whisper with or without its output layer, or of a bare encoder."""
     prefixes, keys = ("model.encoder.", "encoder.", ""), source.keys()
     prefix = next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in keys), prefixes[0])
     return layouts.hf_whisper(prefix)

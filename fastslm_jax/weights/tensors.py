@@ -306,7 +306,7 @@ def write_sharded(
 ) -> int:
     """Writes model.safetensors, or shards of at most max_bytes with an index.
 
-    A tensor larger than max_bytes gets a shard of its own.
+    A tensor larger than max_bytes gets its own shard.
 
     Returns:
         The number of weight files.

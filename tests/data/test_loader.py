@@ -156,7 +156,7 @@ def main(process_index: str, address: str, folder: str, tokenizer: str) -> None:
 
 
 def test_two_processes_load_the_rows_of_one(corpus, tokenizer_folder, tmp_path):
-    """Also when a run with one process is resumed with two, and the other way around."""
+    """Also when a run with one process is resumed with two, and vice versa."""
     import_corpus(f"jsonl:{corpus}/train.jsonl", tmp_path / "imported", Settings(shard_clips=4))
     with socket.socket() as free:
         free.bind(("localhost", 0))

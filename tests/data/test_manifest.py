@@ -91,10 +91,10 @@ def good_without(key):
         ("[1, 2]", "not a JSON object"),
         (
             good_without("audio_filepath"),
-            "'audio_filepath' is missing; required are audio_filepath, duration, text",
+            "'audio_filepath' is missing; required: audio_filepath, duration, text",
         ),
-        (good_without("duration"), "'duration' is missing; required are"),
-        (good_without("text"), "'text' is missing; required are"),
+        (good_without("duration"), "'duration' is missing; required:"),
+        (good_without("text"), "'text' is missing; required:"),
         (GOOD | {"audio_filepath": "../a.wav"}, r"\.\./a\.wav is outside the manifest's folder"),
         (
             GOOD | {"audio_filepath": "/etc/passwd"},

@@ -50,7 +50,7 @@ def test_silence_in_reference_or_hypothesis():
     assert metrics.asr(["anna left"], [""])["wer"] == 100
     scores = metrics.asr(
         ["anna left", "um"], ["anna left", "yes please"]
-    )  # "um" is nothing once normalised
+    )  # "um" is removed by normalization
     assert (scores["insertions"], scores["words"], scores["wer"]) == (2, 2, 100)
 
 

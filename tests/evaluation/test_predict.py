@@ -87,7 +87,7 @@ def test_known_predictions_are_skipped(utterances):
 
 
 @pytest.mark.parametrize("count", [2, 3, 11])
-def test_swapped_audio_is_always_of_another(utterances, count):
+def test_swapped_audio_is_from_another_utterance(utterances, count):
     for seed in range(20):
         clips = [clip.id for clip in predict.swapped(utterances[:count], seed)]
         assert sorted(clips) == sorted(u.id for u in utterances[:count])

@@ -10,7 +10,7 @@ from fastslm_jax.inference import repetition
 
 def found_after(tokens) -> int | None:
     """Number of tokens until a loop is detected; None: never."""
-    padded = np.full(1024, -1) - np.arange(1024)  # numbers that never come again
+    padded = np.full(1024, -1) - np.arange(1024)  # numbers that never repeat
     padded[: len(tokens)] = tokens[: len(padded)]
     looped = np.asarray(scan(np.stack([padded, -2000 - np.arange(1024)], axis=1)))
     assert not looped[:, 1].any()
@@ -46,10 +46,10 @@ def test_a_repeated_phrase_is_found_and_cut_to_one_period(period, length):
     [
         START + [7] * 24,
         START + list(range(10)) * 3 + [1, 2, 3],
-        START + list(range(65)) * 8,  # longer than any period that is looked for
+        START + list(range(65)) * 8,  # longer than any detected period
         np.random.default_rng(0).integers(0, 3, 1000).tolist(),
     ],
 )
-def test_short_repetitions_are_no_loop(tokens):
+def test_short_repetitions_are_not_loops(tokens):
     assert found_after(tokens) is None
     assert repetition.without_repeats(tokens) == tuple(tokens)

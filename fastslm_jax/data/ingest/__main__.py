@@ -66,7 +66,7 @@ def define_flags() -> None:
         default.max_chars_per_second,
         "Reject clips with more characters of text per second.",
     )
-    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets (default: its own).")
+    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets (default: that of TFDS).")
     flags.DEFINE_string(
         "lang",
         "",

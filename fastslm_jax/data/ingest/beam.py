@@ -4,8 +4,8 @@
     python -m fastslm_jax.data.ingest jsonl:FILE --out=DIR --runner=DataflowRunner \
         --beam_option=--project=NAME --beam_option=--region=NAME
 
-The pipeline maps `make_shard` over the shard numbers. Workers need this package, and the source and
-DIR under the same paths, on a file system that all of them mount.
+The pipeline maps `make_shard` over the shard numbers. Workers need this package, and must
+mount the source and DIR at the same paths.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """Import of a whole corpus: all shards, the merged index, and the list of rejected clips.
 
 An interrupted import resumes with the missing shards. Bad data never interrupts an import: every
-rejected clip is listed in rejected.jsonl, and too many of them fail the import at its end.
+rejected clip is listed in rejected.jsonl, and too many of them fail the import at the end.
 """
 
 import collections
@@ -62,7 +62,7 @@ def run_processes(job: ImportJob, numbers: Iterable[int], workers: int) -> Itera
 
 
 def _claim_folder(job: ImportJob, spec: str) -> dict:
-    """Creates the folder, or checks that it is of an import with the same settings.
+    """Creates the folder, or checks that it has an import with the same settings.
 
     Returns:
         The settings as JSON.

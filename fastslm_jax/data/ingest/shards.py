@@ -18,7 +18,7 @@ from fastslm_jax.data.ingest.decoding import Rejected
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import pretrained
 
-VERSION = 1  # of the conversion: increase it when the same source gives other shards
+VERSION = 1  # of the conversion: increase it when the same source gives different shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _check_text(text: str, answer: str, task: str, seconds: float, settings: Set
     if text.strip() and not settings.min_chars_per_second <= rate <= settings.max_chars_per_second:
         raise Rejected(
             "text_rate",
-            f"{rate:.2f} characters per second; allowed are {settings.min_chars_per_second} to "
+            f"{rate:.2f} characters per second; allowed: {settings.min_chars_per_second} to "
             f"{settings.max_chars_per_second}",
         )
 

@@ -199,7 +199,7 @@ def _first(fields: dict, names: Sequence[str], default: str | None = None) -> ob
 
 
 class _Table:
-    """A dataset of rows with the field names above; ids are its name and the row number.
+    """A dataset of rows with the field names above; ids combine its name and the row number.
 
     Attributes:
         name: the source as the user wrote it.

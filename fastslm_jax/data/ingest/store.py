@@ -26,7 +26,7 @@ from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.errors import UserError
 
 INDEX, REJECTED, DATASET = "index.jsonl", "rejected.jsonl", "dataset.json"
-# One clip per chunk, for random access; uncompressed, since FLAC already is compressed.
+# One clip per chunk, for random access; uncompressed, since FLAC is already compressed.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _OPEN_READERS = 64
 

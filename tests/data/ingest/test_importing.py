@@ -157,7 +157,7 @@ BAD_LINES = {
     "too much text": (
         line("fast.wav", "word " * 30),
         "text_rate",
-        "74.50 characters per second; allowed are 0.2 to 40",
+        "74.50 characters per second; allowed: 0.2 to 40",
     ),
     "duplicate": (
         line("fast.wav", id="good.wav"),
