@@ -1,4 +1,4 @@
-"""Numbers of the authors' PyTorch implementation. The folder comes from FASTSLM_GOLDEN; any folder of that layout must pass."""
+"""Numbers of the authors' PyTorch implementation, in the folder FASTSLM_GOLDEN."""
 
 import functools
 import json
@@ -71,8 +71,8 @@ def assert_close(actual, expected, name, tolerance=TOLERANCE):
     assert difference <= tolerance, f"{name}: differs by {difference:.1e} of its maximum"
 
 
-# Every program is compiled once: windows go one at a time, prompts are padded at the right to one length for all cases, which a
-# causal model does not see.
+# Every program is compiled once: windows go one at a time, and all prompts are padded on the right
+# to one length, which a causal model does not see.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -98,7 +98,7 @@ _speech: dict[str, tuple] = {}
 
 
 def speech_side(case, model, params):
-    """(mel [windows, frames, bands], features, speech tokens, intermediates) of a case, windows along the first axis."""
+    """(mel [windows, frames, bands], features, speech tokens, intermediates) of a case."""
     if case["file"] not in _speech:
         windows, frames = model.window.cut(load_file(GOLDEN / case["file"])["audio"])
         mel = log_mel.log_mel(
@@ -174,7 +174,7 @@ def test_logits_and_loss(case, model_and_params):
 
 @each_case
 def test_greedy_tokens(case, model_and_params):
-    """From the decoding loop with its key-value cache; and without a cache, each from all those before it."""
+    """From the decoding loop with its cache; without one, each from all those before it."""
     golden = load_file(GOLDEN / case["file"])
     expected = golden["greedy_ids"]
     prompt = golden["input_ids"][: int(golden["prompt_len"])]
@@ -199,7 +199,7 @@ def test_greedy_tokens(case, model_and_params):
     np.testing.assert_array_equal(np.argmax(logits[length - 1 : -1], axis=-1), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- conversion
+# --------------------------------------------------------------------------------------- conversion
 
 
 @pytest.fixture(scope="module")
