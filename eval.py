@@ -7,9 +7,9 @@
 
 Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json} and WORKDIR/eval/eval.png, and prints
 a table. A stopped run resumes when it is started again. --swap_audio names sets that are also
-transcribed with the audio of other utterances (into SET/asr-swapped): a control, which a model that
-listens must fail. --score_only scores existing predictions, or those of a file, without a model.
-docs/eval.md describes the scoring conventions.
+transcribed with the audio of other utterances (into SET/asr-swapped): a control on which a model
+that uses the audio must score poorly. --score_only scores existing predictions, or those of a
+file, without a model. docs/eval.md describes the scoring conventions.
 """
 
 import pathlib

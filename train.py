@@ -51,7 +51,7 @@ def main(_: Sequence[str]) -> None:
 
     # ---------------------------------------------------------------------------------------- data
     rows = experiment.make_rows(config.data.train, setup, tokenizer)
-    rows.examples(0)  # plans the first epoch: an example that fits no row raises here
+    rows.examples(0)  # plans the first epoch: an example that does not fit in a row raises here
     dev = dev_sets(config.data)
 
     # ---------------------------------------------------------------------------------- parameters
@@ -92,7 +92,7 @@ def main(_: Sequence[str]) -> None:
     first_step = int(state.step) + 1
 
     # ----------------------------------------------------------------------------------------- jit
-    # training.step.train_step of this model, optimizer and mesh. The new state replaces the old.
+    # training.step.train_step for this model, optimizer and mesh. The old state is donated.
     train_step = jax.jit(
         step_specs.train_step,
         in_shardings=step_specs.in_shardings,
@@ -217,10 +217,10 @@ def evaluate(
     step: int,
     batch_size: int,
 ) -> dict[str, float]:
-    """Scores each task and language alone by its main metric; writes scores and example answers.
+    """Scores each task and language by its main metric; writes scores and example answers.
 
     Returns:
-        {metric: mean over the languages that are scored by it}.
+        {metric: mean over the tasks and languages scored by it}.
     """
     values, by_language = collections.defaultdict(list), {}
     for label, utterances in dev.items():

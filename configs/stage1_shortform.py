@@ -6,7 +6,7 @@
 Recipe: Whisper-large-v3 and Qwen3-4B are frozen in bfloat16; the HFQ-Former (56 M parameters) and
 LoRA (33 M) are trained. A row of 8 windows has up to 8 utterances; a step of 64 rows is up to 4.3
 hours of audio. The paper gives no optimizer settings: these are a starting point.
-Hardware: as is, 16 TPU v5e chips with 4 rows each (docs/tpu_plan.md; compiled, not run).
+Hardware: as configured, 16 TPU v5e chips with 4 rows each (docs/tpu_plan.md; compiled, not run).
 Time and metrics: not measured.
 """
 

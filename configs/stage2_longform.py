@@ -5,7 +5,7 @@
 
 The argument is the grouping of clips, which the paper does not specify. A row of 30 windows is 15
 minutes of audio, one long recording or several shorter ones; a step of 64 rows is 16 hours.
-Hardware: as is, 64 TPU v5e chips with one row each; plan for others with
+Hardware: as configured, 64 TPU v5e chips with one row each; plan for others with
 `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 Time and metrics: not measured.
 """

@@ -3,8 +3,8 @@
     python train.py --config=configs/stage3_instruct.py --workdir=/mnt/shared/stage3 \\
         --config.init_from=/mnt/shared/stage2
 
-A tenth of the examples is long-form ASR, so that the model keeps what stage 2 taught it.
-Hardware: as is, 64 TPU v5e chips with one row each; plan for others with
+A tenth of the examples are long-form ASR, so that the model retains what it learned in stage 2.
+Hardware: as configured, 64 TPU v5e chips with one row each; plan for others with
 `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 Time and metrics: not measured.
 """

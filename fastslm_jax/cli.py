@@ -59,7 +59,7 @@ def _log_thread_error(arguments: threading.ExceptHookArgs) -> None:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a command and exits: code 0 if it succeeds, code 2 and one line for a user error.
+    """Runs a command and exits: code 0 on success, code 2 and a one-line message for a user error.
 
     Compiled programs are cached between runs in FASTSLM_COMPILATION_CACHE (an empty value disables
     the cache).

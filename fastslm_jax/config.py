@@ -70,7 +70,7 @@ def full_size() -> ConfigDict:
     config.accumulate = 1  # micro-batches per step (gradient accumulation)
     config.loss_chunk = 512  # labels of a row whose logits are computed at a time
     config.input_token_noise = 0.0  # fraction of answer tokens to replace in the decoder's input
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # axis sizes; -1: what is left
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # axis sizes; -1: inferred
     config.trainable = TRAINABLE  # (pattern of parameter paths, is trained)
     config.optimizer = ConfigDict(
         {

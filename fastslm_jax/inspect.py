@@ -1,4 +1,4 @@
-"""Shows the content of an imported folder or a manifest, and the rows that a config makes of it.
+"""Shows the contents of an imported folder or a manifest, and the rows a config makes from it.
 
     python -m fastslm_jax.inspect DIR [--config=configs/stage2_longform.py] [--png=lengths.png]
         [--row=3 [--wav=row.wav]]

@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 class CapacityError(UserError):
-    """Something does not fit in memory. The message has the sizes and what to change."""
+    """Something does not fit in memory. The message gives the sizes and what to change."""
 
 
 def bytes_per_device(tree: object) -> int:

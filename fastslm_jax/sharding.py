@@ -46,7 +46,7 @@ ACTIVATION_TABLE: tuple[tuple[str, str | tuple[str, ...]], ...] = (
 
 @contextlib.contextmanager
 def activations_on(mesh: Mesh | None) -> Iterator[None]:
-    """Constrains the sharding of activations traced inside by ACTIVATION_TABLE.
+    """Shards the activations traced inside according to ACTIVATION_TABLE.
 
     Does nothing if the mesh is None or has one device.
     """

@@ -4,8 +4,8 @@
         [--task=asr|ast|ssum|sqqa] [--format=text|json|srt|vtt] [--out=FOLDER]
         [--span=auto|none|SECONDS] [--stream]
 
-The config in the checkpoint names the pretrained models that it builds on. A folder stands for all
-audio files below it, `-` for the standard input. Subtitles have one entry per segment, cut at
+The config in the checkpoint names its pretrained models. A folder means all audio files below it,
+and `-` means standard input. Subtitles have one entry per segment, cut at
 silence.
 """
 
@@ -30,7 +30,7 @@ from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
-EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others are named as the format
+EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -58,7 +58,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     string(
         "out",
         None,
-        "Folder for one NAME.txt, .json, .srt or .vtt per file (default: the standard output).",
+        "Folder for one NAME.txt, .json, .srt or .vtt per file (default: standard output).",
     )
     string(
         "span",
@@ -68,7 +68,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     integer(
         "running_prompt",
         0,
-        "Words of the transcript so far that the next segment's prompt quotes.",
+        "Words of the transcript so far to quote in the next segment's prompt.",
         lower_bound=0,
     )
     integer(
@@ -85,20 +85,20 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "Type of the key-value cache (default: the model's).",
     )
     number("temperature", 0.0, "Sampling temperature; 0 is greedy.")
-    integer("top_k", 0, "Sample from the k most likely tokens only (0: all).")
-    number("top_p", 1.0, "Sample from the most likely tokens with this total probability only.")
+    integer("top_k", 0, "Sample only from the k most likely tokens (0: all).")
+    number("top_p", 1.0, "Sample only from the most likely tokens with this total probability.")
     number("repetition_penalty", 1.0, "Values above 1 make tokens less likely to be repeated.")
     integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_bool(
         "stream",
         None,
-        "Print text while it is generated (default: for one file, as text, to a terminal).",
+        "Print text as it is generated (default: for one file, as text, to a terminal).",
         flag_values=flag_values,
     )
 
 
 def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib.Path]:
-    """The named files, the audio files of named folders, and `-` as a copy of the standard input.
+    """The named files, the audio files of named folders, and a copy of standard input for `-`.
 
     Raises:
         UserError: nothing is named, or a folder contains no audio.
@@ -176,7 +176,7 @@ def record(name: str, task: str, result: Result) -> dict:
 
 
 class TerminalStream:
-    """Prints an answer while it grows."""
+    """Prints an answer as it grows."""
 
     def __init__(self):
         self.written = ""
@@ -225,11 +225,12 @@ def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
         if options.format in ("srt", "vtt") and len(files) > 1 and not options.out:
             raise UserError(
                 f"--format={options.format}: {len(files)} files need --out=FOLDER, "
-                "for one file of subtitles each"
+                "for one subtitle file each"
             )
         if options.out and len({out_path(options, file) for file in files}) < len(files):
             raise UserError(
-                f"--out={options.out}: two audio files have the same name; transcribe them apart"
+                f"--out={options.out}: two audio files have the same name; "
+                "transcribe them separately"
             )
         transcribe(options, *load(options), files, recordings)
 
@@ -252,7 +253,7 @@ def transcribe(
     files: Sequence[pathlib.Path],
     recordings: Sequence[Recording],
 ) -> None:
-    """Answers files as the flags say; `trained`: seconds of the longest training recordings."""
+    """Answers files; `trained`: length in seconds of the longest training recordings."""
     recordings = [
         long_form.with_segments(generator.capacity, recording, trained, options.span)
         for recording in recordings
@@ -292,7 +293,7 @@ def write(
     result: Result,
     num_files: int,
 ) -> None:
-    """Writes one answer to the standard output or to its own file."""
+    """Writes one answer to standard output or to a file."""
     if options.format in ("json", "jsonl"):
         text = json.dumps(record(display_name(file), options.task, result), ensure_ascii=False)
     elif options.format in ("srt", "vtt"):
@@ -314,7 +315,7 @@ def out_path(options: flags.FlagValues, file: pathlib.Path) -> pathlib.Path:
 
 
 def warn(file: pathlib.Path, result: Result) -> None:
-    """Reports an incomplete answer on the standard error."""
+    """Reports an incomplete answer on standard error."""
     if result.stop_reason == "budget":
         problem = "an answer was cut at its token budget; raise --max_new_tokens"
     elif result.stop_reason == "loop":

@@ -261,7 +261,7 @@ def test_other_pretrained_weights_are_an_error(run, folder, at_step_4, tmp_path)
     config.write_text(config.read_text().replace("4096", "8192"))
     with pytest.raises(
         UserError,
-        match=r"checkpoints/4: trained on other llm weights \(\w+; config.base.llm has \w+\)",
+        match=r"checkpoints/4: trained on different llm weights \(\w+; config.base.llm has \w+\)",
     ):
         run(at_step_4, {"base.llm": str(tmp_path / "llm")})
 
@@ -281,7 +281,7 @@ def test_non_finite_steps_end_the_run(run, tmp_path, monkeypatch, said):
     with pytest.raises(UserError) as raised:
         run(tmp_path, {"max_skipped": 3})
     assert str(raised.value) == (
-        "3 steps in a row (up to step 6) had no finite loss or gradients: check rows 6 to 11 of "
+        "3 steps in a row (up to step 6) had a non-finite loss or gradients: check rows 6 to 11 of "
         "the data, or lower config.optimizer.learning_rate"
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

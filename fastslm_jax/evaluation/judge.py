@@ -1,4 +1,4 @@
-"""A language model as a judge of free answers, through an OpenAI-compatible chat endpoint."""
+"""A language model as a judge of free-form answers, through an OpenAI-compatible chat endpoint."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ATTEMPTS = 3
 
 
 class JudgeError(UserError):
-    """The endpoint does not respond, or not with a rating."""
+    """The endpoint does not respond, or responds without a rating."""
 
 
 class Judge:

@@ -1,4 +1,4 @@
-"""Scores of each task by the conventions of its field, with 95 % bootstrap intervals.
+"""Scores of each task by its usual conventions, with 95 % bootstrap intervals.
 
 ASR   corpus-level WER and CER (jiwer) after Whisper's normalizer.
 AST   sacrebleu's BLEU, chrF++ and chrF, with their signatures.
@@ -242,7 +242,7 @@ SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
 
 
 def main_metric(task: str, lang: str) -> str:
-    """The main score of a task: it is shown first, and tracked on dev sets."""
+    """The main score of a task, which is shown first and tracked on dev sets."""
     return "cer" if task == "asr" and lang in CER_LANGUAGES else TASKS[task].metric
 
 

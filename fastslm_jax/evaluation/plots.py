@@ -36,7 +36,7 @@ def table(rows: Rows) -> str:
 
 
 def picture(path: pathlib.Path, rows: Rows) -> None:
-    """WER by duration, and speed by batch size if measured; nothing if neither is there."""
+    """WER by duration, and speed by batch size if measured; writes nothing without either."""
     durations = [
         (f"{name} {label}", scores["wer_by_duration"])
         for name, label, scores in rows

@@ -49,19 +49,19 @@ def predict(
     recordings: Sequence[Recording] | None = None,
     known: Collection[int] = (),
 ) -> Iterator[tuple[int, float, dict | None]]:
-    """Answers every utterance; yields as audio is done.
+    """Answers every utterance; yields progress as audio is processed.
 
     Args:
-        recordings: what to answer for each utterance (default: `recording`); another audio is the
-            wrong-audio control.
+        recordings: what to answer for each utterance (default: `recording`); for the wrong-audio
+            control, with the audio of other utterances.
         known: indices of utterances to skip, because their predictions are known.
 
     Yields:
-        (index, seconds of its audio done since its last item, its prediction or None if it is
+        (index, seconds of its audio processed since its last item, its prediction or None if
         incomplete). A prediction has id, task, lang, seconds, reference, hypothesis, windows,
         speech_tokens, new_tokens, stop_reason, covered_seconds, again, first_token_seconds,
         batch_seconds (its share of its group's run time, without compilation), rtfx (of its group),
-        and for tasks with normalized scores both texts as they are scored.
+        and for tasks with normalized scores the normalized texts.
     """
     recordings = recordings or [recording(utterance) for utterance in utterances]
     open_ = [i for i in range(len(utterances)) if i not in set(known)]
@@ -110,7 +110,7 @@ def _prediction(utterance: Utterance, result: Result) -> dict:
 
 
 def swapped(utterances: Sequence[Utterance], seed: int = 0) -> list[Utterance]:
-    """For the wrong-audio control: for each utterance another one, whose audio it gets.
+    """The wrong-audio control: for each utterance, another one, whose audio it gets.
 
     Raises:
         UserError: there is no other utterance.
@@ -127,7 +127,7 @@ def swapped(utterances: Sequence[Utterance], seed: int = 0) -> list[Utterance]:
 def wer_by_duration(
     predictions: Sequence[dict], edges: Sequence[float] = DURATION_EDGES
 ) -> list[dict]:
-    """Corpus WER and CER by duration, between consecutive edges in seconds; without empty ones."""
+    """Corpus WER and CER by duration, between consecutive edges in seconds; no empty buckets."""
     buckets = []
     for low, high in itertools.pairwise([*edges, float("inf")]):
         inside = [p for p in predictions if low <= p["seconds"] < high]
@@ -149,7 +149,7 @@ def summarize(predictions: Sequence[dict], *, intervals: bool = False) -> dict:
     """Scores of predictions of one task and language, with coverage, stop reasons and speed.
 
     rtfx is audio seconds per second of run time without compilation; first_token_seconds is the
-    median. Both only if they were measured.
+    median. Both are omitted if they were not measured.
     """
     seconds, count = sum(p["seconds"] for p in predictions), len(predictions)
     stopped = [p["stop_reason"] for p in predictions]

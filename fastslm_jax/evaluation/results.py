@@ -17,10 +17,10 @@ PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"
 
 
 class PredictionLog:
-    """The predictions of a set and task, appended as they come, so that a stopped run resumes.
+    """The predictions of a set and task, appended as they arrive, so that a stopped run resumes.
 
-    The first line of FOLDER/predictions.part.jsonl holds the run's settings; predictions of other
-    settings are discarded. After a finished run, metrics.json holds its settings.
+    The first line of FOLDER/predictions.part.jsonl contains the run's settings; predictions made
+    with other settings are discarded. After a finished run, metrics.json contains its settings.
 
     Attributes:
         known: predictions of an earlier run with the same settings, by id.

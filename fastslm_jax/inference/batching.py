@@ -1,4 +1,4 @@
-"""Continuous batching: rows that decode together and take the next prompt when they are done."""
+"""Continuous batching: rows decode together, and a finished row takes the next prompt."""
 
 import dataclasses
 import time
@@ -18,12 +18,12 @@ from fastslm_jax.models.kv_cache import KVCache
 
 LONG_CHUNK = 512  # prompt tokens of one row that are prefilled at a time
 PREFILL_ROWS = 8
-PARTIAL_STEPS = 4  # tokens between two partial answers
+PARTIAL_STEPS = 4  # tokens between partial answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A request as the decoder takes it.
+    """A request in the form that the decoder takes.
 
     Attributes:
         tokens: ids [n].
@@ -86,14 +86,14 @@ class ContinuousBatch:
         self._new: list[int] = []  # rows whose prompts are not in the cache yet
 
     def run(self, prompts: Iterator[Prompt], partial: bool = False) -> Iterator[Running]:
-        """Yields prompts as they end; with `partial`, also every few tokens."""
+        """Yields finished rows; with `partial`, also running ones every few tokens."""
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
         while upcoming is not None or self.running:
             while upcoming is not None and len(self.running) < len(self.state.done):
                 self._start(*upcoming)
                 upcoming = next(waiting, None)
-            # One step after a prefill, so that the time to the first token is measured.
+            # A single step after a prefill, to measure the time to the first token.
             steps = 1 if self._new else PARTIAL_STEPS if partial else DECODE_STEPS
             for running in self._advance(steps, is_last=upcoming is None):
                 if partial or running.stop_reason:
@@ -114,7 +114,7 @@ class ContinuousBatch:
     def _advance(self, max_steps: int, is_last: bool) -> list[Running]:
         """Prefills new prompts and decodes up to max_steps tokens; returns what advanced, by row.
 
-        If prompts are waiting, decoding stops as soon as a quarter of the rows are done.
+        If prompts are waiting, decoding stops as soon as another quarter of the rows are done.
         """
         self._prefill()
         rows = len(self.state.done)
@@ -156,7 +156,7 @@ class ContinuousBatch:
     def _prefill(self) -> None:
         """Writes new prompts into the cache, all but their last token.
 
-        Long stretches go row by row in large chunks, the rest in small chunks of several rows.
+        Long prompts go row by row in large chunks, the rest in small chunks of several rows.
         """
         new, self._new = self._new, []
         starts = dict.fromkeys(new, 0)
@@ -178,7 +178,7 @@ class ContinuousBatch:
                 }
 
     def _prefill_chunk(self, rows: Sequence[int], starts: Sequence[int], length: int) -> KVCache:
-        """Prefills `length` tokens of each row's prompt, from its start on."""
+        """Prefills `length` tokens of each row's prompt, beginning at its start."""
         prompts = [self.running[row].prompt for row in rows]
         tokens = np.zeros((len(rows), length), np.int32)
         speech = is_speech = None

@@ -1,4 +1,4 @@
-"""What a model and its memory can take: positions, cache lengths, YaRN, rows of a batch."""
+"""Limits of a model and its memory: positions, cache lengths, YaRN, rows of a batch."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ from fastslm_jax import memory
 from fastslm_jax.data.prompts import PromptTokenizer
 from fastslm_jax.models.fastslm import FastSLM
 
-PREFILL_CHUNK = 32  # prompt tokens of several rows that are prefilled at a time
+PREFILL_CHUNK = 32  # prompt tokens per row when several rows are prefilled together
 YARN_FACTORS = (2.0, 4.0)
 USABLE = 0.9  # share of the free memory that a key-value cache may take
 
 
 def bucketed_length(positions: int) -> int:
-    """The cache length for a number of positions, out of few, so that few programs are compiled.
+    """The cache length for a number of positions, rounded up so that few programs are compiled.
 
-    256, 512, 1024, … 8192, then steps of an eighth of a power of two.
+    256, 512, 1024, … 8192, then steps of an eighth of the power of two below.
     """
     power = max(256, 1 << (positions - 1).bit_length())
     if power <= 8192:
@@ -91,14 +91,14 @@ class Capacity:
         """Rejects a request before any work starts.
 
         Raises:
-            memory.CapacityError: the context exceeds the model's, or its cache the free memory.
+            memory.CapacityError: the context is too long for the model, or its cache too large.
         """
         most = self.max_positions
         if most is not None and positions > most:
             minutes = most / self.model.tokens_per_window * self.model.window.seconds / 60
             raise memory.CapacityError(
-                f"{positions} positions (speech, prompt and answer) are needed and the language "
-                f"model supports {most}, the speech of {minutes:.3g} minutes: "
+                f"{positions} positions (speech, prompt and answer) are needed but the language "
+                f"model supports {most}, or {minutes:.3g} minutes of speech: "
                 "lower --max_new_tokens"
             )
         shards = self.row_shards if rows % self.row_shards == 0 else 1

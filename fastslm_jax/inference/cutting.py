@@ -6,7 +6,7 @@ from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.errors import UserError
 
 SEARCH = 6 * SAMPLE_RATE  # samples before a segment's limit that are searched for silence
-SILENCE = 3 * SAMPLE_RATE // 10  # samples of a silence: longer than a stop inside a word
+SILENCE = 3 * SAMPLE_RATE // 10  # samples of a silence: longer than a stop consonant
 MIN_PIECE = 2 * SAMPLE_RATE  # samples; pieces shorter than two of these are not split
 
 
@@ -26,13 +26,13 @@ def _quietest(samples: np.ndarray, low: int, high: int) -> int:
 def cut(samples: np.ndarray, length: int, window: int) -> list[tuple[int, int]]:
     """Segments (start, stop) that cover all samples, each of at most `length` samples.
 
-    They are cut at the quietest place of the last 6 s (or half) of each. A length above the
-    encoder's window is rounded down to whole windows, which leaves no padding in the middle.
+    Each ends at the quietest point of its last 6 s, or of its last half if that is shorter. A
+    length above the encoder's window is rounded down to whole windows, to avoid padding.
 
-    Example: 70 s with segments of 30 s → cuts between 24 and 30 s, and as far again.
+    Example: 70 s with segments of 30 s → cuts 24 to 30 s apart.
 
     Raises:
-        UserError: a segment is shorter than the window and than 1 s.
+        UserError: `length` is shorter than both the window and 1 s.
     """
     if length < window and length < SAMPLE_RATE:
         raise UserError(f"--span={length / SAMPLE_RATE:g}: segments need at least 1 s")

@@ -85,7 +85,7 @@ class Generator:
         shards = programs.row_shards(self.mesh)
         dtype = jnp.dtype(cache_dtype or model.llm.dtype)
         self.capacity = Capacity(model, prompt_tokenizer, dtype, native_positions, shards)
-        whole = dataclasses.replace(model, window_batch=0)  # the encoder's batches are ours
+        whole = dataclasses.replace(model, window_batch=0)  # SpeechEncoder batches windows
         window_batch = -(-window_batch // shards) * shards
         self.encode_speech = SpeechEncoder(whole, params, window_batch, self.mesh)
 
@@ -100,8 +100,8 @@ class Generator:
         """Yields (index of the request, answer) as answers end.
 
         Args:
-            batch_size: rows of the batch (default: as many as requests, up to 16); longer contexts
-                use fewer.
+            batch_size: rows of the batch (default: one per request, up to 16); long contexts use
+                fewer.
             cache_length: minimum cache length, so that several calls share compiled programs.
             partial: also yield answers in progress, every few tokens.
 
@@ -150,7 +150,7 @@ class Generator:
         return 0 if request.samples is None else self.model.window.count(len(request.samples))
 
     def _variant(self, has_audio: bool, yarn: float) -> tuple[FastSLM, dict]:
-        """The model to run: without LoRA if there is no audio, with YaRN beyond its context."""
+        """The model to run: no LoRA without audio, YaRN beyond the native context."""
         model, params = self.encode_speech.model, self.params
         if not has_audio:
             model = dataclasses.replace(model, llm=model.llm.clone(lora=LoRA()))

@@ -20,7 +20,7 @@ def find_step(
     """The requested step, or the newest.
 
     Raises:
-        CheckpointError: there is no checkpoint, or not that one.
+        CheckpointError: there are no checkpoints, or none of that step.
     """
     steps = checkpoints.steps()
     if not steps:
@@ -58,7 +58,7 @@ def saved_config(
 def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: object) -> Generator:
     """The model of a checkpoint on all devices; see `Generator` for the options.
 
-    config.mesh is used if it fits the devices, else they all form the data axis.
+    Uses config.mesh if it fits the devices, otherwise puts them all on the data axis.
     """
     try:
         mesh = sharding.make_mesh(**config.mesh)

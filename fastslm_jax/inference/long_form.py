@@ -23,7 +23,7 @@ TOKENS_PER_SECOND = 6.0
 SUMMARY_TOKENS_PER_SECOND = 0.1  # summaries and answers grow more slowly beyond SUMMARY_TOKENS
 SUMMARY_TOKENS = 448
 MIN_NEW_TOKENS = 64
-GROUP_SECONDS = 3600.0  # audio that is in memory at a time
+GROUP_SECONDS = 3600.0  # of audio in memory at a time
 
 
 def default_new_tokens(seconds: float, task: str) -> int:
@@ -72,10 +72,10 @@ class Result:
 
     Attributes:
         seconds: length of the decoded audio.
-        covered_seconds: audio that was answered; at the end all of it, except for less than one
+        covered_seconds: audio processed so far; at the end all of it, except for less than one
             frame (10 ms).
-        stop_reason: "loop" or "budget" if any segment ended so, else "eos"; None if the result is
-            incomplete.
+        stop_reason: "loop" or "budget" if any segment ended that way, else "eos"; None if the
+            result is incomplete.
         again: segments that ended in a loop and were split and decoded again.
         run_seconds: this recording's share of its group's run time, without compilation.
         compile_seconds: of its group.
@@ -112,7 +112,7 @@ def stream(
 
     Args:
         batch_size: see `Generator.stream`.
-        in_order: take recordings in their order; by default those of one cache length together.
+        in_order: keep the order of the recordings; by default they are grouped by cache length.
         partial: also yield a result every few tokens; segments are then decoded one by one.
     """
     lengths = [cache_length(generator.capacity, recording) for recording in recordings]
@@ -213,7 +213,7 @@ class _Plan:
         return all(piece.is_done for piece in self.pieces)
 
     def ready(self) -> list[_Piece]:
-        """Pieces that can be decoded now: with context words only the first open one."""
+        """Pieces that can be decoded now: with context words, only the first unfinished one."""
         waiting = [piece for piece in self.pieces if not piece.is_done]
         return waiting[:1] if self.recording.context_words else waiting
 
@@ -281,7 +281,7 @@ class _Plan:
 
 
 def trained_seconds(sources: Mapping[str, Mapping], window_seconds: float) -> float:
-    """The longest recordings of config.data.train; without training data, 30 windows."""
+    """Seconds of the longest recordings in config.data.train; 30 windows if it is empty."""
     if not sources:
         return 30 * window_seconds
     joins = (dict(source).get("join") for source in sources.values())
@@ -311,12 +311,12 @@ def with_segments(
         trained: seconds of the longest recordings in training.
         choice: "none": one context. Seconds: segments of this length. "auto": one context for
             recordings up to `trained` and for tasks that need the whole recording; otherwise
-            segments of half of `trained`, well inside the training range, or shorter ones that fit
-            into memory.
+            segments of half of `trained`, well inside the training range, or shorter if memory
+            requires it.
 
     Raises:
-        UserError: choice is none of these.
-        CapacityError: the recording does not fit; says what would.
+        UserError: choice is invalid.
+        CapacityError: the recording does not fit; the message gives the fix.
     """
     is_splittable = TASKS[recording.task].is_splittable
     length = _parse_choice(choice, recording.seconds, trained)

@@ -107,7 +107,7 @@ def empty_cache(
 def window_maxima(
     model: FastSLM, windows: jax.Array, frames: jax.Array, *, mesh: Mesh | None
 ) -> jax.Array:
-    """Windows [m, samples] and valid frames [m] → the maximum log-mel power of each [m]."""
+    """Windows [m, samples] and valid frames [m] → maximum log-mel powers [m]."""
     windows = _shard_windows(windows, mesh)
     with sharding.activations_on(mesh):
         maxima = log_mel.window_maxima(windows[None], frames[None], model.encoder.num_mels)[0]
@@ -156,8 +156,8 @@ def prefill(
     Args:
         rows: [r], the rows of the cache.
         start: [r], the position of each row's first token of this chunk.
-        tokens: [r, t]. Positions beyond a prompt's end may receive anything: each is overwritten
-            before attention reads it.
+        tokens: [r, t]. Tokens beyond a prompt's end may be anything: their positions are
+            overwritten before attention reads them.
         speech: [r, t, d], replaces embeddings where is_speech [r, t]; None without audio.
     """
     variables = {"params": params["llm"]}
@@ -197,8 +197,8 @@ def decode(
         end_id: the token that ends an answer.
 
     Returns:
-        The cache, the state, and the new tokens [b, DECODE_STEPS]; a row's are the first ones, as
-        many as its count grew by.
+        The cache, the state, and the new tokens [b, DECODE_STEPS], of which the first ones of a row
+        are valid, as many as its count grew by.
     """
     batch = state.token.shape[0]
     layers = _layers_of(params["llm"]["layers"], model.llm.num_layers)
@@ -206,7 +206,7 @@ def decode(
     def body(carry: Carry) -> Carry:
         step, cache, state, seen, out = carry
         llm = params["llm"]
-        if not model.llm.scan_layers:  # slices of a stack are its parts: nothing is copied here
+        if not model.llm.scan_layers:  # XLA reduces slices of this stack to its parts
             llm = {**llm, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
         variables = {"params": llm}
         embedding = model.llm.apply(variables, state.token[:, None], method="embed")

@@ -1,6 +1,6 @@
 """Choice of the next token: greedy, or sampled with the logits processors of `transformers`.
 
-The processors are applied in its order: repetition penalty, temperature, top-k, top-p.
+The processors are applied in the same order: repetition penalty, temperature, top-k, top-p.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from fastslm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """Sampling settings; the defaults are greedy and change nothing.
+    """Sampling settings; the default is greedy decoding.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off. The same seed gives
-    the same answers.
+    temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 have no effect. The same
+    seed gives the same answers.
     """
 
     temperature: float = 0.0
@@ -71,7 +71,7 @@ def penalize_repetition(
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
-    """Sets all but the k highest logits of a row to −∞; ties with the k-th stay. 0 keeps all."""
+    """Sets all but the k highest logits of a row to −∞; keeps ties with the k-th. 0 keeps all."""
     size = logits.shape[-1]
     lowest = jnp.take(
         jnp.sort(logits, axis=-1, descending=True), jnp.clip(k, 1, size) - 1, axis=-1
@@ -80,7 +80,7 @@ def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
-    """Keeps the fewest highest logits of a row whose probabilities sum to p; ties stay.
+    """Keeps the fewest highest logits of a row whose probabilities sum to at least p; keeps ties.
 
     Source: nucleus sampling, arXiv 1904.09751.
     """
@@ -109,8 +109,8 @@ def choose(
 
     Args:
         seen: [b, v], tokens that the repetition penalty acts on; None: no penalty.
-        streams, counts: [b], the request's number and the token's number, which seed a row's draw,
-            so that it does not depend on the other rows.
+        streams, counts: [b], numbers of the request and of the token, which seed a row's draw
+            independently of the other rows.
     """
     if seen is not None:
         logits = penalize_repetition(logits, seen, controls.repetition_penalty)

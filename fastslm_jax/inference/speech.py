@@ -1,4 +1,4 @@
-"""Recordings → speech tokens, through one compiled program whatever their length."""
+"""Recordings → speech tokens, with programs that do not depend on a recording's length."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from fastslm_jax.models.fastslm import FastSLM
 
 @dataclasses.dataclass(frozen=True)
 class SpeechEncoder:
-    """Encodes windows in micro-batches of one size.
+    """Encodes windows in micro-batches of `window_batch`; a single window is encoded alone.
 
     Attributes:
         window_batch: windows per micro-batch, a multiple of the devices that share them.
@@ -63,7 +63,7 @@ class SpeechEncoder:
         split = np.split(tokens, np.cumsum(counts)[:-1])
         return [part.reshape(-1, part.shape[-1]) for part in split]
 
-    # Both wait for the device, so that no more than one micro-batch of inputs is on it.
+    # Both wait for the device, so that it contains the inputs of one micro-batch at most.
 
     def _maxima(self, windows: np.ndarray, frames: np.ndarray) -> float:
         maxima = programs.window_maxima(self.model, windows, frames, mesh=self.mesh)

@@ -10,7 +10,7 @@
 
 A named kernel raises an error for inputs that it does not support. "auto" falls back to xla, logs
 a warning once, and counts the fallback in CHOICES. Decoding from a key-value cache does not use
-these kernels (see `kv_cache`): they are not made for queries of a single token.
+these kernels (see `kv_cache`): they are not designed for single-token queries.
 
 Shapes: b batch, t query time, s key time, n query heads, k key-value heads (n is a multiple of k),
 h head dimension.
@@ -131,7 +131,7 @@ class AttentionKernel:
         def pad_ids(size: int, total: int) -> jax.Array:
             ids = None if mask is None else mask.segment_ids
             ids = jnp.zeros((query.shape[0], size), jnp.int32) if ids is None else ids
-            # Padding is a segment by itself.
+            # Padding gets a separate segment.
             return jnp.pad(ids, ((0, 0), (0, total - size)), constant_values=-1)
 
         def per_device(

@@ -19,14 +19,14 @@ from fastslm_jax.models.whisper import WhisperEncoder
 
 @dataclasses.dataclass(frozen=True)
 class FastSLM:
-    """The three modules, and options of how they are applied.
+    """The three modules, and how they are applied.
 
     window_batch: largest number of windows of a row that are encoded at a time (0: all), to bound
         memory. Groups have equal size: with 30 windows, a window_batch of 8 gives groups of 6.
         The HFQ-Former runs in the same groups and is rematerialized in the backward pass, unless
         the decoder's remat is "none".
     audio_padding: see `audio.WindowSpec`.
-    query_init: "normal" (small random queries, as the authors) or "temporal" (see the module
+    query_init: "normal" (the authors' small random queries) or "temporal" (see the module
         `query_init`).
     """
 

@@ -1,6 +1,6 @@
 """Key-value cache of the decoder, updated in place and read in blocks.
 
-Attention reads only the blocks that contain tokens, so its time follows the filled length.
+Attention reads only the blocks that contain tokens, so its time grows with the filled length.
 
 Shapes: l layers, b rows, k key-value heads, s cache positions, h head dimension; r active rows,
 t new tokens, n query heads.
@@ -208,7 +208,7 @@ def scatter_rows(
         def write(row: jax.Array, value: jax.Array, first: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(row, value[None], (layer, 0, first, *tail))
 
-        # A batched axis, so that sharded rows stay on their devices.
+        # Batched with vmap, so that sharded rows stay on their devices.
         return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(store, new, start)
     heads = jnp.arange(new.shape[1])[:, None]
     positions = start[:, None, None] + jnp.arange(new.shape[2])

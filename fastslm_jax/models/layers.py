@@ -1,4 +1,4 @@
-"""Layers shared by the towers: convolution, attention, position tables, and the layer stack.
+"""Layers shared by the modules: convolution, attention, position tables, and the layer stack.
 
 Shapes: b batch, t query time, s key time, n heads, h head dimension, d model width.
 """
@@ -40,8 +40,7 @@ def sinusoid_init(
 ) -> jax.Array:
     """Initializer of a position table.
 
-    The table is a parameter, although never trained, so that a checkpoint's own table is kept
-    bit for bit.
+    The table is a parameter, although never trained, so that a checkpoint's table is kept exactly.
     """
     del key
     return jnp.asarray(sinusoids(*shape), dtype)
@@ -104,7 +103,7 @@ class Attention(nn.Module):
 def stack(
     block: type[nn.Module], num_layers: int, policy: str, *, scan_layers: bool
 ) -> type[nn.Module]:
-    """A stack of equal blocks whose parameters have a leading layer axis.
+    """A stack of identical blocks whose parameters have a leading layer axis.
 
     Args:
         block: called as block(carry, *inputs) → (carry, None); all blocks get the same inputs.

@@ -87,7 +87,7 @@ def _log_spectrum(windows: jax.Array, num_mels: int) -> jax.Array:
 
 
 def _window_maxima(mel: jax.Array, valid_frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maxima over valid frames [rows, windows], and the mask of those [rows, windows, frames]."""
+    """Maxima over valid frames [rows, windows], and their mask [rows, windows, frames]."""
     is_valid = jnp.arange(mel.shape[2]) < valid_frames[:, :, None]
     return jnp.max(jnp.where(is_valid[..., None], mel, LOWEST), axis=(2, 3)), is_valid
 

@@ -1,4 +1,4 @@
-"""Linear layer of all towers, with optional low-rank adaptation (LoRA, arXiv 2106.09685)."""
+"""Linear layer of all modules, with optional low-rank adaptation (LoRA, arXiv 2106.09685)."""
 
 import dataclasses
 

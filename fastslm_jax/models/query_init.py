@@ -3,8 +3,9 @@
 With the authors' initialization (small random queries), every query attends uniformly to the whole
 window. The speech tokens of a window are then almost equal and much larger than the language
 model's embeddings, and training first has to learn where to attend, which is slow. With the
-temporal initialization, query i attends to the i-th of equal spans of the first level, tokens are
-in temporal order, residual branches start small, and tokens have about the scale of embeddings.
+temporal initialization, query i attends to the i-th of equal spans of its level (in the
+distillation, of the first stage's tokens), tokens are in temporal order, residual branches start
+small, and tokens have about the scale of embeddings.
 Only initial values change; the module and its parameter tree do not.
 """
 
@@ -25,7 +26,7 @@ TOKEN_SCALE = 0.1  # of the speech tokens
 
 
 def temporal_query_init(hfq_former: Mapping, rng: jax.Array) -> dict:
-    """Replaces the initial values of `HFQFormer` parameters by the temporal initialization."""
+    """Replaces the initial values of `HFQFormer` parameters with the temporal initialization."""
     rngs = iter(jax.random.split(rng, len(hfq_former)))
     first_stage_tokens = hfq_former["compressor_1"]["query"].shape[0]
     params = {}

@@ -1,11 +1,10 @@
 """Orbax checkpoints of a working directory.
 
-    WORKDIR/checkpoints/STEP/params   {path: array} of all parameters but the pretrained weights
+    WORKDIR/checkpoints/STEP/params   {path: array}; frozen pretrained weights are left out
                              train    optimizer state and counters
                              meta     config, row number, fingerprints, checksums
 
-The frozen pretrained weights are not saved again: the config names them, and a fingerprint verifies
-that they are the same.
+The config names the frozen pretrained weights, and a fingerprint verifies that they are the same.
 """
 
 import contextlib
@@ -80,8 +79,8 @@ def lock(workdir: str | os.PathLike) -> TextIO:
 class Checkpoints:
     """The checkpoints of a working directory. Saves are asynchronous.
 
-    The last `keep` checkpoints are kept, and the best one: the lowest dev WER, or CER if the dev
-    set has no WER.
+    Keeps the last `keep` checkpoints and the best one: the lowest dev WER, or CER if the dev set
+    has no WER.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def wait(self) -> None:
-        """Waits until all saves are finished. Raises CheckpointError as `save`."""
+        """Waits until all saves are finished. Raises CheckpointError like `save`."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -174,10 +173,10 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------- restore
 
     def meta(self, step: int) -> dict:
-        """The meta of a checkpoint.
+        """The metadata of a checkpoint.
 
         Raises:
-            TornCheckpointError: it is unreadable, or not what was written.
+            TornCheckpointError: it is unreadable, or differs from what was written.
             CheckpointError: it was written by an incompatible version.
         """
         try:
@@ -205,9 +204,9 @@ class Checkpoints:
         for name, fingerprint in self.meta(step)["bases"].items():
             if fingerprint != fingerprints[name]:
                 raise CheckpointError(
-                    f"{self.folder / str(step)}: trained on other {name} weights ({fingerprint}; "
-                    f"config.base.{name} has {fingerprints[name]}); use the same weights, or a "
-                    "new --workdir"
+                    f"{self.folder / str(step)}: trained on different {name} weights "
+                    f"({fingerprint}; config.base.{name} has {fingerprints[name]}); use the same "
+                    "weights, or a new --workdir"
                 )
 
     def restore_params(self, step: int, abstract: Mapping) -> dict[str, jax.Array]:
@@ -307,7 +306,7 @@ class Checkpoints:
 
 
 def _error_rate(metrics: Mapping[str, float]) -> float | None:
-    """What the best checkpoint has least of."""
+    """The dev score that the best checkpoint minimizes."""
     return metrics.get("wer", metrics.get("cer"))
 
 

@@ -43,6 +43,7 @@ class Experiment:
         global_batch_size: rows of a step, over all devices.
         settings: settings of the train step.
         schedule: learning rate by step.
+        optimizer: the update rule, which includes the schedule.
     """
 
     model: FastSLM
@@ -196,7 +197,7 @@ def is_base(path: str) -> bool:
 
 
 def saved_paths(paths: Iterable[str], trainable: Sequence[tuple[str, bool]]) -> list[str]:
-    """Parameters that a checkpoint stores: those trained, and those in no pretrained folder."""
+    """Parameters that a checkpoint stores: trained ones, and those in no pretrained folder."""
     mask = optim.trainable_mask(sorted(paths), trainable)
     return [path for path in mask if mask[path] or not is_base(path)]
 
@@ -250,10 +251,10 @@ def load_pretrained(
 def restore_params(
     experiment: Experiment, checkpoints: Checkpoints, step: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """{path: array}: the pretrained weights, with the parameters of a checkpoint on top.
+    """{path: array}: the pretrained weights, overridden by the parameters of a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint was trained on other pretrained weights, or does not fit.
+        CheckpointError: the checkpoint was trained on different weights, or does not fit.
     """
     checkpoints.check_bases(step, experiment.fingerprints())
     abstract = abstract_params(experiment.model, experiment.base_dtype, mesh)

@@ -67,7 +67,7 @@ def _step_of(line: str) -> float:
 
 
 class Timer:
-    """Rates since the last call of `rates`, without evaluation, checkpoints and the first step.
+    """Rates since the last call of `rates`, excluding evaluation, checkpoints and the first step.
 
     Args:
         num_readers: groups of processes that read different rows. Each process counts its own
@@ -185,12 +185,12 @@ class StepLog:
     """The bookkeeping of the training loop.
 
     Call `begin` before a step and `end` after it. Metrics are read one step late, so that the host
-    does not wait for the running step; on steps that are logged they are read at once.
+    does not wait for the running step; on logged steps they are read immediately.
 
     Attributes:
         bar: progress bar.
         first_step, last_step: the steps of this run.
-        log_every: steps between two lines of metrics; the first and the last step are logged too.
+        log_every: steps between lines of metrics; the first and last steps are logged too.
         max_skipped: consecutive non-finite steps that end the run.
         global_batch_size: rows per step, to name the rows of non-finite steps.
         flops_per_step: minimum FLOPs of a step (see `flops.minimum`).
@@ -256,7 +256,7 @@ class StepLog:
         if skipped >= self.max_skipped:
             rows = (step - skipped) * self.global_batch_size, step * self.global_batch_size - 1
             raise UserError(
-                f"{skipped} steps in a row (up to step {step}) had no finite loss or gradients: "
+                f"{skipped} steps in a row (up to step {step}) had a non-finite loss or gradients: "
                 f"check rows {rows[0]} to {rows[1]} of the data, or lower "
                 "config.optimizer.learning_rate"
             )

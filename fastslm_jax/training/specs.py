@@ -71,8 +71,8 @@ def build(experiment: Experiment, mesh: Mesh) -> StepSpecs:
     """Specs of the train step of an experiment on a mesh.
 
     Raises:
-        UserError: the batch or a parameter does not divide over the mesh, or config.trainable does
-            not fit the model.
+        UserError: the batch or a parameter cannot be sharded over the mesh, or config.trainable
+            does not fit the model.
     """
     settings = experiment.settings
     sharding.check_batch(experiment.global_batch_size, settings.accumulate, mesh)
@@ -127,7 +127,7 @@ def check_capacity(specs: StepSpecs, capacity: float | None) -> None:
     """Raises before anything is loaded or compiled if a step cannot fit its devices.
 
     Args:
-        capacity: available bytes on a device; None is not checked.
+        capacity: available bytes on a device; None skips the check.
 
     Raises:
         memory.CapacityError: names the smallest fsdp axis that would fit, if there is one.

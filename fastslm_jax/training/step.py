@@ -142,7 +142,7 @@ def _accumulate(
     count: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Sums of the loss terms and of the gradients over `count` micro-batches."""
-    # Micro-batch i takes every count-th row from row i on, so each device has an equal share of it.
+    # Micro-batch i takes every count-th row, starting at i: each device has an equal share of it.
     micro_batches = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch
     )
@@ -221,13 +221,13 @@ def label_loss(
     label_slots: int,
     chunk: int = 512,
 ) -> dict[str, jax.Array]:
-    """Next-token cross-entropy in chunks: logits of all positions never exist at once.
+    """Next-token cross-entropy in chunks: never materializes all logits at once.
 
     Args:
         logits_fn: hidden [..., d] → logits [..., v].
         hidden: [rows, length, d].
         labels, loss_mask: [rows, length].
-        label_slots: the maximum number of labels in a row (rows are packed within it).
+        label_slots: the maximum number of labels in a row (packing ensures it).
         chunk: labels of a row whose logits are computed at a time.
 
     Returns:

@@ -442,7 +442,7 @@ def test_requests_that_do_not_fit_are_rejected_before_any_work(
     small = Generator(model, params, prompt_tokenizer, native_positions=50)
     monkeypatch.setattr(small, "encode_speech", None)
     message = (
-        r"positions \(speech, prompt and answer\) are needed and the language model supports 200"
+        r"positions \(speech, prompt and answer\) are needed but the language model supports 200"
     )
     with pytest.raises(memory.CapacityError, match=message):
         small.answer([request])

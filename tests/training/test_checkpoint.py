@@ -162,7 +162,7 @@ def test_other_pretrained_weights_are_an_error(checkpoints):
     checkpoints.check_bases(10, BASES)
     with pytest.raises(
         CheckpointError,
-        match=r"trained on other llm weights \(bbbb; config.base.llm has cccc\)",
+        match=r"trained on different llm weights \(bbbb; config.base.llm has cccc\)",
     ):
         checkpoints.check_bases(10, BASES | {"llm": "cccc"})
 
