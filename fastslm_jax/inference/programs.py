@@ -100,7 +100,9 @@ def empty_cache(
     model: FastSLM, *, rows: int, cache_length: int, dtype: jnp.dtype, mesh: Mesh | None
 ) -> KVCache:
     """A key-value cache of `cache_length` positions per row."""
-    return _constrain_cache(model.llm.init_cache(rows, cache_length, dtype), mesh)
+    cache = model.llm.init_cache(rows, cache_length, dtype)
+    is_sharded = mesh is not None and mesh.size > 1
+    return _constrain_cache(cache.replace(is_sharded=is_sharded), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))

@@ -29,6 +29,7 @@ class KVCache(struct.PyTreeNode):
     key_scales, value_scales: [l, b, k, s] float32 for an int8 cache, else None.
     layer: index of the current layer.
     rows: [r], indices of the active rows; None if all rows are active.
+    is_sharded: whether the arrays are sharded over several devices.
     """
 
     keys: jax.Array
@@ -37,6 +38,7 @@ class KVCache(struct.PyTreeNode):
     value_scales: jax.Array | None
     layer: jax.Array
     rows: jax.Array | None = None
+    is_sharded: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def empty(
@@ -108,8 +110,12 @@ class KVCache(struct.PyTreeNode):
         A GPU writes all rows in one scatter. The TPU and CPU compilers turn a scatter into a serial
         loop and copy the whole cache around it, so there each row is an in-place update. Demo
         decoder on two CPU cores, 16 rows of 1024 positions: 17 ms per step, 249 ms with a scatter.
+        Rows that are sharded over devices are scattered everywhere: each device writes its rows,
+        while an update of one row needs communication.
         """
         scatter = functools.partial(scatter_rows, layer=self.layer, rows=self.rows)
+        if self.is_sharded and self.rows is None:
+            return scatter(store, new, start)
         slices = functools.partial(update_rows, layer=self.layer, rows=self.rows)
         return jax.lax.platform_dependent(
             store, new, start, cuda=scatter, rocm=scatter, default=slices

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from fastslm_jax import sharding
 from fastslm_jax.models.kv_cache import KVCache, scatter_rows, update_rows
 
 LAYERS, ROWS, HEADS, LENGTH, HEAD_DIM = 3, 4, 2, 12, 8
@@ -84,3 +87,19 @@ def test_accelerators_write_without_a_loop_over_rows(
 def test_cache_length_is_a_multiple_of_the_attention_block():
     with pytest.raises(ValueError, match=r"cache length 300 must be a multiple .* of 37 positions"):
         KVCache.empty(LAYERS, ROWS, HEADS, 300, HEAD_DIM, jnp.float32)
+
+
+def test_sharded_rows_are_written_without_communication():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    cache_sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    cache = KVCache.empty(LAYERS, 8, HEADS, LENGTH, HEAD_DIM, jnp.float32)
+    cache = cache.replace(
+        keys=jax.device_put(cache.keys, cache_sharding),
+        values=jax.device_put(cache.values, cache_sharding),
+        is_sharded=True,
+    )
+    new = jax.device_put(jnp.zeros((8, 1, HEADS, HEAD_DIM)), NamedSharding(mesh, sharding.ROWS))
+    positions = jax.device_put(jnp.zeros((8, 1), jnp.int32), NamedSharding(mesh, sharding.ROWS))
+    program = jax.jit(KVCache.attend).lower(cache, new, new, new, positions).compile().as_text()
+    for collective in ("all-gather", "all-reduce", "collective-permute", "all-to-all"):
+        assert collective not in program
