@@ -78,9 +78,10 @@ def model_and_params(checkpoint):
     )
     model = FastSLM(encoder, hfq_former, llm)
     layout = layouts.released(len(config["stage_tokens"]), config["detail_recovery_layers"])
-    ignore = layouts.RELEASED_IGNORED_WHEN_TIED if llm.tied_embeddings else ()
+    source = SafetensorsSource(checkpoint / "model.safetensors")
+    ignore = pretrained.tied_head(source, layouts.RELEASED_LLM) if llm.tied_embeddings else ()
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    params = engine.load(SafetensorsSource(checkpoint / "model.safetensors"), layout, tree, ignore)
+    params = engine.load(source, layout, tree, ignore)
     return model, jax.tree.map(jnp.asarray, params)
 
 
