@@ -6,8 +6,7 @@
 Two random Qwen3 models in float32: the demo's size (width 192, 4 layers) and `middle` (width 1024,
 8 layers). Prompts have 32 tokens, and no token ends an answer. Both sides decode greedily on
 all cores that this process may use. Rounds alternate and the fastest of each side counts;
-compilation is reported separately. Targets: 3 times PyTorch's speed for `demo`, 1.2 times for
-`middle`. Last line: one JSON list.
+compilation is reported separately. Last line: one JSON list.
 """
 
 import os
