@@ -23,11 +23,9 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import torch
 from absl import app, flags
 from banner import print_banner
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fastslm_jax import devices
 from fastslm_jax.inference.batching import ContinuousBatch, Prompt
@@ -38,6 +36,13 @@ from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
+
+try:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+except ImportError:
+    print("error: PyTorch is needed: pip install -e .[export]", file=sys.stderr)
+    sys.exit(2)
 
 SIZES = {  # vocabulary, width, layers, heads, key-value heads, head dimension, MLP
     "demo": (1536, 192, 4, 4, 2, 64, 576),

@@ -64,7 +64,7 @@ def predict(
         and for tasks with normalized scores the normalized texts.
     """
     recordings = recordings or [recording(utterance) for utterance in utterances]
-    open_ = [i for i in range(len(utterances)) if i not in set(known)]
+    open_ = sorted(set(range(len(utterances))) - set(known))
     covered = dict.fromkeys(open_, 0.0)
     for index, result in long_form.stream(
         generator, [recordings[i] for i in open_], batch_size=batch_size
