@@ -8,7 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "fastslm_jax"
 FOUNDATION = (
-    *("audio", "chips", "cli", "config", "devices", "distributed", "errors", "memory", "sharding"),
+    *(
+        "audio",
+        "chips",
+        "cli",
+        "config",
+        "devices",
+        "distributed",
+        "errors",
+        "memory",
+        "schema",
+        "sharding",
+    ),
 )
 # From the bottom up: a module may import itself, FOUNDATION, and those listed for it.
 ALLOWED = {
