@@ -15,6 +15,7 @@ from fastslm_jax.audio import SAMPLE_RATE, WindowSpec
 from fastslm_jax.data import prompts
 from fastslm_jax.data.ingest import sources, store
 from fastslm_jax.data.ingest.decoding import Rejected
+from fastslm_jax.data.manifest import within
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import pretrained
 
@@ -117,7 +118,7 @@ def encode_clip(entry: sources.Entry, settings: Settings) -> tuple[dict, bytes]:
         "text": u.text,
         "prompt": u.instruction,
         "answer": u.answer,
-        "segments": [dataclasses.asdict(segment) for segment in u.segments],
+        "segments": [dataclasses.asdict(segment) for segment in within(u.segments, seconds)],
     }
     return line, store.encode({key: line[key] for key in ("id", "task", "text", "answer")}, samples)
 

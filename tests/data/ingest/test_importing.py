@@ -120,9 +120,13 @@ BAD_LINES = {
     "unpaired surrogate": (
         json.dumps(line("good.wav", "\ud83d", id="g")),
         "broken_json",
-        "cannot be written back",
+        "not UTF-8 text",
     ),
-    "null byte in path": (line("a\0b.wav", id="h"), "unreadable", "ValueError"),
+    "null byte in path": (line("a\0b.wav", id="h"), "bad_field", r"control character U\+0000"),
+    "task": (line("good.wav", id="i", task=["asr"]), "bad_field", "task is"),
+    "offset": (line("good.wav", id="j", offset=1e308), "bad_field", "offset is"),
+    "language": (line("good.wav", id="k", lang="xx"), "bad_field", 'lang is "xx", should be a'),
+    "digits": ('{"duration": ' + "9" * 5000 + "}", "broken_json", "more than 4300 digits"),
     "not an object": ("[1]", "broken_json", "not a JSON object"),
     "missing key": (
         {"audio_filepath": "good.wav", "text": "a"},
