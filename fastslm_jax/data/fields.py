@@ -21,13 +21,14 @@ def _without_control_characters(text: str) -> str:
     return text
 
 
-def _number_as_text(value: object) -> object:
+def number_as_text(value: object) -> object:
+    """A finite number as text; other values unchanged."""
     is_number = type(value) is int or (type(value) is float and math.isfinite(value))
     return str(value) if is_number else value
 
 
 Text = Annotated[str, pydantic.AfterValidator(_without_control_characters)]
-Name = Annotated[Text, pydantic.BeforeValidator(_number_as_text)]  # 7 is the name "7"
+Name = Annotated[Text, pydantic.BeforeValidator(number_as_text)]  # 7 is the name "7"
 Task = Literal[tuple(TASKS)]
 Language = Annotated[str, pydantic.AfterValidator(languages.parse)]
 Seconds = Annotated[float, pydantic.Field(ge=0, le=MAX_SECONDS)]

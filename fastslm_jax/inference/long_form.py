@@ -319,7 +319,7 @@ def with_segments(
         CapacityError: the recording does not fit; the message gives the fix.
     """
     is_splittable = TASKS[recording.task].is_splittable
-    length = _parse_choice(choice, recording.seconds, trained)
+    length = parse_span(choice, recording.seconds, trained)
     length = length if is_splittable else None
     while True:
         recording = dataclasses.replace(recording, segment_seconds=length)
@@ -342,7 +342,8 @@ def with_segments(
             length = shorter
 
 
-def _parse_choice(choice: str, seconds: float, trained: float) -> float | None:
+def parse_span(choice: str, seconds: float = 0.0, trained: float = 0.0) -> float | None:
+    """The length of a recording's segments from the --span flag; see `with_segments`."""
     if choice == "none" or (choice == "auto" and seconds <= trained):
         return None
     if choice == "auto":

@@ -58,11 +58,11 @@ class TornCheckpointError(CheckpointError):
     """A checkpoint that is damaged or incomplete."""
 
 
-def lock(workdir: str | os.PathLike) -> TextIO:
+def lock(workdir: str | os.PathLike, work: str = "training") -> TextIO:
     """Locks a working directory until this process ends or the returned file is closed.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process holds the lock.
     """
     path = pathlib.Path(workdir) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def lock(workdir: str | os.PathLike) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"{workdir}: another process is training there; wait for it, or use another --workdir"
+            f"{workdir}: another process is {work} there; wait for it, or use another --workdir"
         ) from None
     return file
 
