@@ -10,6 +10,7 @@ silence.
 """
 
 import functools
+import html
 import json
 import pathlib
 import sys
@@ -30,6 +31,7 @@ from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
+MIN_CUE_SECONDS = 0.5  # of a subtitle whose segment has no length
 EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
 
 
@@ -135,14 +137,31 @@ def _clock(seconds: float, decimal: str) -> str:
 
 
 def subtitles(segments: Sequence[TranscriptSegment], kind: str) -> str:
-    """SRT or WebVTT with an entry for each segment that has text."""
+    """SRT or WebVTT with a cue for each segment that has text.
+
+    Cues do not overlap; one without length gets MIN_CUE_SECONDS.
+    """
     decimal = "," if kind == "srt" else "."
-    entries = [] if kind == "srt" else ["WEBVTT\n"]
-    for number, segment in enumerate((s for s in segments if s.text), start=1):
-        times = f"{_clock(segment.start, decimal)} --> {_clock(segment.end, decimal)}"
+    cues = [(segment, text) for segment in segments if (text := _cue_text(segment.text, kind))]
+    entries, end = [] if kind == "srt" else ["WEBVTT\n"], 0.0
+    for number, (segment, text) in enumerate(cues, start=1):
+        start = max(round(segment.start, 3), end)
+        end = round(segment.end, 3)
+        if end <= start:
+            end = start + MIN_CUE_SECONDS
+        if number < len(cues) and (following := round(cues[number][0].start, 3)) > start:
+            end = min(end, following)
+        times = f"{_clock(start, decimal)} --> {_clock(end, decimal)}"
         head = f"{number}\n{times}" if kind == "srt" else times
-        entries.append(f"{head}\n{segment.text}\n")
+        entries.append(f"{head}\n{text}\n")
     return "\n".join(entries).rstrip("\n")
+
+
+def _cue_text(text: str, kind: str) -> str:
+    """Text without what would end or change a cue: blank lines, arrows and, in WebVTT, tags."""
+    lines = (" ".join(line.split()) for line in text.replace("\0", "").splitlines())
+    text = "\n".join(line for line in lines if line)
+    return html.escape(text, quote=False) if kind == "vtt" else text.replace("-->", "→")
 
 
 def record(name: str, task: str, result: Result) -> dict:

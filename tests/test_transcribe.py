@@ -147,6 +147,62 @@ def test_subtitles():
     )
 
 
+def cues(*given, kind="srt") -> list[list[str]]:
+    """The lines of each cue, of segments (start, end, text)."""
+    segments = [long_form.TranscriptSegment(*times, "eos") for times in given]
+    text = transcribe.subtitles(segments, kind)
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return blocks if kind == "srt" else blocks[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "srt", "vtt"),
+    [
+        ("one\n\ntwo", ["one", "two"], ["one", "two"]),
+        ("one\r\n \r\rtwo\u2028three", ["one", "two", "three"], ["one", "two", "three"]),
+        ("a --> b", ["a → b"], ["a --&gt; b"]),
+        ("a ---> b", ["a -→ b"], ["a ---&gt; b"]),
+        ("AT&T <b>1 < 2</b>", ["AT&T <b>1 < 2</b>"], ["AT&amp;T &lt;b&gt;1 &lt; 2&lt;/b&gt;"]),
+        ("1\n00:00:00,000 --> 00:00:01,000", ["1", "00:00:00,000 → 00:00:01,000"], None),
+        ("a\0b \t c", ["ab c"], ["ab c"]),
+    ],
+)
+def test_the_text_of_a_cue_does_not_end_it(text, srt, vtt):
+    assert cues((0, 1, text), (1, 2, "next")) == [
+        ["1", "00:00:00,000 --> 00:00:01,000", *srt],
+        ["2", "00:00:01,000 --> 00:00:02,000", "next"],
+    ]
+    if vtt:
+        ((_, *lines),) = cues((0, 1, text), kind="vtt")
+        assert lines == vtt
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [
+        ([(1, 1)], ["00:00:01,000 --> 00:00:01,500"]),
+        ([(1, 0.5)], ["00:00:01,000 --> 00:00:01,500"]),
+        ([(1, 1.0001)], ["00:00:01,000 --> 00:00:01,500"]),  # nothing after rounding
+        ([(1, 1.2)], ["00:00:01,000 --> 00:00:01,200"]),
+        ([(1, 1), (1.2, 3)], ["00:00:01,000 --> 00:00:01,200", "00:00:01,200 --> 00:00:03,000"]),
+        ([(1, 1), (1, 3)], ["00:00:01,000 --> 00:00:01,500", "00:00:01,500 --> 00:00:03,000"]),
+        ([(0, 2), (1, 3)], ["00:00:00,000 --> 00:00:01,000", "00:00:01,000 --> 00:00:03,000"]),
+        ([(0, 2), (0, 1)], ["00:00:00,000 --> 00:00:02,000", "00:00:02,000 --> 00:00:02,500"]),
+        ([(359_999.5, 360_001)], ["99:59:59,500 --> 100:00:01,000"]),
+    ],
+)
+def test_cues_have_a_length_and_do_not_overlap(given, times):
+    assert [cue[1] for cue in cues(*((*times, "a") for times in given))] == times
+
+
+@pytest.mark.parametrize("kind", ["srt", "vtt"])
+def test_blank_segments_have_no_cue(kind):
+    found = cues((0, 1, " \n "), (1, 2, "a"), (2, 3, "\r"), kind=kind)
+    assert [cue[-1] for cue in found] == ["a"]
+    empty = [long_form.TranscriptSegment(0, 1, " ", "eos")]
+    assert transcribe.subtitles(empty, kind) == ("" if kind == "srt" else "WEBVTT")
+
+
 def test_a_stream_waits_for_whole_characters_and_removes_loops(capsys):
     stream = transcribe.TerminalStream()
     for text in ("안", "안\ufffd", "안녕"):
