@@ -34,6 +34,7 @@ from fastslm_jax.inference.long_form import Recording
 from fastslm_jax.training.checkpoint import Checkpoints
 
 RTFX_UTTERANCES = 32
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -141,8 +142,9 @@ def answer_and_score(
         seconds = sum(u.seconds for u in utterances)
         found = {i: log.known[u.id] for i, u in enumerate(utterances) if u.id in log.known}
         done = sum(utterances[i].seconds for i in found)
-        title = f"{name} {label}"
-        with tqdm(total=round(seconds), initial=done, unit="s", desc=title, mininterval=2) as bar:
+        with tqdm(
+            desc=f"{name} {label}", total=seconds, initial=done, bar_format=BAR, mininterval=2
+        ) as bar:
             for i, progress, prediction in predict.predict(
                 generator,
                 utterances,
@@ -150,7 +152,7 @@ def answer_and_score(
                 recordings=recordings,
                 known=tuple(found),
             ):
-                bar.update(progress)
+                bar.update(min(progress, seconds - bar.n))
                 if prediction is not None:
                     found[i] = prediction
                     log.add(prediction)
