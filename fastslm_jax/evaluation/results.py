@@ -260,17 +260,15 @@ def score_file(folder: pathlib.Path, file: pathlib.Path, judge: Judge | None = N
     Raises:
         UserError: the file cannot be used, or a set of its name was evaluated.
     """
-    rows = []
-    predictions = read_predictions(file)
-    for label, members in predict.groups(predictions, lambda p: (p["task"], p["lang"])).items():
-        out = set_folder(folder, file.stem) / label
+    groups = predict.groups(read_predictions(file), lambda p: (p["task"], p["lang"]))
+    parts = [(set_folder(folder, file.stem) / label, label, groups[label]) for label in groups]
+    for out, _, _ in parts:
         if (out / PREDICTIONS).exists():
             raise UserError(
                 f"{out}: has the predictions of an evaluated set; rename {file} to score it"
             )
         out.mkdir(parents=True, exist_ok=True)
-        rows.append((file.stem, label, _score(out, members, {}, judge)))
-    return rows
+    return [(file.stem, label, _score(out, found, {}, judge)) for out, label, found in parts]
 
 
 def score_again(folder: pathlib.Path, judge: Judge | None = None) -> Rows:

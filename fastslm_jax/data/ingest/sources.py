@@ -322,7 +322,7 @@ class HuggingFace(_Table):
                 ) from None
             try:
                 source = datasets.load_dataset(self.path, self.config, split=self.split)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
                 raise UserError(f"{self.name}: {str(error).splitlines()[0]}") from None
             self.key = next((name for name in _AUDIO if name in source.features), None)
             if self.key is None:
@@ -343,6 +343,8 @@ class HuggingFace(_Table):
     def entry(self, number: int) -> Entry:
         row = self._open()[number]
         audio = row.pop(self.key)
+        if audio is None:
+            raise Rejected("missing_file", "the audio field is empty")
         if audio["bytes"] is None and not os.path.isfile(audio["path"] or ""):
             raise Rejected("missing_file", f"{audio['path']}: no such audio file")
         content = audio["bytes"] or pathlib.Path(audio["path"]).read_bytes()
