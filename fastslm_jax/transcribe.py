@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 from tqdm import tqdm
 
-from fastslm_jax import audio, cli, devices
+from fastslm_jax import audio, audio_files, cli, devices
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
@@ -29,7 +29,7 @@ from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
+SUFFIXES = audio_files.SUFFIXES
 EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
 
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from fastslm_jax import audio
 from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.data.ingest import store
+from fastslm_jax.data.ingest import decoding, store
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 
 _REQUIRED = ("audio_filepath", "duration", "text")
 _TEXT_FIELDS = ("audio_filepath", "text", "answer", "prompt", "lang")
-_LENGTH_TOLERANCE = SAMPLE_RATE // 100  # samples by which a clip may differ from its duration
+LENGTH_TOLERANCE = 0.1  # seconds by which a clip may differ from its duration
 
 
 class ManifestError(UserError):
@@ -63,6 +63,7 @@ class Utterance:
         recording: recording name, for grouping.
         id: unique name of the clip.
         segments: timed transcript, if known.
+        is_whole: whether the clip must be the whole file (the line has no offset).
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -81,6 +82,7 @@ class Utterance:
     recording: str
     id: str
     segments: tuple[Segment, ...] = ()
+    is_whole: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -181,6 +183,7 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
         recording=str(fields.get("recording", fields["audio_filepath"])),
         id=str(fields.get("id", where)),
         segments=_parse_segments(fields.get("segments"), where),
+        is_whole=fields.get("offset") is None,
     )
 
 
@@ -261,19 +264,28 @@ def read_clip(utterance: Utterance) -> np.ndarray:
     """Reads an utterance's audio: int16 [num_samples] at 16 kHz.
 
     Raises:
-        AudioError: the audio is unreadable, or its length differs from the manifest by more than
-            10 ms.
+        AudioError: the audio is unreadable or silent, or its length differs from the manifest by
+            more than LENGTH_TOLERANCE.
     """
-    start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
     if utterance.record >= 0:
+        start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
         _, samples = store.read_record(utterance.path, utterance.record)
         clip = samples[start : start + utterance.num_samples]
+        if utterance.num_samples - len(clip) > LENGTH_TOLERANCE * SAMPLE_RATE:
+            raise audio.AudioError(
+                f"{utterance.path}: record {utterance.record} is {len(samples) / SAMPLE_RATE:.2f} "
+                f"s long, the index says {utterance.seconds:.2f} s"
+            )
     else:
-        clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
-    missing = utterance.num_samples - len(clip)
-    if abs(missing) > _LENGTH_TOLERANCE:
-        raise audio.AudioError(
-            f"{utterance.path}: the audio is {len(clip) / SAMPLE_RATE:.2f} s long, the manifest "
-            f"says {utterance.seconds:.2f} s"
-        )
-    return np.pad(clip[: utterance.num_samples], (0, max(0, missing)))
+        try:
+            clip = decoding.decode(
+                utterance.path,
+                utterance.offset,
+                utterance.seconds,
+                is_whole=utterance.is_whole,
+                tolerance=LENGTH_TOLERANCE,
+            )
+        except decoding.Rejected as rejected:
+            raise audio.AudioError(f"{utterance.path}: {rejected}", rejected.kind) from None
+    clip = clip[: utterance.num_samples]
+    return np.pad(clip, (0, utterance.num_samples - len(clip)))
