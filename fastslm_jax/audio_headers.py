@@ -141,10 +141,12 @@ def _check_segment(file: BinaryIO, size: int) -> None:
 
 
 def _check_pages(file: BinaryIO, size: int) -> None:
-    """Checks that the last page of an Ogg file ends its stream."""
+    """Checks that the last page of an Ogg file is complete and ends its stream."""
     tail = _read(file, max(0, size - (1 << 17)), 1 << 17)
-    last = tail.rfind(b"OggS")
-    if not tail[last + 5 : last + 6] or not tail[last + 5] & 4:
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[27 : 27 + page[26]] if len(page) > 27 else b""
+    is_complete = segments and len(page) >= 27 + len(segments) + sum(segments)
+    if not is_complete or not page[5] & 4:
         raise AudioError(
             "truncated (the last page does not end the Ogg stream); copy it again, or accept the "
             "end with: ffmpeg -i FILE -c copy NEW.ogg",
@@ -197,5 +199,6 @@ def is_mp3_cut(file: BinaryIO, first: int) -> bool:
         flags = int.from_bytes(head[at + 4 : at + 8])
         field = at + 10 if name == b"VBRI" else at + 8 + 4 * (flags & 1)
         if name == b"VBRI" or flags & 2:
-            return begin + at + int.from_bytes(head[field : field + 4]) > size + _SLACK
+            # The name is at most 36 bytes behind the start of the frame, from where it counts.
+            return begin + at - 36 + int.from_bytes(head[field : field + 4]) > size
     return False

@@ -63,7 +63,7 @@ class Utterance:
         recording: recording name, for grouping.
         id: unique name of the clip.
         segments: timed transcript, if known.
-        is_whole: whether the clip must be the whole file (the line has no offset).
+        has_offset: whether the clip is a part of its file; otherwise it is the whole file.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -82,7 +82,7 @@ class Utterance:
     recording: str
     id: str
     segments: tuple[Segment, ...] = ()
-    is_whole: bool = False
+    has_offset: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -183,7 +183,7 @@ def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
         recording=str(fields.get("recording", fields["audio_filepath"])),
         id=str(fields.get("id", where)),
         segments=_parse_segments(fields.get("segments"), where),
-        is_whole=fields.get("offset") is None,
+        has_offset=fields.get("offset") is not None,
     )
 
 
@@ -282,7 +282,7 @@ def read_clip(utterance: Utterance) -> np.ndarray:
                 utterance.path,
                 utterance.offset,
                 utterance.seconds,
-                is_whole=utterance.is_whole,
+                is_whole=not utterance.has_offset,
                 tolerance=LENGTH_TOLERANCE,
             )
         except decoding.Rejected as rejected:

@@ -115,7 +115,7 @@ class JsonLines:
             ) from None
         except ManifestError as error:
             raise Rejected(error.kind, error.reason) from None
-        return Entry(utterance, utterance.path, is_whole=utterance.is_whole)
+        return Entry(utterance, utterance.path, is_whole="offset" not in fields)
 
 
 def _transcribed(
