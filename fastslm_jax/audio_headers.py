@@ -14,6 +14,7 @@ from fastslm_jax.errors import UserError
 PLACEHOLDER = 1_000_000_000  # bytes
 _SLACK = 1024  # bytes of unknown content that may follow the samples
 TAGS = (b"ID3", b"TAG", b"APETAGEX")
+_SAMPLES = (b"data", b"SSND")  # names of the chunks of samples
 # Containers of chunks: magic → (start of the first chunk, layout of a chunk's name and size,
 # whether the size includes both, alignment of chunks).
 _CHUNKS = {
@@ -69,10 +70,11 @@ def _chunks(
 def _only_chunks_follow(
     file: BinaryIO, size: int, start: int, layout: tuple[int, str, bool, int]
 ) -> bool:
-    """Whether the rest of a file is chunks, tags, or too short to matter; not more samples."""
+    """Whether the rest of a file has no samples: other chunks, tags, or too short to matter."""
     for name, content, length in _chunks(file, size, start, layout):
-        is_name = all(32 <= byte < 127 for byte in name) and name not in _CHUNKS
-        if not is_name or content + length > size + 1:
+        is_name = all(32 <= byte < 127 for byte in name)
+        is_more = name in _CHUNKS or name in _SAMPLES  # another file, or samples that are not read
+        if not is_name or is_more or content + length > size + 1:
             break
         start = content + length
         start += -start % layout[-1]
@@ -90,7 +92,7 @@ def _check_chunks(file: BinaryIO, size: int, layout: tuple[int, str, bool, int])
     for name, start, length in _chunks(file, size, layout[0], layout):
         if name == b"ds64":
             (long_size,) = struct.unpack("<8xQ", _read(file, start, 16).ljust(16, b"\0"))
-        if name not in (b"data", b"SSND"):
+        if name not in _SAMPLES:
             continue
         declared = length if long_size is None else long_size
         end = start + declared
@@ -104,8 +106,8 @@ def _check_chunks(file: BinaryIO, size: int, layout: tuple[int, str, bool, int])
         if not any(_only_chunks_follow(file, size, at, layout) for at in {aligned, end}):
             raise AudioError(
                 f"the header says that the samples end at byte {end}, but {size - end} bytes that "
-                "are no chunk follow; if they are samples, mend the header, for example with: sox "
-                "--ignore-length IN.wav OUT.wav",
+                "are no other chunks follow; if they are samples, mend the header, for example "
+                "with: sox --ignore-length IN.wav OUT.wav",
                 "truncated",
             )
         return False
@@ -113,16 +115,16 @@ def _check_chunks(file: BinaryIO, size: int, layout: tuple[int, str, bool, int])
 
 
 def _check_boxes(file: BinaryIO, size: int) -> None:
-    """Checks that the last box of an mp4 file is complete."""
+    """Checks that the boxes of an mp4 file are complete."""
     start = 0
     while start + 8 <= size:
-        length, _, long = struct.unpack(">I4sQ", _read(file, start, 16).ljust(16, b"\0"))
+        length, name, long = struct.unpack(">I4sQ", _read(file, start, 16).ljust(16, b"\0"))
         length = long if length == 1 else length
         if length < 8:  # 0: to the end of the file
             return
         start += length
-    if start > size:
-        raise _truncated(start, size)
+        if start > size and name in (b"mdat", b"moov", b"moof"):
+            raise _truncated(start, size)
 
 
 def _check_segment(file: BinaryIO, size: int) -> None:

@@ -97,6 +97,11 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
+def _is_audio(file: pathlib.Path) -> bool:
+    """Whether a file in a folder is audio by its name, and not hidden as macOS's additions are."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
 def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib.Path]:
     """The named files, the audio files of named folders, and a copy of standard input for `-`.
 
@@ -111,7 +116,7 @@ def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib
             path.write_bytes(sys.stdin.buffer.read())
             files.append(path)
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if _is_audio(file))
             if not found:
                 raise UserError(f"{path}: no audio file in this folder ({', '.join(SUFFIXES)})")
             files += found

@@ -141,14 +141,19 @@ REFUSED = {
     "header after the first chunk": (
         made_audio.wav_sizes(36 + 16_000, 16_000),
         "truncated",
-        "samples end at byte 16044, but 48000 bytes that are no chunk follow",
+        "samples end at byte 16044, but 48000 bytes that are no other chunks follow",
     ),
     "only the size of the samples is old": (
         made_audio.wav_sizes(36 + 64_000, 16_000),
         "truncated",
-        "samples end at byte 16044, but 48000 bytes that are no chunk follow",
+        "samples end at byte 16044, but 48000 bytes that are no other chunks follow",
     ),
-    "two wavs": (2 * WAV("PCM_16"), "truncated", "64044 bytes that are no chunk follow"),
+    "samples in two chunks": (
+        made_audio.wav_with(after=b"data" + (64_000).to_bytes(4, "little") + WAV("PCM_16")[44:]),
+        "truncated",
+        "64008 bytes that are no other chunks follow",
+    ),
+    "two wavs": (2 * WAV("PCM_16"), "truncated", "64044 bytes that are no other chunks follow"),
     "NaN": (floats(1.0, np.nan), "not_finite", "contains NaN or infinite samples"),
     "infinity": (floats(1.0, np.inf), "not_finite", "contains NaN or infinite samples"),
     "range of int16": (floats(32767.0), "out_of_range", "full scale is 1; divide them"),
