@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import flags
 from tqdm import tqdm
 
-from fastslm_jax import audio, cli, devices
+from fastslm_jax import audio, audio_files, cli, devices
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
@@ -30,7 +30,7 @@ from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.training.checkpoint import Checkpoints
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
+SUFFIXES = audio_files.SUFFIXES
 MIN_CUE_SECONDS = 0.5  # of a subtitle whose segment has no length
 EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
 
@@ -99,6 +99,11 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
+def _is_audio(file: pathlib.Path) -> bool:
+    """Whether a file in a folder is audio by its name, and not hidden as macOS's additions are."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
 def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib.Path]:
     """The named files, the audio files of named folders, and a copy of standard input for `-`.
 
@@ -113,7 +118,7 @@ def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib
             path.write_bytes(sys.stdin.buffer.read())
             files.append(path)
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if _is_audio(file))
             if not found:
                 raise UserError(f"{path}: no audio file in this folder ({', '.join(SUFFIXES)})")
             files += found

@@ -10,6 +10,8 @@ PACKAGE = ROOT / "fastslm_jax"
 FOUNDATION = (
     *(
         "audio",
+        "audio_files",
+        "audio_headers",
         "chips",
         "cli",
         "config",

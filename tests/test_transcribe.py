@@ -242,6 +242,15 @@ def test_unreadable_files_are_rejected_first(name, tmp_path, folder, monkeypatch
         transcribe.main(*options(folder / "short.flac", tmp_path / "bad.wav"))
 
 
+def test_folders_are_searched_for_all_formats(tmp_path):
+    """Names decide in folders; hidden files, as macOS adds them, are not audio."""
+    for name in ("b.m4a", "a.WEBM", "c/d.mp4", "e.rf64", "._b.m4a", "notes.txt", "x.wav/y.opus"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(f.relative_to(tmp_path)) for f in transcribe.find_files([str(tmp_path)], tmp_path)]
+    assert found == ["a.WEBM", "b.m4a", "c/d.mp4", "e.rf64", "x.wav/y.opus"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -193,6 +193,7 @@ def split(utterance: Utterance, fits: Callable[[Utterance], bool]) -> list[Utter
             text=text,
             segments=tuple(Segment(s.start - start, s.end - start, s.text) for s in segments),
             id=f"{utterance.id}.{len(pieces) + 1}",
+            has_offset=True,
             text_tokens=None,
             joined_tokens=None,
         )

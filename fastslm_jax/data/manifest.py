@@ -17,12 +17,12 @@ from absl import logging
 from fastslm_jax import audio, schema
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data import fields
-from fastslm_jax.data.ingest import store
+from fastslm_jax.data.ingest import decoding, store
 from fastslm_jax.errors import UserError
 
 SEGMENT_TOLERANCE = 0.1  # seconds by which segments may end after their clip
 MAX_UNCOVERED_SECONDS = 5.0  # after the last segment of a clip, without a warning
-_LENGTH_TOLERANCE = SAMPLE_RATE // 100  # samples by which a clip may differ from its duration
+LENGTH_TOLERANCE = 0.1  # seconds by which a clip may differ from its duration
 
 
 class ManifestError(UserError):
@@ -64,6 +64,7 @@ class Utterance:
         recording: recording name, for grouping.
         id: unique name of the clip.
         segments: timed transcript, if known.
+        has_offset: whether the clip is a part of its file; otherwise it is the whole file.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -82,6 +83,7 @@ class Utterance:
     recording: str
     id: str
     segments: tuple[Segment, ...] = ()
+    has_offset: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -99,7 +101,7 @@ class _Line(schema.Schema):
     audio_filepath: fields.Text
     duration: fields.Length
     text: fields.Text
-    offset: fields.Seconds = 0.0
+    offset: fields.Seconds | None = None
     task: fields.Task = "asr"
     prompt: fields.Text | None = None
     answer: fields.Text | None = None
@@ -155,7 +157,7 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
         raise ManifestError(where, "the answer is empty", "empty_text")
     return Utterance(
         path=str(path),
-        offset=line.offset,
+        offset=line.offset or 0.0,
         seconds=line.duration,
         task=line.task,
         instruction=line.prompt,
@@ -166,6 +168,7 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
         recording=line.audio_filepath if line.recording is None else line.recording,
         id=where if line.id is None else line.id,
         segments=_segments(line, where),
+        has_offset=line.offset is not None,
     )
 
 
@@ -314,19 +317,28 @@ def read_clip(utterance: Utterance) -> np.ndarray:
     """Reads an utterance's audio: int16 [num_samples] at 16 kHz.
 
     Raises:
-        AudioError: the audio is unreadable, or its length differs from the manifest by more than
-            10 ms.
+        AudioError: the audio is unreadable or silent, or its length differs from the manifest by
+            more than LENGTH_TOLERANCE.
     """
-    start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
     if utterance.record >= 0:
+        start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
         _, samples = store.read_record(utterance.path, utterance.record)
         clip = samples[start : start + utterance.num_samples]
+        if utterance.num_samples - len(clip) > LENGTH_TOLERANCE * SAMPLE_RATE:
+            raise audio.AudioError(
+                f"{utterance.path}: record {utterance.record} is {len(samples) / SAMPLE_RATE:.2f} "
+                f"s long, the index says {utterance.seconds:.2f} s"
+            )
     else:
-        clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
-    missing = utterance.num_samples - len(clip)
-    if abs(missing) > _LENGTH_TOLERANCE:
-        raise audio.AudioError(
-            f"{utterance.path}: the audio is {len(clip) / SAMPLE_RATE:.2f} s long, the manifest "
-            f"says {utterance.seconds:.2f} s"
-        )
-    return np.pad(clip[: utterance.num_samples], (0, max(0, missing)))
+        try:
+            clip = decoding.decode(
+                utterance.path,
+                utterance.offset,
+                utterance.seconds,
+                is_whole=not utterance.has_offset,
+                tolerance=LENGTH_TOLERANCE,
+            )
+        except decoding.Rejected as rejected:
+            raise audio.AudioError(f"{utterance.path}: {rejected}", rejected.kind) from None
+    clip = clip[: utterance.num_samples]
+    return np.pad(clip, (0, utterance.num_samples - len(clip)))

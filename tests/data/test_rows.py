@@ -208,10 +208,10 @@ def test_a_clip_that_does_not_fit_is_named(make_rows):
 
 
 def test_a_manifest_with_a_wrong_duration_is_named(tmp_path, make_rows):
-    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16_000)
     line = {"audio_filepath": "a.wav", "duration": 1.5, "text": "hello"}
     (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
     rows = make_rows(MixtureSource(str(tmp_path / "train.jsonl")))
-    message = r"a.wav: the audio is 1.00 s long, the manifest says 1.50 s"
+    message = r"a.wav: the file is 1.00 s long, the manifest says 1.50 s"
     with pytest.raises(AudioError, match=message):
         rows[0]
