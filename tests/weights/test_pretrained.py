@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from fastslm_jax import sharding
 from fastslm_jax.data import prompts
 from fastslm_jax.errors import UserError
+from fastslm_jax.models.qwen3 import RoPE
 from fastslm_jax.weights import engine, layouts, pretrained, tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -298,7 +299,7 @@ def test_rope_fields_of_transformers_4_and_5():
     plain = without | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     assert pretrained.qwen3_from_config(QWEN3).rope == pretrained.qwen3_from_config(plain).rope
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
-    expected = pretrained.RoPE(theta=1e6, factor=4.0, original_max_positions=32768)
+    expected = RoPE(theta=1e6, factor=4.0, original_max_positions=32768)
     for config in (
         QWEN3 | {"rope_scaling": {"rope_type": "yarn"} | yarn},
         QWEN3 | {"rope_scaling": {"type": "yarn"} | yarn},
