@@ -93,6 +93,7 @@ class SafetensorsSource:
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A read-only view of the mapped file; only the accessed part is loaded."""
+        _check_dtype(self, key)
         return self._views[key]()[index]
 
 
@@ -105,10 +106,7 @@ class TorchSource:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                try:
-                    state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # files written before PyTorch 1.6 cannot be memory-mapped
-                    state = torch.load(self.path, map_location="cpu", weights_only=True)
+                state = _load_torch(torch, self.path)
         except pickle.UnpicklingError:
             raise ConversionError(
                 f"{self.path}: is damaged or contains code besides tensors, and is not loaded; "
@@ -129,11 +127,11 @@ class TorchSource:
                     f"{self.path}: entry {key!r} is of type {type(value).__name__}, expected a "
                     "tensor; use a state_dict of tensors only"
                 )
-            if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                kind = "a meta tensor without values" if value.is_meta else "sparse or quantized"
+            is_dense = value.layout == torch.strided and not value.is_nested
+            if not is_dense or value.is_quantized or value.is_meta:
+                kind = "without values" if value.is_meta else "sparse, nested or quantized"
                 raise ConversionError(
-                    f"{self.path}: tensor {key} is {kind}, expected a dense one; "
-                    "save the state_dict again with dense floating-point tensors"
+                    f"{self.path}: tensor {key} is {kind}; save the state_dict with dense tensors"
                 )
         self._tensors, self._bfloat16, self._int16 = dict(state), torch.bfloat16, torch.int16
 
@@ -152,6 +150,7 @@ class TorchSource:
             return name
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        _check_dtype(self, key)
         tensor = self._tensors[key].detach()
         if tensor.dtype == self._bfloat16:  # torch cannot convert bfloat16 to NumPy directly
             return tensor.view(self._int16).numpy().view(ml_dtypes.bfloat16)[index]
@@ -159,6 +158,25 @@ class TorchSource:
 
 
 TensorSource = SafetensorsSource | TorchSource
+
+
+def _load_torch(torch: types.ModuleType, path: pathlib.Path) -> object:
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path, mmap=True, **options)
+    except pickle.UnpicklingError:
+        raise
+    except Exception:  # written before PyTorch 1.6, or named .safetensors: read as a stream
+        with open(path, "rb") as stream:
+            return torch.load(stream, **options)
+
+
+def _check_dtype(source: TensorSource, key: str) -> None:
+    if source.dtype(key) not in DTYPES:
+        raise ConversionError(
+            f"{source.path}: tensor {key} has dtype {source.dtype(key)}, which cannot be read; "
+            f"expected one of {', '.join(FLOATS)}"
+        )
 
 
 def file_format(path: str | os.PathLike) -> str:
@@ -173,11 +191,7 @@ def file_format(path: str | os.PathLike) -> str:
 
 
 def open_file(path: str | os.PathLike) -> TensorSource:
-    """Opens a safetensors file, a folder of them, or a PyTorch file, whatever its name.
-
-    Raises:
-        ConversionError: it is none of these.
-    """
+    """Opens a safetensors file, a folder of them, or a PyTorch file, whatever its name."""
     kind = file_format(path)
     if os.path.isfile(path) and not kind:
         raise ConversionError(f"{path}: neither a safetensors nor a PyTorch file")
@@ -244,7 +258,7 @@ def _map_file(
 
     def view_of(entry: dict) -> Callable[[], np.ndarray]:
         first, last = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
         return lambda: (
             data[start + first : start + last].view(dtype).reshape(shape).view(np.ndarray)
         )
@@ -254,7 +268,7 @@ def _map_file(
         key: (
             tuple(entry["shape"]),
             entry["dtype"],
-            view_of(entry) if entry["dtype"] in DTYPES else lambda: None,
+            view_of(entry),
         )
         for key, entry in header.items()
     }
@@ -294,7 +308,7 @@ def _indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
                 f"{index}: shard {name!r} is outside the folder of the index; "
                 "shards must be in the same folder"
             )
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise ConversionError(f"{index}: shard {name} is missing; download it again")
     return [index.parent / name for name in names]
 
