@@ -4,6 +4,7 @@ Sizes come from the tensors. The language model's heads, RoPE and tokenizer are 
 they come from `llm` (hub id or folder) or from the folder. A config.json must match the tensors.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -63,6 +64,8 @@ def open_released(
         lora_alpha: default: from config.json, or 64.
         strict: False skips the check of names and shapes and opens no leaves.
     """
+    if lora_alpha is not None and not 0 <= lora_alpha < math.inf:
+        raise UserError(f"--lora_alpha={lora_alpha}: expected a finite number, such as 64")
     path = pathlib.Path(path)
     source = _open_state_dict(path)
     folder = path if path.is_dir() else path.parent

@@ -244,3 +244,23 @@ def test_corrupt_files_are_rejected(name, convert, broken, tmp_path):
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]  # no partial output
     assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "-8"])
+def test_alpha_is_a_number(alpha, convert, released, tmp_path):
+    arguments = (f"--from={released}", f"--out={tmp_path / 'in'}", f"--lora_alpha={alpha}")
+    done = convert("import", *arguments, fails=True)
+    assert done.stderr.startswith(f"error: --lora_alpha={float(alpha)}: expected a finite number")
+
+
+def test_a_pytorch_file_of_any_name_in_a_folder(convert, released, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = load_file(released / "model.safetensors")
+    folder = tmp_path / "download"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer"):
+        (folder / name).symlink_to(released / name)
+    state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}
+    torch.save(state, folder / "stage3-epoch2.ckpt")
+    done = convert("import", f"--from={folder}", f"--out={tmp_path / 'in'}")
+    assert done.json["tensors"] == len(tensors)
