@@ -146,22 +146,10 @@ def check(config: Mapping | ConfigDict, where: str = "config") -> None:
     """
     fields = config.to_dict() if isinstance(config, ConfigDict) else config
     try:
-        checked = config_schema.Config.model_validate(_plain(fields))
+        config_schema.Config.model_validate(_plain(fields))
     except pydantic.ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
         raise UserError(_describe(first, where)) from None
-    windows, group = checked.data.row.windows, checked.model.window_batch
-    if group and windows % group:
-        raise UserError(
-            f"{where}.model.window_batch={group} does not divide the {windows} windows of "
-            f"{where}.data.row; choose {_divisors_near(windows, group)}"
-        )
-    if checked.global_batch_size % checked.accumulate:
-        raise UserError(
-            f"{where}.accumulate={checked.accumulate} does not divide {where}.global_batch_size="
-            f"{checked.global_batch_size}; choose "
-            f"{_divisors_near(checked.global_batch_size, checked.accumulate)}"
-        )
 
 
 def _plain(value: Any) -> Any:
@@ -183,12 +171,6 @@ def _describe(problem: Any, where: str) -> str:
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
     expected = re.sub(r"^(Input|String|Tuple|Value error,) ", "", problem["msg"])
     return f"{name}={shown}: {expected}"
-
-
-def _divisors_near(number: int, wanted: int) -> str:
-    divisors = [size for size in range(1, number + 1) if number % size == 0]
-    below = [size for size in divisors if size < wanted][-1:]
-    return " or ".join(map(str, below + [size for size in divisors if size > wanted][:1]))
 
 
 def accept_new_names(arguments: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:

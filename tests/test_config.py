@@ -103,18 +103,10 @@ def test_values_that_are_not_allowed_are_named(path, value):
     assert len(message) < 300
 
 
-def test_messages():
+def test_the_message_has_the_name_the_value_and_what_is_allowed():
     config = config_lib.full_size()
-    config.accumulate = 3
-    message = r"config.accumulate=3 does not divide config.global_batch_size=16; choose 2 or 4"
-    with pytest.raises(UserError, match=message):
-        config_lib.check(config)
-    config.accumulate, config.model.window_batch = 1, 5
-    message = "config.model.window_batch=5 does not divide the 32 windows .*; choose 4 or 8"
-    with pytest.raises(UserError, match=message):
-        config_lib.check(config)
-    config.model.window_batch, config.optimizer.learning_rate = 4, float("nan")
-    message = "^config.optimizer.learning_rate=nan: should be a finite number$"
+    config.optimizer.learning_rate = float("nan")
+    message = r"^config.optimizer.learning_rate=nan: should be a finite number$"
     with pytest.raises(UserError, match=message):
         config_lib.check(config)
 

@@ -90,6 +90,13 @@ def build(
         UserError: a field of the config, or a pretrained folder, cannot be used.
     """
     config_lib.check(config)
+    windows, group = config.data.row.windows, config.model.window_batch
+    if group and windows % group:
+        nearest = sharding.nearest_divisors(windows, group)
+        raise UserError(
+            f"config.model.window_batch={group} does not divide the {windows} windows of "
+            f"config.data.row; choose {' or '.join(map(str, nearest))}"
+        )
     whisper_folder = pretrained.resolve(config.base.whisper, weights=weights)
     llm_folder = pretrained.resolve(config.base.llm, weights=weights)
     row = packing.RowShape(**config.data.row)
