@@ -15,6 +15,7 @@ FOUNDATION = (
         "chips",
         "cli",
         "config",
+        "config_schema",
         "devices",
         "distributed",
         "errors",

@@ -5,12 +5,14 @@ Opening checks the names and shapes of all tensors; weights in files are read on
 
 import os
 import pathlib
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from pydantic import Field
 
 from fastslm_jax import config as config_lib
-from fastslm_jax import sharding
+from fastslm_jax import config_schema, schema, sharding
 from fastslm_jax.convert import stored
 from fastslm_jax.convert.released import open_released
 from fastslm_jax.convert.stored import Stored
@@ -20,6 +22,20 @@ from fastslm_jax.training import experiment
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource
+
+
+class ExportedConfig(schema.Schema):
+    """config.json of a folder written by `export --layout=hf`."""
+
+    audio_config: dict[str, Any]
+    text_config: dict[str, Any]
+    stage_tokens: Annotated[list[config_schema.Slots], Field(min_length=1, max_length=8)]
+    compression_size: config_schema.Slots
+    detail_recovery_layers: config_schema.Layers
+    audio_padding: config_schema.AudioPadding
+    lora_rank: config_schema.Rank
+    lora_alpha: config_schema.NotNegative
+    dtype: config_schema.Dtype | None = None
 
 
 def kind_of(path: str | os.PathLike) -> str:
@@ -97,25 +113,23 @@ def _open_pretrained(
 def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
     """Opens a folder written by `export --layout=hf`."""
     path = pathlib.Path(path)
-    exported = pretrained.read_config(path)
-    try:
-        config = config_lib.full_size()
-        config.name = "imported"
-        config.model.stage_tokens = tuple(int(tokens) for tokens in exported["stage_tokens"])
-        config.model.compression_size = int(exported["compression_size"])
-        config.model.detail_recovery_layers = int(exported["detail_recovery_layers"])
-        config.model.audio_padding = exported["audio_padding"]
-        config.model.lora.rank = int(exported["lora_rank"])
-        config.model.lora.alpha = float(exported["lora_alpha"])
-        if not exported["lora_rank"]:
-            config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
-        audio_config, llm_config = exported["audio_config"], exported["text_config"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"{path}/config.json: was changed since the export ({type(error).__name__}: {error}); "
-            "export the folder again"
-        ) from None
-    model = stored.build_model(config, audio_config, llm_config, str(path))
+    where = f"{path}/config.json"
+    exported = schema.check(ExportedConfig, pretrained.read_config(path), where, ConversionError)
+    config = config_lib.full_size()
+    config.name = "imported"
+    config.model.stage_tokens = tuple(exported.stage_tokens)
+    config.model.compression_size = exported.compression_size
+    config.model.detail_recovery_layers = exported.detail_recovery_layers
+    config.model.audio_padding = exported.audio_padding
+    config.model.lora.update({"rank": exported.lora_rank, "alpha": exported.lora_alpha})
+    llm_config = exported.text_config
+    model = experiment.make_model(
+        config.model,
+        exported.audio_config,
+        llm_config,
+        whisper_origin=str(path),
+        llm_origin=str(path),
+    )
     layout = layouts.hf_fastslm(len(config.model.stage_tokens), config.model.detail_recovery_layers)
     source = SafetensorsSource(path)
     leaves = {}
@@ -124,5 +138,5 @@ def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
         leaves = engine.open_leaves(
             source, layout, stored.param_shapes(model), ignore, f"{path}/config.json"
         )
-        stored.set_dtypes(config, leaves, exported.get("dtype"))
+        stored.set_dtypes(config, leaves, exported.dtype)
     return Stored("hf", path, config, model, leaves, llm_config, path, source=source, layout=layout)

@@ -12,7 +12,15 @@ CHANGES = {
         "semantic_distillation.query has shape (3, 64), expected (4, 64)",
     ),
     "no LoRA": ({"lora_rank": 0}, "lora_A.weight and 27 more"),
-    "no stages": ({"stage_tokens": None}, "config.json: was changed since the export"),
+    "no stages": ({"stage_tokens": None}, "hf/config.json: stage_tokens is null"),
+    "stages of text": ({"stage_tokens": ["4"]}, 'hf/config.json: stage_tokens[0] is "4"'),
+    "endless layers": ({"detail_recovery_layers": 10**7}, "detail_recovery_layers is 10000000"),
+    "alpha that is no number": ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
+    "unknown dtype": ({"dtype": "float7"}, 'dtype is "float7"'),
+    "unknown padding": ({"audio_padding": "left"}, 'audio_padding is "left"'),
+    "no encoder": ({"audio_config": "whisper"}, 'audio_config is "whisper"'),
+    "encoder of text": ({"audio_config": {"d_model": "64"}}, 'd_model is "64"'),
+    "no decoder": ({"text_config": {}}, "'model_type' is missing"),
 }
 
 
