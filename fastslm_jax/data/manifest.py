@@ -64,6 +64,7 @@ class Utterance:
         recording: recording name, for grouping.
         id: unique name of the clip.
         segments: timed transcript, if known.
+        no_speech: whether the clip is known to contain no speech; its text and answer are empty.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -82,6 +83,7 @@ class Utterance:
     recording: str
     id: str
     segments: tuple[Segment, ...] = ()
+    no_speech: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -108,6 +110,7 @@ class _Line(schema.Schema):
     recording: fields.Name | None = None
     id: fields.Name | None = None
     segments: fields.Segments = ()
+    no_speech: bool = False
 
 
 def parse_json(line: str | bytes, where: str) -> dict:
@@ -151,8 +154,12 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
             "outside_root",
         )
     answer = line.text if line.answer is None else line.answer
-    if not answer.strip():
-        raise ManifestError(where, "the answer is empty", "empty_text")
+    if line.no_speech and (line.text or answer):
+        raise ManifestError(where, "no_speech is true, but text or answer is not empty")
+    if not line.no_speech and not answer.strip():
+        raise ManifestError(
+            where, "the answer is empty; a clip without speech needs no_speech: true", "empty_text"
+        )
     return Utterance(
         path=str(path),
         offset=line.offset,
@@ -166,6 +173,7 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
         recording=line.audio_filepath if line.recording is None else line.recording,
         id=where if line.id is None else line.id,
         segments=_segments(line, where),
+        no_speech=line.no_speech,
     )
 
 
@@ -253,6 +261,7 @@ def _read_folder(path: pathlib.Path) -> list[Utterance]:
             recording=line.recording,
             id=line.id,
             segments=tuple(Segment(s.start, s.end, s.text) for s in line.segments),
+            no_speech=line.no_speech,
             record=line.record,
             begin=line.offset,
             text_tokens=line.text_tokens,
