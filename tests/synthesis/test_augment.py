@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from fastslm_jax.demo import augment
+from fastslm_jax.synthesis import augment
 
 
 def test_hesitations_and_pauses_are_inserted_between_words():
