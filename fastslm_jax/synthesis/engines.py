@@ -281,7 +281,13 @@ class Voice:
         Raises:
             EngineError: as there, or the engine returned no sound.
         """
-        samples, rate = ENGINES[self.engine].speak(text, self.name, speed)
+        try:
+            samples, rate = ENGINES[self.engine].speak(text, self.name, speed)
+        except EngineError:
+            raise
+        except Exception as error:  # one text must not end a run of hours
+            reason = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
+            raise EngineError(f"{self.speaker}: cannot speak {text!r} ({reason})") from None
         if not np.abs(samples).max(initial=0.0) > 0:
             raise EngineError(f"{self.speaker}: returned no sound for {text!r}")
         return samples, rate
