@@ -35,7 +35,8 @@ ALLOWED = {
     "evaluation": ("models", "weights", "data", "training", "inference"),
     "plan": ("models", "weights", "data", "training", "flops"),
     "convert": ("models", "weights", "data", "training", "inference"),
-    "demo": ("models", "weights", "data", "training", "inference", "evaluation"),
+    "synthesis": ("models", "data"),
+    "demo": ("models", "weights", "data", "training", "inference", "evaluation", "synthesis"),
     "transcribe": ("models", "weights", "data", "training", "inference"),
     "inspect": ("models", "weights", "data", "training"),
 }

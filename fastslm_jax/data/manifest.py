@@ -65,6 +65,7 @@ class Utterance:
         id: unique name of the clip.
         segments: timed transcript, if known.
         has_offset: whether the clip is a part of its file; otherwise it is the whole file.
+        no_speech: whether the clip is known to contain no speech; its text and answer are empty.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -84,6 +85,7 @@ class Utterance:
     id: str
     segments: tuple[Segment, ...] = ()
     has_offset: bool = False
+    no_speech: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -110,6 +112,7 @@ class _Line(schema.Schema):
     recording: fields.Name | None = None
     id: fields.Name | None = None
     segments: fields.Segments = ()
+    no_speech: bool = False
 
 
 def parse_json(line: str | bytes, where: str) -> dict:
@@ -153,8 +156,12 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
             "outside_root",
         )
     answer = line.text if line.answer is None else line.answer
-    if not answer.strip():
-        raise ManifestError(where, "the answer is empty", "empty_text")
+    if line.no_speech and (line.text or answer):
+        raise ManifestError(where, "no_speech is true, but text or answer is not empty")
+    if not line.no_speech and not answer.strip():
+        raise ManifestError(
+            where, "the answer is empty; a clip without speech needs no_speech: true", "empty_text"
+        )
     return Utterance(
         path=str(path),
         offset=line.offset or 0.0,
@@ -169,6 +176,7 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
         id=where if line.id is None else line.id,
         segments=_segments(line, where),
         has_offset=line.offset is not None,
+        no_speech=line.no_speech,
     )
 
 
@@ -256,6 +264,7 @@ def _read_folder(path: pathlib.Path) -> list[Utterance]:
             recording=line.recording,
             id=line.id,
             segments=tuple(Segment(s.start, s.end, s.text) for s in line.segments),
+            no_speech=line.no_speech,
             record=line.record,
             begin=line.offset,
             text_tokens=line.text_tokens,

@@ -135,6 +135,11 @@ class Encoded:
     num_speech: int
 
 
+def joined(answer: str) -> str:
+    """An answer as it follows another one: after a space. An empty answer adds nothing."""
+    return f" {answer}" if answer else ""
+
+
 class PromptTokenizer:
     """Converts examples to token ids with the tokenizer's chat template.
 
@@ -188,11 +193,13 @@ class PromptTokenizer:
 
         The parts of a joined answer are encoded separately, each after a space, so that their
         lengths add up. (Qwen's and other byte-level tokenizers give the ids of the whole text.)
+        Empty parts, of clips without speech, are left out.
         """
         if isinstance(answer, str):
             answer = [answer]
-        parts = [answer[0], *(f" {part}" for part in answer[1:])]
-        ids_of_parts = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        spoken = [part for part in answer if part]
+        parts = [*spoken[:1], *(joined(part) for part in spoken[1:])]
+        ids_of_parts = self.tokenizer(parts, add_special_tokens=False)["input_ids"] if parts else []
         return [*(id for ids in ids_of_parts for id in ids), self.end_id]
 
     def answer_length(self, answer: str) -> int:

@@ -114,7 +114,12 @@ def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
 def asr(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
-    """Corpus-level WER and CER in percent, and the error counts."""
+    """Corpus-level WER and CER in percent, and the error counts.
+
+    If some references have no words: the number of these clips, how many of them got an answer with
+    words, and the number of these words, which are insertions. Without any words, WER is 100 times
+    the insertions.
+    """
     references, hypotheses = _normalized(references, lang), _normalized(hypotheses, lang)
     spaceless = [
         text.replace(" ", "") if is_spaceless(lang) else text for text in (*references, *hypotheses)
@@ -132,6 +137,12 @@ def asr(
         "deletions": words.deletions,
         "words": words.hits + words.substitutions + words.deletions,
     }
+    if without_words := [h for r, h in zip(references, hypotheses, strict=True) if not r]:
+        scores |= {
+            "no_speech_clips": len(without_words),
+            "no_speech_answered": sum(map(bool, without_words)),
+            "no_speech_words": sum(len(hypothesis.split()) for hypothesis in without_words),
+        }
     if intervals:
         counts = np.array(
             [error_counts(*pair) for pair in zip(references, hypotheses, strict=True)]

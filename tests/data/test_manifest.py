@@ -72,6 +72,13 @@ def test_a_line_with_all_fields(folder):
     assert (utterance.offset, utterance.seconds, utterance.num_samples) == (0.25, 1.0, 16_000)
 
 
+def test_a_clip_without_speech_has_no_answer(folder):
+    line = GOOD | {"text": "", "no_speech": True}
+    silent, spoken = read_manifest(write(folder, line | {"id": "1"}, GOOD | {"no_speech": False}))
+    assert (silent.no_speech, silent.text, silent.answer) == (True, "", "")
+    assert (spoken.no_speech, spoken.answer) == (False, "hello")
+
+
 def test_tasks_select_lines_and_empty_lines_are_ignored(folder):
     lines = [
         GOOD | {"id": "1"},
@@ -125,7 +132,13 @@ def good_without(key):
         (GOOD | {"offset": -0.5}, "offset is -0.5, should be greater than or equal to 0"),
         (GOOD | {"offset": float("nan")}, "offset is NaN, should be"),
         (GOOD | {"offset": 1e308}, "offset is .*, should be less than or equal to 31622400"),
-        (GOOD | {"text": " "}, "the answer is empty"),
+        (GOOD | {"text": " "}, "the answer is empty; a clip without speech needs no_speech: true"),
+        (GOOD | {"no_speech": True}, "no_speech is true, but text or answer is not empty"),
+        (
+            GOOD | {"text": "", "answer": "yes", "no_speech": True},
+            "no_speech is true, but text or answer is not empty",
+        ),
+        (GOOD | {"text": "", "no_speech": 1}, "no_speech is 1, should be a valid boolean"),
         (GOOD | {"answer": ""}, "the answer is empty"),
         (GOOD | {"text": None}, "text is null, should be a valid string"),
         (

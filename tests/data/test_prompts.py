@@ -70,6 +70,17 @@ def test_default_instructions(prompt_tokenizer, task, content):
     assert prompt_tokenizer.user_turn(task) == content
 
 
+def test_the_answer_of_a_clip_without_speech_is_the_end_of_turn(prompt_tokenizer):
+    """Joined with other answers, it adds nothing, also no space."""
+    assert prompt_tokenizer.answer_ids("") == [prompt_tokenizer.end_id]
+    assert prompt_tokenizer.encode("asr", None, "", num_speech=3).loss_mask.sum() == 1
+    both = prompt_tokenizer.answer_ids(["one", "two"])
+    assert prompt_tokenizer.decode(both) == "one two"
+    for answers in (["", "one", "two"], ["one", "", "", "two"], ["one", "two", ""]):
+        assert prompt_tokenizer.answer_ids(answers) == both
+    assert (prompts.joined("two"), prompts.joined("")) == (" two", "")
+
+
 def test_prompts_without_an_answer_or_without_audio(prompt_tokenizer):
     prompt = prompt_tokenizer.encode("asr", "write", None, num_speech=6)
     assert len(prompt.tokens) == len(prompt_tokenizer.prompt_ids("asr", "write")) + 5

@@ -54,6 +54,19 @@ def test_silence_in_reference_or_hypothesis():
     assert (scores["insertions"], scores["words"], scores["wer"]) == (2, 2, 100)
 
 
+def test_words_in_clips_without_speech_are_insertions():
+    """Two of three clips without speech have an answer, of three words together."""
+    scores = metrics.asr(["", "anna left", "", ""], ["you", "anna left", "Thank you.", "."])
+    assert (scores["insertions"], scores["words"], scores["wer"]) == (3, 2, 150)
+    names = ("no_speech_clips", "no_speech_answered", "no_speech_words")
+    assert [scores[name] for name in names] == [3, 2, 3]
+    assert metrics.asr(["anna"], ["anna"]).keys().isdisjoint(names)
+    silent = {"task": "asr", "lang": "en", "reference": "", "hypothesis": "you"}
+    scores = metrics.score([silent, silent], intervals=True)
+    assert (scores["wer"], scores["words"], scores["no_speech_words"]) == (200, 0, 2)
+    assert "failed" not in scores
+
+
 def test_chrf():
     """abc against abd: 2 of 3 characters, 1 of 2 pairs, 0 of 1 triples: (2/3 + 1/2 + 0) / 3."""
     assert metrics.ast(["abc"], ["abd"])["chrf"] == pytest.approx(100 * 7 / 18)
