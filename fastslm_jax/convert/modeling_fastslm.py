@@ -1,4 +1,4 @@
-"""FastSLM in PyTorch: log-mel → Whisper encoder → HFQ-Former → Qwen3 (arXiv 2601.06199).
+"""FastSLM in PyTorch: log-mel → Whisper encoder → HFQ-Former → decoder (arXiv 2601.06199).
 
 This file contains the complete model and requires only torch and transformers. Every exported
 folder has a copy of it:
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     WhisperConfig,
 )
 from transformers.audio_utils import mel_filter_bank
@@ -45,7 +45,7 @@ class FastSLMConfig(PretrainedConfig):
 
     Args:
         audio_config: Whisper config of the encoder.
-        text_config: Qwen3 config of the language model.
+        text_config: config of the language model: Qwen3, Qwen2 or Llama (by its model_type).
         stage_tokens: queries at each time resolution of the HFQ-Former.
         compression_size: speech tokens per window.
         detail_recovery_layers: number of detail recovery layers.
@@ -57,12 +57,12 @@ class FastSLMConfig(PretrainedConfig):
     """
 
     model_type = "fastslm"
-    sub_configs = {"audio_config": WhisperConfig, "text_config": Qwen3Config}  # noqa: RUF012
+    sub_configs = {"audio_config": WhisperConfig, "text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
         audio_config: WhisperConfig | dict | None = None,
-        text_config: Qwen3Config | dict | None = None,
+        text_config: PretrainedConfig | dict | None = None,
         stage_tokens: Sequence[int] = (80, 80, 80),
         compression_size: int = 50,
         detail_recovery_layers: int = 2,
@@ -74,8 +74,8 @@ class FastSLMConfig(PretrainedConfig):
     ) -> None:
         if not isinstance(audio_config, WhisperConfig):
             audio_config = WhisperConfig(**(audio_config or {}))
-        if not isinstance(text_config, Qwen3Config):
-            text_config = Qwen3Config(**(text_config or {}))
+        if not isinstance(text_config, PretrainedConfig):
+            text_config = AutoConfig.for_model(**{"model_type": "qwen3", **(text_config or {})})
         self.audio_config, self.text_config = audio_config, text_config
         self.stage_tokens, self.compression_size = tuple(stage_tokens), compression_size
         self.detail_recovery_layers, self.head_dim = detail_recovery_layers, head_dim
@@ -200,7 +200,7 @@ class LoRALinear(nn.Linear):
     """x W + scale · x A B, or x W if not enabled."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__(base.in_features, base.out_features, bias=False)
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         self.scale, self.enabled = scale, True
@@ -215,13 +215,15 @@ class FastSLM(PreTrainedModel):
 
     config_class = FastSLMConfig
     _supports_sdpa = True
-    _no_split_modules = ("Qwen3DecoderLayer", "WhisperEncoderLayer")
+    _no_split_modules = (
+        *("Qwen3DecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer", "WhisperEncoderLayer"),
+    )
 
     def __init__(self, config: FastSLMConfig) -> None:
         super().__init__(config)
         self.encoder = WhisperEncoder(config.audio_config)
         self.hfq_former = HFQFormer(config)
-        self.llm = Qwen3ForCausalLM(config.text_config)
+        self.llm = AutoModelForCausalLM.from_config(config.text_config)
         if config.lora_rank:
             self._add_lora(config.lora_rank, config.lora_alpha / config.lora_rank)
         self._tokenizer = None

@@ -65,7 +65,11 @@ def hf_whisper(prefix: str = "model.encoder.") -> Layout:
 
 
 def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
-    """Hugging Face's Qwen3ForCausalLM; PEFT appends `base` (".base_layer") to adapted layers."""
+    """Hugging Face's Qwen3, Qwen2 or Llama for causal language modeling.
+
+    PEFT appends `base` (".base_layer") to the names of adapted layers. Norms of queries and keys
+    and biases are in the files of some of these models only.
+    """
     block = f"{prefix}model.layers.{{layer}}."
     rules = {
         "embed_tokens": Rule(f"{prefix}model.embed_tokens.weight"),
@@ -77,7 +81,8 @@ def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
         "layers/key_norm/scale": Rule(f"{block}self_attn.k_norm.weight"),
     }
     for ours, theirs in _QWEN3_PROJECTIONS.items():
-        rules |= _linear(f"layers/{ours}", f"{block}{theirs}{base}", bias=False)
+        has_bias = ours in ("query", "key", "value")
+        rules |= _linear(f"layers/{ours}", f"{block}{theirs}{base}", bias=has_bias)
     return rules
 
 
