@@ -8,9 +8,10 @@ import pathlib
 
 import jax
 import numpy as np
+import pydantic
 
 from fastslm_jax import config as config_lib
-from fastslm_jax import sharding
+from fastslm_jax import schema, sharding
 from fastslm_jax.convert import stored
 from fastslm_jax.convert.released import open_released
 from fastslm_jax.convert.stored import Stored
@@ -94,35 +95,67 @@ def _open_pretrained(
     return engine.flatten(opened)
 
 
+class _Exported(schema.Schema):
+    """What is needed of the config.json of `export --layout=hf`."""
+
+    stage_tokens: tuple[pydantic.PositiveInt, ...] = pydantic.Field(strict=False, min_length=1)
+    compression_size: pydantic.PositiveInt
+    detail_recovery_layers: pydantic.NonNegativeInt
+    audio_config: dict
+    text_config: dict
+    has_adapter: bool
+    dtype: str | None = None
+
+
+class _Features(schema.Schema):
+    """Of its preprocessor_config.json."""
+
+    audio_padding: str
+
+
+class _Adapter(schema.Schema):
+    """Of its adapter_config.json."""
+
+    rank: pydantic.PositiveInt = pydantic.Field(alias="r")
+    alpha: pydantic.PositiveFloat = pydantic.Field(alias="lora_alpha", strict=False)
+    dropout: pydantic.NonNegativeFloat = pydantic.Field(alias="lora_dropout", strict=False)
+
+
+def _read(path: pathlib.Path, kind: type[schema.Checked]) -> schema.Checked:
+    """A JSON file of an exported folder.
+
+    Raises:
+        ConversionError: it is missing or was changed.
+    """
+    try:
+        fields = schema.parse_json(path.read_bytes())
+        return schema.check(kind, fields, path, ConversionError)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConversionError(f"{path}: {reason}; export the folder again") from None
+
+
 def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
     """Opens a folder written by `export --layout=hf`."""
     path = pathlib.Path(path)
-    exported = pretrained.read_config(path)
-    try:
-        config = config_lib.full_size()
-        config.name = "imported"
-        config.model.stage_tokens = tuple(int(tokens) for tokens in exported["stage_tokens"])
-        config.model.compression_size = int(exported["compression_size"])
-        config.model.detail_recovery_layers = int(exported["detail_recovery_layers"])
-        config.model.audio_padding = exported["audio_padding"]
-        config.model.lora.rank = int(exported["lora_rank"])
-        config.model.lora.alpha = float(exported["lora_alpha"])
-        if not exported["lora_rank"]:
-            config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
-        audio_config, llm_config = exported["audio_config"], exported["text_config"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"{path}/config.json: was changed since the export ({type(error).__name__}: {error}); "
-            "export the folder again"
-        ) from None
-    model = stored.build_model(config, audio_config, llm_config, str(path))
+    exported = _read(path / "config.json", _Exported)
+    config = config_lib.full_size()
+    config.name = "imported"
+    for name in ("stage_tokens", "compression_size", "detail_recovery_layers"):
+        config.model[name] = getattr(exported, name)
+    config.model.audio_padding = _read(path / "preprocessor_config.json", _Features).audio_padding
+    if exported.has_adapter:
+        config.model.lora.update(_read(path / "adapter_config.json", _Adapter).model_dump())
+    else:
+        config.model.lora.rank = 0
+        config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
+    model = stored.build_model(config, exported.audio_config, exported.text_config, str(path))
     layout = layouts.hf_fastslm(len(config.model.stage_tokens), config.model.detail_recovery_layers)
-    source = SafetensorsSource(path)
+    source = SafetensorsSource(path, adapter=exported.has_adapter)
     leaves = {}
     if strict:
-        ignore = pretrained.tied_head(source, layouts.HF_LLM) if model.llm.tied_embeddings else ()
-        leaves = engine.open_leaves(
-            source, layout, stored.param_shapes(model), ignore, f"{path}/config.json"
-        )
-        stored.set_dtypes(config, leaves, exported.get("dtype"))
+        shapes = stored.param_shapes(model)
+        leaves = engine.open_leaves(source, layout, shapes, sizes_from=f"{path}/config.json")
+        stored.set_dtypes(config, leaves, exported.dtype)
+    llm_config = exported.text_config
     return Stored("hf", path, config, model, leaves, llm_config, path, source=source, layout=layout)
