@@ -64,7 +64,6 @@ MULTIMODAL_TEMPLATE = """\
 {%- endfor %}
 {%- set messages = rendered.turns %}
 """
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def export(
@@ -145,7 +144,7 @@ def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
             "r": options.lora.rank,
             "alpha": options.lora.alpha,
             "dropout": options.lora.dropout,
-            "target_modules": LORA_TARGETS,
+            "target_modules": layouts.LORA_TARGETS,
         },
         "special_tokens": list(prompts.ADDED_TOKENS),
         "dtype": options.dtype,
@@ -178,14 +177,14 @@ def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
 def write_peft(folder: pathlib.Path, given: Stored) -> list[Tensor]:
     """Writes LoRA as an adapter of the language model. The HFQ-Former is not included."""
     base = str(given.config.base.llm)
-    return _write_adapter(folder, given, layouts.peft_lora(), LORA_TARGETS, base)
+    return _write_adapter(folder, given, layouts.peft_lora(), layouts.LORA_TARGETS, base)
 
 
 def _write_adapter(
     folder: pathlib.Path,
     given: Stored,
     layout: engine.Layout,
-    targets: list[str] | str,
+    targets: tuple[str, ...] | str,
     base: str | None,
 ) -> list[Tensor]:
     """Writes adapter_model.safetensors and adapter_config.json.
@@ -234,7 +233,7 @@ def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
     if given.has_lora:
         adapter = layouts.peft_lora(decoder=layouts.HF_DECODER)
         # The encoder has projections of the same names, which are not adapted.
-        targets = rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
+        targets = rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(layouts.LORA_TARGETS)})"
         tensors += _write_adapter(folder, given, adapter, targets, base=None)
     tokenizer = given.load_tokenizer()
     tokenizer.chat_template = chat_template(tokenizer.chat_template)

@@ -22,6 +22,7 @@ _QWEN3_PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+LORA_TARGETS = tuple(name.split(".")[1] for name in _QWEN3_PROJECTIONS.values())
 
 
 def _linear(path: str, key: str, bias: bool = True) -> dict[str, Rule]:

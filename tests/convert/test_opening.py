@@ -7,23 +7,53 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 CHANGES = {
-    "fewer speech tokens": (
+    "more speech tokens": (
+        "config.json",
         {"compression_size": 4},
         "semantic_distillation.query has shape (3, 64), expected (4, 64)",
     ),
-    "no LoRA": ({"lora_rank": 0}, "lora_A.weight and 27 more"),
-    "no stages": ({"stage_tokens": None}, "config.json: was changed since the export"),
+    "no stages": (
+        "config.json",
+        {"stage_tokens": None},
+        "config.json: stage_tokens is null, should be a valid tuple; export the folder again",
+    ),
+    "another rank": (
+        "adapter_config.json",
+        {"r": 2},
+        "lora_A.weight has shape (4, 64), expected (2, 64)",
+    ),
+    "no alpha": (
+        "adapter_config.json",
+        {"lora_alpha": "8x"},
+        'adapter_config.json: lora_alpha is "8x", should be a valid number',
+    ),
+    "another padding": (
+        "preprocessor_config.json",
+        {"audio_padding": "silence"},
+        "audio padding 'silence' is not one of released, whisper",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_config_of_a_pytorch_folder(name, convert, hf_folder, tmp_path):
-    change, message = CHANGES[name]
+    file, change, message = CHANGES[name]
     shutil.copytree(hf_folder, tmp_path / "hf")
-    config = json.loads((hf_folder / "config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps(config | change))
+    config = json.loads((hf_folder / file).read_text())
+    (tmp_path / "hf" / file).write_text(json.dumps(config | change))
     done = convert("import", f"--from={tmp_path / 'hf'}", f"--out={tmp_path / 'in'}", fails=True)
     assert message in done.stderr
+
+
+def test_a_pytorch_folder_without_its_adapter(convert, hf_folder, tmp_path):
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        folder = tmp_path / file
+        shutil.copytree(hf_folder, folder)
+        (folder / file).unlink()
+        done = convert("import", f"--from={folder}", f"--out={tmp_path / 'in'}", fails=True)
+        (line,) = done.stderr.splitlines()
+        assert f"{file}: " in line
+        assert "No such file" in line
 
 
 def test_changed_pretrained_weights(convert, make_workdir, tmp_path):
