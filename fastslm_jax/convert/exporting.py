@@ -329,9 +329,10 @@ def model_card(given: Stored, num_files: int) -> str:
     hub_ids = "".join(f"- {name}\n" for name in names if not os.path.isdir(name))
     if given.has_lora:
         lora = (
-            f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is stored "
-            "separately. It is off for prompts without audio, which the base language model "
-            "answers."
+            f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is a PEFT adapter in "
+            "this folder (`pip install peft`). It is on for prompts with audio and off for others, "
+            "which the base language model answers. On the Hugging Face hub, set "
+            "base_model_name_or_path in adapter_config.json to the id of the repository."
         )
     else:
         lora = "LoRA is merged into the weights, so it also applies to prompts without audio."
@@ -346,25 +347,25 @@ A speech language model: audio in, text out.
 
 - Whisper encoder: width {model.encoder.width}, {model.encoder.num_layers} layers
 - HFQ-Former: {options.compression_size} tokens per window of {model.window.seconds:g} s
-- Qwen3 decoder: width {model.llm.width}, {model.llm.num_layers} layers
+- Decoder: width {model.llm.width}, {model.llm.num_layers} layers
 
 {lora}
 
 ```python
-import soundfile
-from transformers import AutoModel
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
-model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-waveform, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz, any length
-print(model.transcribe(waveform))  # task: asr, ast, ssum or sqqa
-print(
-    model.transcribe(
-        waveform, task="ssum", do_sample=True, temperature=0.2, top_p=0.95, top_k=20
-    )
-)
+transcriber = pipeline("automatic-speech-recognition", FOLDER, trust_remote_code=True)
+print(transcriber("speech.wav")["text"])  # any length
+
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(FOLDER, trust_remote_code=True)
+# task: asr, ast, ssum or sqqa; prompt: replaces the task's own instruction
+inputs = processor.apply_transcription_request(["a.wav", "b.wav"], task="ssum")
+tokens = model.generate(**inputs, do_sample=True, temperature=0.2, top_p=0.95, top_k=20)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-Requires PyTorch and transformers; `modeling_fastslm.py` contains the complete model.
+Requires PyTorch and transformers ≥ 5.15.
 Exported from step {given.step} of the run `{given.config.name}`; weight files: {num_files}.
 
 Method: FastSLM (arXiv 2601.06199).

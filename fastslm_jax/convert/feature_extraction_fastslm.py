@@ -114,8 +114,8 @@ class FastSLMFeatureExtractor(SequenceFeatureExtractor):
             norm="slaney",
             mel_scale="slaney",
         )
-        filters = torch.from_numpy(filters).float().T
-        hann, hop = torch.hann_window(self.n_fft), self.hop_length
+        filters = torch.from_numpy(filters).float().T.to(samples.device)
+        hann, hop = torch.hann_window(self.n_fft, device=samples.device), self.hop_length
         reflected = F.pad(samples[None], (self.n_fft // 2, self.n_fft // 2), mode="reflect")[0]
         num_frames, parts = len(samples) // hop, []
         for first in range(0, num_frames, self.window_frames):
