@@ -13,6 +13,7 @@ FOUNDATION = (
         "chips",
         "cli",
         "config",
+        "config_schema",
         "devices",
         "distributed",
         "errors",

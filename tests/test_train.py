@@ -327,7 +327,7 @@ ERRORS = {
     ),
     "profile": (
         {"profile": "4"},
-        "config.profile=4 is not FIRST:LAST, two step numbers such as 5:8",
+        "config.profile='4': should be FIRST:LAST, two step numbers such as 5:8",
     ),
     "missing stage": (
         {"init_from": "/nowhere/stage1"},

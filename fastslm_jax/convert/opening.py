@@ -5,13 +5,14 @@ Opening checks the names and shapes of all tensors; weights in files are read on
 
 import os
 import pathlib
+from typing import Annotated, Any
 
 import jax
 import numpy as np
-import pydantic
+from pydantic import Field
 
 from fastslm_jax import config as config_lib
-from fastslm_jax import schema, sharding
+from fastslm_jax import config_schema, schema, sharding
 from fastslm_jax.convert import stored
 from fastslm_jax.convert.released import open_released
 from fastslm_jax.convert.stored import Stored
@@ -21,6 +22,32 @@ from fastslm_jax.training import experiment
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource
+
+
+class ExportedConfig(schema.Schema):
+    """config.json of a folder written by `export --layout=hf`."""
+
+    audio_config: dict[str, Any]
+    text_config: dict[str, Any]
+    stage_tokens: Annotated[list[config_schema.Slots], Field(min_length=1, max_length=8)]
+    compression_size: config_schema.Slots
+    detail_recovery_layers: config_schema.Layers
+    has_adapter: bool
+    dtype: config_schema.Dtype | None = None
+
+
+class ExportedFeatures(schema.Schema):
+    """Its preprocessor_config.json."""
+
+    audio_padding: config_schema.AudioPadding
+
+
+class ExportedAdapter(schema.Schema):
+    """Its adapter_config.json."""
+
+    rank: Annotated[config_schema.Rank, Field(gt=0, alias="r")]
+    alpha: Annotated[config_schema.NotNegative, Field(alias="lora_alpha")]
+    dropout: Annotated[config_schema.BelowOne, Field(alias="lora_dropout")]
 
 
 def kind_of(path: str | os.PathLike) -> str:
@@ -95,32 +122,6 @@ def _open_pretrained(
     return engine.flatten(opened)
 
 
-class _Exported(schema.Schema):
-    """What is needed of the config.json of `export --layout=hf`."""
-
-    stage_tokens: tuple[pydantic.PositiveInt, ...] = pydantic.Field(strict=False, min_length=1)
-    compression_size: pydantic.PositiveInt
-    detail_recovery_layers: pydantic.NonNegativeInt
-    audio_config: dict
-    text_config: dict
-    has_adapter: bool
-    dtype: str | None = None
-
-
-class _Features(schema.Schema):
-    """Of its preprocessor_config.json."""
-
-    audio_padding: str
-
-
-class _Adapter(schema.Schema):
-    """Of its adapter_config.json."""
-
-    rank: pydantic.PositiveInt = pydantic.Field(alias="r")
-    alpha: pydantic.PositiveFloat = pydantic.Field(alias="lora_alpha", strict=False)
-    dropout: pydantic.NonNegativeFloat = pydantic.Field(alias="lora_dropout", strict=False)
-
-
 def _read(path: pathlib.Path, kind: type[schema.Checked]) -> schema.Checked:
     """A JSON file of an exported folder.
 
@@ -138,18 +139,24 @@ def _read(path: pathlib.Path, kind: type[schema.Checked]) -> schema.Checked:
 def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
     """Opens a folder written by `export --layout=hf`."""
     path = pathlib.Path(path)
-    exported = _read(path / "config.json", _Exported)
+    exported = _read(path / "config.json", ExportedConfig)
     config = config_lib.full_size()
     config.name = "imported"
-    for name in ("stage_tokens", "compression_size", "detail_recovery_layers"):
-        config.model[name] = getattr(exported, name)
-    config.model.audio_padding = _read(path / "preprocessor_config.json", _Features).audio_padding
+    config.model.stage_tokens = tuple(exported.stage_tokens)
+    config.model.compression_size = exported.compression_size
+    config.model.detail_recovery_layers = exported.detail_recovery_layers
+    features = _read(path / "preprocessor_config.json", ExportedFeatures)
+    config.model.audio_padding = features.audio_padding
     if exported.has_adapter:
-        config.model.lora.update(_read(path / "adapter_config.json", _Adapter).model_dump())
+        adapter = _read(path / "adapter_config.json", ExportedAdapter)
+        config.model.lora.update(adapter.model_dump())
     else:
         config.model.lora.rank = 0
         config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
-    model = stored.build_model(config, exported.audio_config, exported.text_config, str(path))
+    llm_config, origin = exported.text_config, str(path)
+    model = experiment.make_model(
+        config.model, exported.audio_config, llm_config, whisper_origin=origin, llm_origin=origin
+    )
     layout = layouts.hf_fastslm(len(config.model.stage_tokens), config.model.detail_recovery_layers)
     source = SafetensorsSource(path, adapter=exported.has_adapter)
     leaves = {}
@@ -157,5 +164,4 @@ def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
         shapes = stored.param_shapes(model)
         leaves = engine.open_leaves(source, layout, shapes, sizes_from=f"{path}/config.json")
         stored.set_dtypes(config, leaves, exported.dtype)
-    llm_config = exported.text_config
     return Stored("hf", path, config, model, leaves, llm_config, path, source=source, layout=layout)

@@ -4,10 +4,11 @@ Their tensors are taken to have the names of the released state_dict.
 """
 
 import pathlib
+from typing import Annotated, Any
 
-import pydantic
+from pydantic import Field, PositiveInt
 
-from fastslm_jax import schema
+from fastslm_jax import config_schema, schema
 from fastslm_jax.weights import layouts
 from fastslm_jax.weights.tensors import ConversionError
 
@@ -20,21 +21,21 @@ IGNORED = {  # keys that say nothing about the model's computation
 
 
 class _Encoder(schema.Schema):
-    n_mels: pydantic.PositiveInt
-    n_ctx: pydantic.PositiveInt
-    n_state: pydantic.PositiveInt
-    n_head: pydantic.PositiveInt
-    n_layer: pydantic.PositiveInt
-    stage_tokens: tuple[pydantic.PositiveInt, ...] = pydantic.Field(strict=False, min_length=1)
-    compression_size: pydantic.PositiveInt
+    n_mels: PositiveInt
+    n_ctx: PositiveInt
+    n_state: PositiveInt
+    n_head: PositiveInt
+    n_layer: PositiveInt
+    stage_tokens: Annotated[list[config_schema.Slots], Field(min_length=1, max_length=8)]
+    compression_size: config_schema.Slots
 
 
 class _Symphony(schema.Schema):
     encoder_config: _Encoder
-    llm_config: dict
-    lora_r: pydantic.PositiveInt
-    lora_a: pydantic.PositiveFloat = pydantic.Field(strict=False)
-    llm_modules: tuple[str, ...] = pydantic.Field(layouts.LORA_TARGETS, strict=False)
+    llm_config: dict[str, Any]
+    lora_r: Annotated[config_schema.Rank, Field(gt=0)]
+    lora_a: config_schema.NotNegative
+    llm_modules: tuple[str, ...] = Field(layouts.LORA_TARGETS, strict=False)
 
 
 def metadata(config: dict, path: pathlib.Path) -> dict:
@@ -70,7 +71,7 @@ def metadata(config: dict, path: pathlib.Path) -> dict:
         "encoder_heads": encoder.n_head,
         "n_mels": encoder.n_mels,
         "n_audio_ctx": encoder.n_ctx,
-        "stage_tokens": list(encoder.stage_tokens),
+        "stage_tokens": encoder.stage_tokens,
         "compression_size": encoder.compression_size,
         "detail_recovery_layers": 2,
         "llm": checked.llm_config,

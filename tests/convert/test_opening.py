@@ -15,22 +15,57 @@ CHANGES = {
     "no stages": (
         "config.json",
         {"stage_tokens": None},
-        "config.json: stage_tokens is null, should be a valid tuple; export the folder again",
+        "hf/config.json: stage_tokens is null",
+    ),
+    "stages of text": (
+        "config.json",
+        {"stage_tokens": ["4"]},
+        'hf/config.json: stage_tokens[0] is "4"',
+    ),
+    "endless layers": (
+        "config.json",
+        {"detail_recovery_layers": 10**7},
+        "detail_recovery_layers is 10000000",
+    ),
+    "unknown dtype": (
+        "config.json",
+        {"dtype": "float7"},
+        'dtype is "float7"',
+    ),
+    "no encoder": (
+        "config.json",
+        {"audio_config": "whisper"},
+        'audio_config is "whisper"',
+    ),
+    "encoder of text": (
+        "config.json",
+        {"audio_config": {"d_model": "64"}},
+        'd_model is "64"',
+    ),
+    "no decoder": (
+        "config.json",
+        {"text_config": {}},
+        "'model_type' is missing",
+    ),
+    "adapter that is no flag": (
+        "config.json",
+        {"has_adapter": 1},
+        "has_adapter is 1",
     ),
     "another rank": (
         "adapter_config.json",
         {"r": 2},
         "lora_A.weight has shape (4, 64), expected (2, 64)",
     ),
-    "no alpha": (
+    "alpha that is no number": (
         "adapter_config.json",
-        {"lora_alpha": "8x"},
-        'adapter_config.json: lora_alpha is "8x", should be a valid number',
+        {"lora_alpha": float("nan")},
+        "adapter_config.json: lora_alpha is NaN",
     ),
-    "another padding": (
+    "unknown padding": (
         "preprocessor_config.json",
-        {"audio_padding": "silence"},
-        "audio padding 'silence' is not one of released, whisper",
+        {"audio_padding": "left"},
+        'audio_padding is "left"',
     ),
 }
 
