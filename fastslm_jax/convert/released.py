@@ -1,4 +1,6 @@
-"""Opens the authors' state_dict: a file, or a folder that may also have config.json and tokenizer/.
+"""Opens the authors' state_dict: a file, or a folder that may have config.json and a tokenizer.
+
+Folders are those of `export --layout=released` and of the authors (see `symphony`).
 
 Sizes come from the tensors. The language model's heads, RoPE and tokenizer are not in the tensors:
 they come from `llm` (hub id or folder) or from the folder. A config.json must match the tensors.
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
 from fastslm_jax import config_schema, schema
-from fastslm_jax.convert import stored
+from fastslm_jax.convert import stored, symphony
 from fastslm_jax.convert.stored import Stored
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.hfq_former import HFQFormer
@@ -116,8 +118,10 @@ def _open_state_dict(path: pathlib.Path) -> TensorSource:
 
 
 def _read_metadata(folder: pathlib.Path) -> dict:
-    """The folder's config.json, or {} if there is none from `export --layout=released`."""
+    """The folder's config.json; {} if it is not from `export --layout=released` or the authors."""
     metadata = pretrained.read_config(folder) if (folder / "config.json").is_file() else {}
+    if metadata.get("model_type") == symphony.MODEL_TYPE:
+        return symphony.metadata(metadata, folder / "config.json")
     if not isinstance(metadata.get("llm"), dict):
         return {}
     checked = schema.check(ReleasedConfig, metadata, folder / "config.json", ConversionError)
@@ -136,11 +140,10 @@ def _find_llm(
             f"{path}: the tensors do not determine the language model's heads; specify the model "
             "with --llm=ID|DIR"
         )
-    if not (folder / "tokenizer").is_dir():
-        raise UserError(
-            f"{folder}: has no tokenizer/; specify the language model with --llm=ID|DIR"
-        )
-    return metadata["llm"], folder / "tokenizer"
+    for tokenizer in (folder / "tokenizer", folder):
+        if (tokenizer / "tokenizer_config.json").is_file():
+            return metadata["llm"], tokenizer
+    raise UserError(f"{folder}: has no tokenizer/; specify the language model with --llm=ID|DIR")
 
 
 def _sizes_of(source: TensorSource) -> dict:

@@ -159,7 +159,8 @@ class Generator:
             params = unflatten_dict(base, sep="/")
         if yarn != 1:
             native = self.capacity.native_positions
-            rope = dataclasses.replace(model.llm.rope, factor=yarn, original_max_positions=native)
+            scaling = {"kind": "yarn", "factor": yarn, "original_max_positions": native}
+            rope = dataclasses.replace(model.llm.rope, **scaling)
             model = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
         return model, params
 

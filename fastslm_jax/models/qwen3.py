@@ -1,4 +1,8 @@
-"""Qwen3 decoder (arXiv 2505.09388) with LoRA and an explicit key-value cache.
+"""Dense decoders with LoRA and an explicit key-value cache: Qwen3, Qwen2.5 and Llama.
+
+They share one block (grouped-query attention, then SwiGLU) and differ in three switches: norms of
+queries and keys (Qwen3, arXiv 2505.09388), biases of query, key and value projections (Qwen2.5,
+arXiv 2412.15115), neither (Llama 3, arXiv 2407.21783), and the kind of rotary embedding.
 
 Shapes: b batch, t new tokens, n query heads, k key-value heads, h head dimension, d width,
 v vocabulary.
@@ -21,10 +25,17 @@ from fastslm_jax.models.lora import LoRA, Projection
 
 @dataclasses.dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding, with YaRN (arXiv 2309.00071) as in `transformers`.
+    """Rotary position embedding. The kinds and their parameters are those of `transformers`.
 
-    factor: YaRN scaling factor of the context length; 1 disables YaRN.
-    original_max_positions, beta_fast, beta_slow, attention_factor: YaRN parameters.
+    Attributes:
+        kind: default; yarn (arXiv 2309.00071); or llama3, which interpolates low frequencies.
+        theta: the base of the wavelengths.
+        factor: scaling factor of the context length; 1 disables scaling.
+        original_max_positions: context length before scaling.
+        beta_fast, beta_slow, attention_factor: of yarn.
+        low_frequency_factor, high_frequency_factor: of llama3: wavelengths longer than
+            original_max_positions / low_frequency_factor are scaled, those shorter than
+            original_max_positions / high_frequency_factor are not, and those between are blended.
     """
 
     theta: float = 1_000_000.0
@@ -33,15 +44,25 @@ class RoPE:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    kind: str = "default"
 
     def inverse_frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Frequencies [head_dim / 2], float32, and the scale of the cosines and sines."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         frequencies = 1.0 / np.power(np.float32(self.theta), exponents, dtype=np.float32)
         frequencies = frequencies.astype(np.float32)
-        if self.factor == 1.0:
+        if self.factor == 1.0 or self.kind == "default":
             return frequencies, 1.0
+        if self.kind == "llama3":
+            return self._llama3(frequencies), 1.0
+        scale = self.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(self.factor) + 1.0
+        return self._yarn(frequencies, head_dim), scale
 
+    def _yarn(self, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
         def correction_dim(rotations: float) -> float:
             wavelength = self.original_max_positions / (rotations * 2 * math.pi)
             return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
@@ -51,10 +72,13 @@ class RoPE:
         dimensions = np.arange(head_dim // 2, dtype=np.float32)
         extrapolated = 1 - np.clip((dimensions - low) / max(high - low, 0.001), 0, 1)
         frequencies = frequencies / self.factor * (1 - extrapolated) + frequencies * extrapolated
-        scale = self.attention_factor
-        if scale is None:
-            scale = 0.1 * math.log(self.factor) + 1.0
-        return frequencies.astype(np.float32), scale
+        return frequencies.astype(np.float32)
+
+    def _llama3(self, frequencies: np.ndarray) -> np.ndarray:
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        rotations = self.original_max_positions * frequencies / (2 * math.pi)
+        kept = np.clip((rotations - low) / (high - low), 0, 1)
+        return (frequencies / self.factor * (1 - kept) + frequencies * kept).astype(np.float32)
 
     def __call__(self, x: jax.Array, position_ids: jax.Array) -> jax.Array:
         """Rotates x [b, t, n, h] by position_ids [b, t] in float32; pairs are (i, i + h / 2)."""
@@ -81,7 +105,11 @@ class RMSNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm block: grouped-query attention with query and key norms, then SwiGLU."""
+    """Pre-norm block: grouped-query attention, then SwiGLU.
+
+    qk_norm: whether queries and keys are normalized per head.
+    qkv_bias: whether the query, key and value projections have biases.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -93,6 +121,8 @@ class DecoderBlock(nn.Module):
     deterministic: bool
     attention_kernel: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -105,20 +135,24 @@ class DecoderBlock(nn.Module):
         """carry: x [b, t, d] and the cache, if any; with a cache, mask is None."""
         x, cache = carry
 
-        def project(y: jax.Array, features: int, name: str) -> jax.Array:
-            layer = Projection(features, lora=self.lora, dtype=self.dtype, name=name)
+        def project(y: jax.Array, features: int, name: str, use_bias: bool = False) -> jax.Array:
+            layer = Projection(features, use_bias, self.lora, self.dtype, name=name)
             return layer(y, lora_gate, self.deterministic)
 
         def heads(y: jax.Array, count: int, name: str) -> jax.Array:
-            y = project(y, count * self.head_dim, name)
+            y = project(y, count * self.head_dim, name, self.qkv_bias)
             return y.reshape(*y.shape[:-1], count, self.head_dim)
+
+        def rotated(y: jax.Array, name: str) -> jax.Array:
+            if self.qk_norm:
+                y = RMSNorm(self.epsilon, self.dtype, name=name)(y)
+            return self.rope(y, position_ids)
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         query = heads(hidden, self.num_heads, "query")
         key = heads(hidden, self.num_kv_heads, "key")
         value = heads(hidden, self.num_kv_heads, "value")
-        query = self.rope(RMSNorm(self.epsilon, self.dtype, name="query_norm")(query), position_ids)
-        key = self.rope(RMSNorm(self.epsilon, self.dtype, name="key_norm")(key), position_ids)
+        query, key = rotated(query, "query_norm"), rotated(key, "key_norm")
         if cache is None:
             out = self.attention_kernel(query, key, value, mask)
         else:
@@ -132,10 +166,11 @@ class DecoderBlock(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """Dense Qwen3 decoder from embeddings to hidden states.
+    """Dense decoder from embeddings to hidden states.
 
     Embedding and logits are separate methods, so that speech tokens can replace text embeddings.
 
+    qk_norm, qkv_bias: see `DecoderBlock`.
     deterministic: False enables LoRA dropout; apply() then needs rngs={"dropout": ...}.
     remat, scan_layers: see `layers.stack`.
     """
@@ -150,6 +185,8 @@ class Qwen3(nn.Module):
     rope: RoPE = RoPE()
     epsilon: float = 1e-6
     tied_embeddings: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
     lora: LoRA = LoRA()
     deterministic: bool = True
     remat: str = "none"
@@ -165,7 +202,8 @@ class Qwen3(nn.Module):
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim)
         options = (self.rope, self.epsilon, self.lora, self.deterministic)
         blocks = stack(DecoderBlock, self.num_layers, self.remat, scan_layers=self.scan_layers)
-        self.layers = blocks(*sizes, *options, self.attention_kernel, self.dtype)
+        switches = (self.qk_norm, self.qkv_bias)
+        self.layers = blocks(*sizes, *options, self.attention_kernel, self.dtype, *switches)
         self.final_norm = RMSNorm(self.epsilon, self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:

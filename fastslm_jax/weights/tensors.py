@@ -40,6 +40,7 @@ DTYPES = {  # safetensors name → NumPy dtype
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's name
 
 
 class ConversionError(UserError):
@@ -66,14 +67,15 @@ class SafetensorsSource:
     """Tensors of one .safetensors file or of a folder of them, sharded or not.
 
     In a folder, model.safetensors takes precedence, then the shards named by the index, then every
-    .safetensors file.
+    .safetensors file. With `adapter`, the folder's PEFT adapter is read too.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, adapter: bool = False) -> None:
         self.path = pathlib.Path(path)
         self._views: dict[str, Callable[[], np.ndarray]] = {}
         self._entries: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in _safetensors_files(self.path):
+        files = _safetensors_files(self.path)
+        for file in [*files, self.path / ADAPTER] if adapter else files:
             for key, (shape, dtype, view) in _map_file(file).items():
                 if key in self._views:
                     raise ConversionError(

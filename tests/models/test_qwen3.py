@@ -78,7 +78,7 @@ def test_rope_rotates_pairs_across_the_two_halves():
 
 
 def test_yarn_keeps_fast_rotations_and_slows_slow_ones():
-    rope = RoPE(theta=1e6, factor=4.0, original_max_positions=32_768)
+    rope = RoPE(theta=1e6, factor=4.0, original_max_positions=32_768, kind="yarn")
     plain, scale = RoPE(theta=1e6).inverse_frequencies(128)
     assert scale == 1.0
     slowed, scale = rope.inverse_frequencies(128)
