@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.training import checkpoint, checksums, optim
+from fastslm_jax.training import checkpoint, checksums, config_changes, optim
 from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
 
 BASES = {"whisper": "aaaa", "llm": "bbbb"}
@@ -344,7 +344,7 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
             "seed": 3,
         }
     )
-    checkpoint.warn_of_changes(
+    config_changes.warn_of_changes(
         {"config": before, "data": {"asr": "aaaa", "ast": "bbbb"}},
         now,
         {"asr": "aaaa", "ast": "cccc", "new": "d"},
