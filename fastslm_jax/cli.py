@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import flags, logging
 from tqdm import tqdm
@@ -67,7 +67,7 @@ def parse_flags(required: Sequence[str] = ()) -> list[str]:
             print(_help())
             sys.exit()
         _arguments[:] = _parse(sys.argv)
-        if flags.FLAGS.get_flag_value("print_config", False):
+        if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
             if flags.FLAGS.config is None:
                 raise UserError("--print_config: which one? add --config=FILE")
             print("\n".join(config_comments.describe(flags.FLAGS.config)))
@@ -105,9 +105,20 @@ def _help() -> str:
 
 def fail(message: object, code: int = 2, prefix: str = "error: ") -> NoReturn:
     """Prints one line to stderr and exits."""
-    with contextlib.suppress(OSError):  # stderr may be a closed pipe
-        print(f"{prefix}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    report(message, prefix)
     sys.exit(code)
+
+
+def report(message: object, prefix: str = "error: ") -> None:
+    """Prints one line to stderr."""
+    with contextlib.suppress(OSError):  # stderr may be a closed pipe
+        print_above_bars(f"{prefix}{' '.join(str(message).split())}", sys.stderr)
+
+
+def print_above_bars(text: str, stream: TextIO) -> None:
+    """Prints a line above progress bars instead of into them."""
+    tqdm.write(text, file=stream)
+    stream.flush()
 
 
 @contextlib.contextmanager
@@ -122,20 +133,30 @@ def _errors_as_one_line() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         fail(": ".join(filter(None, ["interrupted", str(interrupt)])), INTERRUPTED, prefix="")
     except BrokenPipeError:  # the reader of the output has enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(PIPE_CLOSED)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        _drop_output()
         fail(describe(error))
-    except UnicodeError as error:
-        fail(f"text that is not valid {getattr(error, 'encoding', 'Unicode')}: {error}")
 
 
-def describe(error: OSError) -> str:
+def _drop_output() -> None:
+    """Drops output that cannot be written, which Python would try again at exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(error: UserError | OSError | UnicodeError) -> str:
     """Example: "runs/x: No space left on device; free some space and run the same command"."""
-    if error.strerror is None:
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file is not UTF-8 ({error}); convert it"
+    if not isinstance(error, OSError) or error.strerror is None:
         return str(error) or type(error).__name__
     where = " → ".join(_name(name) for name in (error.filename, error.filename2) if name)
-    text = f"{where or 'input or output'}: {error.strerror}"
+    text = f"{where or 'output'}: {error.strerror}"
     if error.errno in DISK_FULL:
         text += "; free some space and run the same command again to resume"
     return text
@@ -153,9 +174,13 @@ def display_name(path: str | bytes | os.PathLike) -> str:
 def _on_exception(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """Ctrl-C while modules are imported is not a bug: one line."""
-    if issubclass(kind, KeyboardInterrupt):
+    """Errors outside `run`: two of them are not bugs."""
+    if issubclass(kind, KeyboardInterrupt):  # while modules are imported
         print("interrupted", file=sys.stderr)
+    elif str(error) == "Event loop is closed":
+        # When a write of a checkpoint fails, Orbax closes its event loop while the results of
+        # other writes arrive. The save raises the failure.
+        pass
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -178,7 +203,7 @@ class _LogHandler(stdlib_logging.Handler):
 
     def emit(self, record: stdlib_logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            print_above_bars(self.format(record), sys.stderr)
         except OSError:  # stderr is a closed pipe, or its disk is full
             self.handleError(record)
 
@@ -199,6 +224,31 @@ def _is_shown(record: stdlib_logging.LogRecord) -> bool:
     return record.levelno >= stdlib_logging.WARNING and not any(
         hidden in message for hidden in _HIDDEN
     )
+
+
+class AudioBar(tqdm):
+    """A progress bar in seconds of audio, which ends at 100 % if a file is longer than announced.
+
+    Args:
+        seconds: of all audio.
+        title: text before the bar.
+        done: seconds that an earlier run has processed.
+    """
+
+    def __init__(
+        self, seconds: float, title: str, done: float = 0.0, hide: bool | None = False
+    ) -> None:
+        super().__init__(
+            total=seconds,
+            initial=min(done, seconds),
+            desc=title,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
+            mininterval=2,
+            disable=hide,
+        )
+
+    def update(self, seconds: float = 0.0) -> bool | None:
+        return super().update(min(seconds, self.total - self.n))
 
 
 # --------------------------------------------------------------------------------------------- run

@@ -41,7 +41,7 @@ def check_file(path: str | os.PathLike, flag: str) -> pathlib.Path:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a UTF-8 file; a reader sees the former file or the new one, never a part."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         # A file name that is not UTF-8 may be part of the text.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -13,9 +13,9 @@ FOUNDATION = (
         "chips",
         "cli",
         "config",
+        "config_comments",
         "devices",
         "distributed",
-        "config_comments",
         "errors",
         "memory",
         "outputs",
@@ -35,7 +35,8 @@ ALLOWED = {
     "plan": ("models", "weights", "data", "training", "flops"),
     "convert": ("models", "weights", "data", "training", "inference"),
     "demo": ("models", "weights", "data", "training", "inference", "evaluation"),
-    "transcribe": ("models", "weights", "data", "training", "inference"),
+    "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
+    "transcribe_flags": ("data",),
     "inspect": ("models", "weights", "data", "training"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -257,8 +257,8 @@ class Checkpoints:
                 if not changes:
                     raise
                 raise CheckpointError(
-                    f"{other}. It was saved by another config: {'; '.join(changes)}. Use the "
-                    "former values, or a new --workdir"
+                    f"{self.folder}: {'; '.join(changes)}; use the former values, or a new "
+                    f"--workdir ({other})"
                 ) from None
             if _on_every_process(restored is not None):
                 self._set_aside(list(errors))
