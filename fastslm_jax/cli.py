@@ -56,7 +56,7 @@ def parse_flags(required: Sequence[str] = ()) -> list[str]:
         return _arguments
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    sys.excepthook = _on_exception
+    sys.excepthook, sys.unraisablehook = _on_exception, _on_unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text is UTF-8 whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -174,15 +174,21 @@ def display_name(path: str | bytes | os.PathLike) -> str:
 def _on_exception(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """Errors outside `run`: two of them are not bugs."""
-    if issubclass(kind, KeyboardInterrupt):  # while modules are imported
+    """Ctrl-C while modules are imported is not a bug: one line."""
+    if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif str(error) == "Event loop is closed":
-        # When a write of a checkpoint fails, Orbax closes its event loop while the results of
-        # other writes arrive. The save raises the failure.
-        pass
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _on_unraisable(arguments: "sys.UnraisableHookArgs") -> None:
+    """Errors in callbacks of libraries' threads, apart from those that say nothing new.
+
+    When a write of a checkpoint fails, Orbax closes its event loop while the results of other
+    writes still arrive. The save itself raises the failure.
+    """
+    if str(arguments.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(arguments)
 
 
 def _log_thread_error(arguments: threading.ExceptHookArgs) -> None:
@@ -214,9 +220,10 @@ class _LogHandler(stdlib_logging.Handler):
 def _is_shown(record: stdlib_logging.LogRecord) -> bool:
     """Log filter: this package's messages, and warnings of libraries.
 
-    Orbax logs a traceback for errors that it also raises; those are dropped.
+    Orbax logs a traceback for errors that it also raises, and asyncio for those of Orbax's event
+    loops that nobody asked for; those are dropped.
     """
-    if record.exc_info and "/orbax/" in record.pathname:
+    if record.exc_info and ("/orbax/" in record.pathname or record.name == "asyncio"):
         return False
     if "site-packages" not in record.pathname:
         return True
