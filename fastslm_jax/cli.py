@@ -62,7 +62,7 @@ def parse_flags(required: Sequence[str] = ()) -> list[str]:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if "config" in flags.FLAGS and "print_config" not in flags.FLAGS:
         flags.DEFINE_bool("print_config", False, "Print every field of the config and exit.")
-    with _errors_as_one_line():
+    with errors_as_one_line():
         if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
             print(_help())
             sys.exit()
@@ -95,9 +95,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _help() -> str:
     """The docstring of the command and its own flags, without those of libraries."""
-    modules = sorted(flags.FLAGS.flags_by_module_dict())
-    texts = [flags.FLAGS.module_help(name) for name in modules if not name.startswith("absl")]
-    return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), *texts])
+    texts = [(sys.modules["__main__"].__doc__ or "").strip() + "\n\nFlags:"]
+    for module in flags.FLAGS.flags_by_module_dict():
+        if module == sys.argv[0] or module.startswith("fastslm_jax"):
+            texts.append(flags.FLAGS.module_help(module).split(":\n", 1)[1])
+    return "\n".join(texts)
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -122,7 +124,7 @@ def print_above_bars(text: str, stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def _errors_as_one_line() -> Iterator[None]:
+def errors_as_one_line() -> Iterator[None]:
     """Turns errors that are not bugs into one line and an exit code."""
     try:
         yield
@@ -278,7 +280,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     stdlib_logging.root.handlers = [handler]
     logging.set_verbosity(logging.INFO)
     threading.excepthook = _log_thread_error
-    with _errors_as_one_line():
+    with errors_as_one_line():
         import jax  # slow, and not needed to reject flags
 
         default_cache = os.path.expanduser("~/.cache/fastslm_jax/xla")

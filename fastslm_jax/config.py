@@ -49,11 +49,7 @@ def full_size() -> ConfigDict:
             "compression_size": 50,  # speech tokens of a window
             "detail_recovery_layers": 2,  # of the HFQ-Former
             "query_init": "normal",  # "temporal": queries with a temporal alignment prior
-            "lora": {
-                "rank": 16,
-                "alpha": 64.0,
-                "dropout": 0.01,
-            },  # of the language model; rank 0: none
+            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
             "audio_padding": "released",  # of the last window: "released" or "whisper"
             "window_batch": 0,  # maximum windows of a row in the encoder at a time; 0 for all
             "attention": "auto",  # auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
