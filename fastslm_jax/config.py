@@ -36,7 +36,11 @@ def source(
         join: joins clips into long recordings: {min_seconds, max_seconds, grouping, distribution,
             gap_seconds} of `data.longform.LongForm`.
     """
-    fields = {"path": path, "tasks": tasks, "weight": weight}
+    fields = {
+        "path": path,  # a manifest or an imported folder
+        "tasks": tasks,  # the tasks to take from it; () for all
+        "weight": weight,  # its share of the examples, relative to the other sources; 0 for none
+    }
     return ConfigDict(fields | ({"join": join} if join else {}))
 
 
@@ -55,7 +59,7 @@ def full_size() -> ConfigDict:
             "compression_size": 50,  # speech tokens of a window
             "detail_recovery_layers": 2,  # of the HFQ-Former
             "query_init": "normal",  # "temporal": queries with a temporal alignment prior
-            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},
+            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
             "audio_padding": "released",  # of the last window: "released" or "whisper"
             "window_batch": 0,  # maximum windows of a row in the encoder at a time; 0 for all
             "attention": "auto",  # auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
@@ -67,7 +71,7 @@ def full_size() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "train": {},  # {name: source(...)}
+            "train": {},  # {name: source(...)}; see `source` above
             "dev": "",  # manifest or imported folder to score during training; "" for none
             "dev_tasks": ("asr",),  # tasks to score
             "dev_utterances": 64,  # maximum utterances per task and language
@@ -90,10 +94,10 @@ def full_size() -> ConfigDict:
             "learning_rate_ratios": (),  # (pattern of parameter paths, factor of the update)
             "schedule": "cosine",  # after the warmup: cosine, linear or constant
             "final_fraction": 0.1,  # final learning rate relative to learning_rate
-            "warmup_steps": 500,
-            "weight_decay": 0.01,
-            "b1": 0.9,
-            "b2": 0.98,
+            "warmup_steps": 500,  # in which the learning rate rises from 0
+            "weight_decay": 0.01,  # decoupled from the gradient
+            "b1": 0.9,  # decay rate of the first moment
+            "b2": 0.98,  # decay rate of the second moment
             "clip_norm": 1.0,  # of the global gradient norm; 0 for no clipping
         }
     )

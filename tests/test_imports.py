@@ -15,11 +15,13 @@ FOUNDATION = (
         "chips",
         "cli",
         "config",
+        "config_comments",
         "config_schema",
         "devices",
         "distributed",
         "errors",
         "memory",
+        "outputs",
         "schema",
         "sharding",
     ),
@@ -37,7 +39,8 @@ ALLOWED = {
     "convert": ("models", "weights", "data", "training", "inference"),
     "synthesis": ("models", "data"),
     "demo": ("models", "weights", "data", "training", "inference", "evaluation", "synthesis"),
-    "transcribe": ("models", "weights", "data", "training", "inference"),
+    "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
+    "transcribe_flags": ("data",),
     "inspect": ("models", "weights", "data", "training"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

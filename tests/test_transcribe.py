@@ -1,7 +1,9 @@
 """The transcribe command on a tiny model; unreadable files are rejected before it is loaded."""
 
+import io
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -112,6 +114,26 @@ def test_standard_input(answered, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Stdin)
     record = json.loads(answered("-", "--format=jsonl"))
     assert (record["file"], record["seconds"]) == ("-", 2.2)
+
+
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (None, "standard input is closed"),
+        (types.SimpleNamespace(buffer=io.BytesIO(b"")), "standard input is empty"),
+        (types.SimpleNamespace(buffer=Terminal()), "standard input is a terminal"),
+    ],
+)
+def test_standard_input_without_audio(stdin, message, monkeypatch):
+    monkeypatch.setattr(transcribe, "load", never)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match=f"-: {message}; pipe an audio file into it"):
+        transcribe.main(*options("-"))
 
 
 def test_output_files(answered, folder, tmp_path):
@@ -234,12 +256,58 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_unreadable_files_are_rejected_first(name, tmp_path, folder, monkeypatch):
+def test_an_unreadable_file_is_rejected_first(name, tmp_path, monkeypatch):
     make, message = BAD[name]
     make(tmp_path / "bad.wav")
     monkeypatch.setattr(transcribe, "load", never)
     with pytest.raises(audio.AudioError, match=f"bad.wav: {message}"):
-        transcribe.main(*options(folder / "short.flac", tmp_path / "bad.wav"))
+        transcribe.main(*options(tmp_path / "bad.wav"))
+
+
+def test_of_several_files_the_readable_ones_are_answered(answered, folder, tmp_path, capsys):
+    """A file may be unreadable at once, or only when its turn comes."""
+    (tmp_path / "bad.wav").write_text("no sound")
+    late = tmp_path / "late.wav"
+    soundfile.write(late, tone(1.0), RATE)
+    names = [tmp_path / "bad.wav", folder / "short.flac", late, folder / "stereo.wav"]
+    one, two = (answered(file).rstrip("\n") for file in (names[1], names[3]))
+
+    recording = transcribe._recording
+
+    def vanishing(values, file):
+        found = recording(values, file)
+        if file == late:
+            late.unlink()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transcribe, "_recording", vanishing)
+        with pytest.raises(UserError, match="2 of 4 files failed, as named above"):
+            answered(*names)
+    done = capsys.readouterr()
+    assert done.out == f"{names[1]}\t{one}\n{names[3]}\t{two}\n"
+    errors = [line.split(": ") for line in done.err.splitlines() if line.startswith("error: ")]
+    assert [parts[1] for parts in errors] == [str(names[0]), str(late)]
+
+
+def test_if_no_file_is_readable_the_model_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "load", never)
+    with pytest.raises(UserError, match="2 of 2 files failed"):
+        transcribe.main(*options(tmp_path / "a.wav", tmp_path / "b.wav"))
+
+
+def test_answers_are_kept_if_the_disk_fills(answered, folder, tmp_path, monkeypatch):
+    write_text = transcribe.outputs.write_text
+
+    def full_at_the_second(path, text):
+        if path.name == "stereo.txt":
+            raise OSError(28, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(transcribe.outputs, "write_text", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        answered(folder / "short.flac", folder / "stereo.wav", f"--out={tmp_path}")
+    assert [file.name for file in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_folders_are_searched_for_all_formats(tmp_path):
@@ -261,6 +329,23 @@ def test_folders_are_searched_for_all_formats(tmp_path):
             ("{folder}/short.flac", "{folder}/short.flac", "--out=x"),
             "two audio files have the same name",
         ),
+        (("{folder}/short.flac", "--out={folder}/notes.txt"), "--out=.*it is a file"),
+        (("{folder}/short.flac", "--out={folder}/notes.txt/out"), "--out=.*cannot write files"),
+        (("{folder}/short.flac", "--span=x"), "--span=x: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=-5"), "--span=-5: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=nan"), "--span=nan: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=0"), "--span=0: use auto, none, or a number"),
+        (("{folder}/short.flac", "--temperature=nan"), "--temperature=nan: must be at least 0"),
+        (("{folder}/short.flac", "--temperature=inf"), "--temperature=inf: must be at least 0"),
+        (("{folder}/short.flac", "--top_p=0"), "--top_p=0.0: must be above 0, at most 1"),
+        (("{folder}/short.flac", "--top_p=2"), "--top_p=2.0: must be above 0, at most 1"),
+        (("{folder}/short.flac", "--top_k=-1"), "--top_k=-1: must be at least 0"),
+        (
+            ("{folder}/short.flac", "--repetition_penalty=0"),
+            "--repetition_penalty=0.0: must be above 0",
+        ),
+        (("{folder}/short.flac", "--seed=99999999999"), "--seed=99999999999: must be at most"),
+        (("{folder}/short.flac", "--stream", "--format=json"), "--stream: works with one file"),
     ],
 )
 def test_impossible_requests_are_rejected(arguments, message, folder, tmp_path, monkeypatch):
@@ -269,15 +354,3 @@ def test_impossible_requests_are_rejected(arguments, message, folder, tmp_path, 
         transcribe.main(
             *options(*(argument.format(folder=folder, empty=tmp_path) for argument in arguments))
         )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--span=x",), "--span=x: use auto, none, or a number"),
-        (("--stream", "--format=json"), "--stream: works with one file"),
-    ],
-)
-def test_conflicting_flags_are_rejected(arguments, message, answered, folder):
-    with pytest.raises(UserError, match=message):
-        answered(folder / "short.flac", *arguments)

@@ -13,20 +13,10 @@ overestimates (docs/performance.md).
 The last line of the output is a JSON object.
 """
 
-import json
-import pathlib
-import tempfile
-from collections.abc import Sequence
-
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from fastslm_jax import chips, cli
-from fastslm_jax.plan import published_configs
-from fastslm_jax.plan.compile import plan, set_rows
-from fastslm_jax.plan.sweep import sweep
-from fastslm_jax.plan.table import print_table
+from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
 
@@ -62,8 +52,28 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
 
 
+if __name__ == "__main__":
+    define_flags()
+    cli.parse_flags()  # before the imports below, which take seconds
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+import jax
+
+from fastslm_jax import chips, outputs
+from fastslm_jax.plan import published_configs
+from fastslm_jax.plan.compile import plan, set_rows
+from fastslm_jax.plan.sweep import sweep
+from fastslm_jax.plan.table import print_table
+
+
 def main(_: Sequence[str]) -> None:
     config = FLAGS.config
+    if FLAGS.hlo:
+        outputs.check_file(FLAGS.hlo, "--hlo")
     jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct
     if FLAGS.effort != "default":
         jax.config.update("jax_optimization_level", FLAGS.effort)
@@ -89,5 +99,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
     cli.run(main)
