@@ -13,28 +13,10 @@ file, without a model. Predictions of another manifest, or of more utterances, a
 with --overwrite. docs/eval.md describes the scoring conventions.
 """
 
-import pathlib
-import re
-import time
-from collections.abc import Iterator, Sequence
-
 from absl import flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import config_flags
 
-from fastslm_jax import cli, devices
-from fastslm_jax.data.manifest import Utterance, fingerprint, read_manifest
-from fastslm_jax.data.tasks import TASKS
-from fastslm_jax.errors import UserError
-from fastslm_jax.evaluation import plots, predict, results
-from fastslm_jax.evaluation.judge import Judge
-from fastslm_jax.inference import load, long_form
-from fastslm_jax.inference.generator import Generator
-from fastslm_jax.inference.long_form import Recording
-from fastslm_jax.training.checkpoint import Checkpoints
-
-RTFX_UTTERANCES = 32
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
+from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -72,6 +54,30 @@ flags.DEFINE_string("judge_model", None, "Name of the judge's model at that endp
 flags.DEFINE_list(
     "rtfx_batches", [], "Batch sizes to measure the speed of, on the first utterances of each set."
 )
+REQUIRED = ("workdir",)
+if __name__ == "__main__":
+    cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
+
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from fastslm_jax import config as config_lib
+from fastslm_jax import devices
+from fastslm_jax.data.manifest import Utterance, fingerprint, read_manifest
+from fastslm_jax.data.tasks import TASKS
+from fastslm_jax.errors import UserError
+from fastslm_jax.evaluation import plots, predict, results
+from fastslm_jax.evaluation.judge import Judge
+from fastslm_jax.inference import load, long_form
+from fastslm_jax.inference.generator import Generator
+from fastslm_jax.inference.long_form import Recording
+from fastslm_jax.training.checkpoint import Checkpoints
+
+RTFX_UTTERANCES = 32
 
 
 def main(_: Sequence[str]) -> None:
@@ -142,9 +148,7 @@ def answer_and_score(
         seconds = sum(u.seconds for u in utterances)
         found = {i: log.known[u.id] for i, u in enumerate(utterances) if u.id in log.known}
         done = sum(utterances[i].seconds for i in found)
-        with tqdm(
-            desc=f"{name} {label}", total=seconds, initial=done, bar_format=BAR, mininterval=2
-        ) as bar:
+        with cli.AudioBar(seconds, f"{name} {label}", done) as bar:
             for i, progress, prediction in predict.predict(
                 generator,
                 utterances,
@@ -152,7 +156,7 @@ def answer_and_score(
                 recordings=recordings,
                 known=tuple(found),
             ):
-                bar.update(min(progress, seconds - bar.n))
+                bar.update(progress)
                 if prediction is not None:
                     found[i] = prediction
                     log.add(prediction)
@@ -175,6 +179,7 @@ def read_sets(config: ConfigDict, folder: pathlib.Path) -> dict[str, list[Uttera
     """{name: utterances} of the requested sets and tasks; `folder` will have one of each name."""
     if config is None:
         raise UserError("--config: is required (except with --score_only)")
+    config_lib.check(config)
     available = ", ".join(config.eval.sets)
     if unknown := set(FLAGS.sets) - set(config.eval.sets):
         raise UserError(
@@ -249,5 +254,4 @@ def rtfx_by_batch(
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    cli.run(main, REQUIRED)

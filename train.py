@@ -29,6 +29,7 @@ import collections
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from clu import metric_writers, parameter_overview
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fastslm_jax import config as config_lib
 from fastslm_jax import distributed, flops, memory, outputs, sharding
 from fastslm_jax.data import loader
 from fastslm_jax.data.manifest import Utterance, read_manifest
@@ -63,6 +65,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     resources.callback(preemption.close)
 
     # ------------------------------------------------------------------------------ mesh and model
+    config_lib.check(config)
     mesh = sharding.make_mesh(**config.mesh)
     setup = experiment.build(config, mesh=mesh)
     model, tokenizer = setup.model, setup.prompt_tokenizer()
@@ -249,7 +252,7 @@ def evaluate(
         task, _, lang = label.partition("-")
         predictions = predict.predictions(generator, utterances, batch_size=batch_size)
         metric = metrics.main_metric(task, utterances[0].lang)
-        values[metric].append(predict.summarize(predictions)[metric])
+        values[metric].append(predict.summarize(predictions).get(metric, math.nan))
         if lang:
             by_language[f"dev/{metric}-{lang}"] = values[metric][-1]
         examples = "\n\n".join(

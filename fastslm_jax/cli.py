@@ -17,7 +17,7 @@ from typing import NoReturn, TextIO
 from absl import flags, logging
 from tqdm import tqdm
 
-from fastslm_jax import config_comments
+from fastslm_jax import config, config_comments
 from fastslm_jax.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -80,6 +80,8 @@ def parse_flags(required: Sequence[str] = ()) -> list[str]:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags. Raises UserError for every error that absl and ml_collections raise."""
+    if "config" in flags.FLAGS:
+        config.accept_new_names(argv)
     try:
         rest = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:

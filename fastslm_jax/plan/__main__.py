@@ -64,6 +64,7 @@ from collections.abc import Sequence
 import jax
 
 from fastslm_jax import chips, outputs
+from fastslm_jax import config as config_lib
 from fastslm_jax.plan import published_configs
 from fastslm_jax.plan.compile import plan, set_rows
 from fastslm_jax.plan.sweep import sweep
@@ -72,6 +73,7 @@ from fastslm_jax.plan.table import print_table
 
 def main(_: Sequence[str]) -> None:
     config = FLAGS.config
+    config_lib.check(config)
     if FLAGS.hlo:
         outputs.check_file(FLAGS.hlo, "--hlo")
     jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct

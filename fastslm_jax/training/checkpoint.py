@@ -354,7 +354,8 @@ class Checkpoints:
 
 def _error_rate(metrics: Mapping[str, float]) -> float | None:
     """The dev score that the best checkpoint minimizes."""
-    return metrics.get("wer", metrics.get("cer"))
+    rate = metrics.get("wer", metrics.get("cer"))
+    return None if rate is None or np.isnan(rate) else rate  # NaN: it could not be computed
 
 
 def _first_line(error: Exception) -> str:
