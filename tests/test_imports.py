@@ -12,6 +12,7 @@ FOUNDATION = (
         "audio",
         "chips",
         "cli",
+        "compiler",
         "config",
         "devices",
         "distributed",

@@ -2,11 +2,13 @@
 
     python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:4x4
     python -m fastslm_jax.plan --config=... --topology=v5e:16x16x2 --rows_per_chip=1    # two slices
+    python -m fastslm_jax.plan --config=... --topology=h100:8x4 --config.mesh.fsdp=8  # four nodes
     python -m fastslm_jax.plan --config=... --config.mesh.fsdp=1                 # local devices
     python -m fastslm_jax.plan --config=... --topology=v5p:4x4x4 --sweep
 
 For TPU topologies, the TPU compiler (pip install -e .[tpu]) compiles the step on any machine, with
-or without a TPU. Times are lower bounds from the peak figures of the chips: real steps take longer.
+or without a TPU, and for nodes of GPUs XLA's GPU compiler (pip install -e .[plan-gpu]). Times are
+lower bounds from the peak figures of the chips: real steps take longer.
 --sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster and slightly
 overestimates (docs/performance.md).
 
@@ -38,8 +40,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology",
         "",
-        "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; "
-        "default: the local devices.",
+        "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; or GPUs of a "
+        "node, and nodes: a100-80:8, h100:8, h100:8x32, h200:8, b200:8, gb200:72, …; default: the "
+        "local devices.",
     )
     flags.DEFINE_integer(
         "rows_per_chip",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from fastslm_jax.chips import WRAPAROUND, Chip
+from fastslm_jax.chips import WRAPAROUND, Chip, node_of
 from fastslm_jax.plan import hlo
 
 BETWEEN_SLICES = "between slices"  # over DCN
@@ -165,7 +165,8 @@ def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -
 
     Within a slice, a group uses the ICI links of the torus axes it spans. An axis without
     wraparound links has half the bandwidth of a ring. Across slices, the chips of a slice first
-    combine their data; then each chip sends its share over DCN.
+    combine their data; then each chip sends its share over DCN. The same holds for GPUs: "ici" is
+    the NVLink of a node, "dcn" the network between nodes.
     """
     sent = collective.bytes_per_step
     if collective.kind == BETWEEN_SLICES:
@@ -173,7 +174,7 @@ def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -
     group = [devices[number] for number in max(collective.groups, key=len)]
     if len(group) == 1 or not sent:
         return {"ici": 0.0, "dcn": 0.0}
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in group})
+    slices = len(set(map(node_of, group)))
     per_slice = len(group) // slices
     # A hierarchical ring of n chips: first within a slice, then across slices on 1 / n of the data.
     within = (per_slice - 1) / per_slice

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fastslm_jax import chips, flops, memory, sharding
+from fastslm_jax import chips, compiler, flops, memory, sharding
 from fastslm_jax.memory import GIB
 from fastslm_jax.plan import collectives, hlo, traffic
 from fastslm_jax.plan.progress import progress
@@ -85,6 +85,7 @@ def plan(
     if hlo_file:
         pathlib.Path(hlo_file).write_text(text)
     program = hlo.Program(text)
+    # A program for several TPU slices numbers the devices of each slice from 0.
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     found = collectives.find(program, len(devices) // slices, slices)
     devices_per_chip = chip.devices if chip else 1
@@ -127,6 +128,7 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
             step.train_step,
             in_shardings=step.in_shardings,
             out_shardings=step.out_shardings,
+            compiler_options=step.compiler_options,
             donate_argnums=0,
         )
         traced = train_step.trace(step.state, step.frozen, step.batch)
@@ -134,7 +136,7 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
         lowered = traced.lower()
         compile_start = time.monotonic()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=_options(mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
                 raise
@@ -143,6 +145,12 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
             ) from None
         end = time.monotonic()
     return CompiledStep(compiled, executed, compile_start - start, end - compile_start)
+
+
+def _options(mesh: Mesh) -> dict[str, bool]:
+    """Compiler options for devices that do not exist."""
+    is_absent = mesh.devices.flat[0] not in jax.local_devices()
+    return compiler.NO_GPU if mesh.devices.flat[0].platform == "gpu" and is_absent else {}
 
 
 def _reason(error: Exception) -> str:
