@@ -52,7 +52,7 @@ CHIPS = (
         *("H100", ("NVIDIA H100 80GB HBM3",), 80 * GIB, 989e12, 3350e9, 450e9, 50e9),
         target="h100",
     ),
-    Chip("H200", ("NVIDIA H200",), 141e9, 989e12, 4800e9, 450e9, 50e9, target="h200"),
+    Chip("H200", ("NVIDIA H200",), 141 * GIB, 989e12, 4800e9, 450e9, 50e9, target="h200"),
     Chip("B200", ("NVIDIA B200",), 191.5e9, 2250e12, 7672e9, 900e9, 50e9, target="b200"),
     Chip(
         *("GB200", ("NVIDIA GB200",), 197.9e9, 2500e12, 7928e9, 900e9, 50e9),
@@ -183,7 +183,9 @@ def parse_topology(text: str) -> Topology | GPUTopology:
     if name in gpus:
         return _parse_gpus(text, gpus[name], sizes)
     if name not in tpus:
-        known = ", ".join([*map(_example, tpus.values()), *(f"{name}:8" for name in gpus)])
+        known = ", ".join(
+            [*map(_example, tpus.values()), *(f"{c.target}:{c.node}" for c in gpus.values())]
+        )
         raise UserError(
             f"--topology={text}: unknown TPU or GPU {name!r}; valid topologies are {known}, …"
         )
@@ -229,7 +231,7 @@ def _slice_name(chip: Chip, shape: tuple[int, ...]) -> str:
 
 
 def _example(chip: Chip) -> str:
-    return _slice_name(chip, (4,) * chip.torus)
+    return _slice_name(chip, (4,) * chip.torus) if chip.torus else f"{chip.target}:{chip.node}"
 
 
 def _supported_shapes(chip: Chip) -> str:

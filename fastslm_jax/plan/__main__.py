@@ -10,7 +10,7 @@ For TPU topologies, the TPU compiler (pip install -e .[tpu]) compiles the step o
 or without a TPU, and for nodes of GPUs XLA's GPU compiler (pip install -e .[plan-gpu]). Times are
 lower bounds from the peak figures of the chips: real steps take longer.
 --sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster and slightly
-overestimates (docs/performance.md).
+overestimates (docs/performance.md). --traffic lists the instructions that move most bytes.
 
 The last line of the output is a JSON object.
 """
@@ -28,7 +28,7 @@ from fastslm_jax import chips, cli
 from fastslm_jax.plan import published_configs
 from fastslm_jax.plan.compile import plan, set_rows
 from fastslm_jax.plan.sweep import sweep
-from fastslm_jax.plan.table import print_table
+from fastslm_jax.plan.table import print_table, print_traffic
 
 FLAGS = flags.FLAGS
 
@@ -61,6 +61,9 @@ def define_flags() -> None:
         ["default", "O0", "O1", "O2", "O3"],
         "Optimization level of the compiler.",
     )
+    flags.DEFINE_bool(
+        "traffic", False, "List the ten instructions that move the most bytes of HBM, per run."
+    )
     flags.DEFINE_string("hlo", "", "File to write the optimized HLO to.")
     flags.mark_flag_as_required("config")
 
@@ -88,6 +91,8 @@ def main(_: Sequence[str]) -> None:
             set_rows(config, devices, chip, FLAGS.rows_per_chip)
             result = plan(config, devices, chip, name, FLAGS.hlo)
             print_table(result)
+            if FLAGS.traffic:
+                print_traffic(result)
     print(json.dumps(result))
 
 

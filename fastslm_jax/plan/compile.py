@@ -91,7 +91,8 @@ def plan(
     devices_per_chip = chip.devices if chip else 1
     num_chips = len(devices) // devices_per_chip
     minimum = flops.minimum(setup.model, setup.row, config.global_batch_size)
-    bounds = _bound_seconds(result.flops, program, found, mesh, chip) if chip else {}
+    networks = _networks(found, mesh, chip)
+    bounds = _bound_seconds(result.flops, program, networks, mesh, chip) if chip else {}
     bound = max(bounds.values(), default=None)
     mfu = sum(minimum.values()) / (bound * num_chips * chip.peak_flops) if chip else None
     hours = config.global_batch_size * config.data.row.windows * setup.model.window.seconds / 3600
@@ -107,11 +108,13 @@ def plan(
         "flops_minimum": sum(minimum.values()),
         "flops_minimum_by_term": minimum,
         **_collectives(found, devices_per_chip),
+        "networks": networks,
         "largest_layer_gib": _largest_layer(step) / GIB,
         "embedding_gib": _embedding(step) / GIB,
         "bound_seconds": bounds or None,
         "binds": max(bounds, key=bounds.get, default=None),
         "mfu_bound": mfu,
+        "traffic": _largest_traffic(program),
         "audio_hours_per_step": hours,
         "audio_hours_per_day": hours * 86_400 / bound if chip else None,
         "effort": jax.config.jax_optimization_level.replace("UNKNOWN", "default"),
@@ -218,6 +221,19 @@ def _collectives(found: list[collectives.Collective], devices_per_chip: int) -> 
     }
 
 
+def _largest_traffic(program: hlo.Program) -> list[dict]:
+    """JSON objects of the ten instructions that move the most bytes of HBM."""
+    return [
+        {
+            "name": entry.instruction.name,
+            "source": program.source(entry.instruction),
+            "gib": entry.bytes_moved / GIB,
+            "runs": entry.count,
+        }
+        for entry in traffic.by_instruction(program)[:10]
+    ]
+
+
 def _largest_layer(step: StepSpecs) -> int:
     """Bytes of the frozen weights of one layer, in the tower with the larger layers."""
     layers = {"encoder/layers/": 0, "llm/layers/": 0}
@@ -234,19 +250,32 @@ def _embedding(step: StepSpecs) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 
+def _networks(
+    found: list[collectives.Collective], mesh: Mesh, chip: chips.Chip | None
+) -> dict[str, dict[str, float | None]]:
+    """What a chip sends within a slice or node ("ici") and between them ("dcn"), and how long."""
+    devices = mesh.devices.ravel().tolist()
+    result = {}
+    for network in ("ici", "dcn"):
+        sent = sum(collectives.bytes_by_network(c, devices)[network] for c in found)
+        times = [collectives.seconds(c, devices, chip)[network] for c in found if chip]
+        seconds = sum(times) if chip else None
+        scale = chip.devices if chip else 1
+        result[network] = {"gib": scale * sent / GIB, "seconds": seconds}
+    return result
+
+
 def _bound_seconds(
     executed: int,
     program: hlo.Program,
-    found: list[collectives.Collective],
+    networks: dict[str, dict[str, float | None]],
     mesh: Mesh,
     chip: chips.Chip,
 ) -> dict[str, float]:
     """Lower bounds on the step time from the chip's peak figures, without any overlap."""
-    devices = mesh.devices.ravel().tolist()
-    num_chips = len(devices) // chip.devices
-    transfers = [collectives.seconds(collective, devices, chip) for collective in found]
+    num_chips = mesh.size // chip.devices
     return {
         "compute": executed / (num_chips * chip.peak_flops),
         "memory": chip.devices * traffic.hbm_traffic(program) / chip.hbm_bandwidth,
-        "interconnect": sum(transfer["ici"] + transfer["dcn"] for transfer in transfers),
+        "interconnect": sum(network["seconds"] for network in networks.values()),
     }

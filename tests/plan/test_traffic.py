@@ -41,3 +41,24 @@ def test_hbm_traffic():
     loop = 4 * (400 + 400 + counter)
     negate = 1600  # read from HBM, written on chip
     assert traffic.hbm_traffic(hlo.Program(TEXT)) == loop + negate
+
+
+def test_instructions_are_sorted_by_what_they_move():
+    entries = traffic.by_instruction(hlo.Program(TEXT))
+    found = [(entry.instruction.name, entry.count, entry.bytes_moved) for entry in entries]
+    assert found == [("updated", 4, 804), ("near", 1, 1600)]
+
+
+def test_static_slices_and_workspaces():
+    """A slice reads what it returns; a cuBLAS product does not write its workspace."""
+    text = """\
+ENTRY %main (w: bf16[36,64,64], x: bf16[8,64]) -> bf16[8,64] {
+  %w = bf16[36,64,64]{2,1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %layer = bf16[1,64,64]{2,1,0} slice(%w), slice={[3:4], [0:64], [0:64]}
+  %y = (bf16[8,64]{1,0}, s8[4194304]{0}) custom-call(%x, %layer), custom_call_target="__cublas$gemm"
+  ROOT %out = bf16[8,64]{1,0} get-tuple-element(%y), index=0
+}
+"""
+    layer, rows = 64 * 64 * 2, 8 * 64 * 2
+    assert traffic.hbm_traffic(hlo.Program(text)) == 2 * layer + (rows + layer + rows)
