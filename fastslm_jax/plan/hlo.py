@@ -1,6 +1,7 @@
 """Parses the HLO text of a compiled program: computations, instructions and execution counts."""
 
 import collections
+import copy
 import dataclasses
 import math
 import re
@@ -118,6 +119,12 @@ class Program:
                 for called in instruction.called():
                     counts[called] += times
         return counts
+
+    def body(self, loop: Instruction) -> "Program":
+        """One iteration of a while loop, as a program of its own."""
+        body = copy.copy(self)
+        body.entry = _attribute(loop, "body")
+        return body
 
     def source(self, instruction: Instruction) -> str:
         """The line of this package that an instruction comes from: "models/qwen3.py:62", or ""."""
