@@ -170,7 +170,8 @@ def lower_decode(model, params, gpu, rows):
 def test_decoding_copies_neither_weights_nor_cache(decoder, gpu, rows):
     model, params = decoder
     cache, lowered = lower_decode(model, params, gpu, rows)
-    program = hlo.Program(lowered.compile().as_text())
+    text = lowered.compile().as_text()
+    program = hlo.Program(text)
     (loop,) = (i for i in program.computations[program.entry] if i.opcode == "while")
     step = traffic.by_instruction(program.body(loop), unknown_trips=1)
     # The only loops inside a step are those over the blocks of the cache, one per layer: none over
@@ -178,23 +179,14 @@ def test_decoding_copies_neither_weights_nor_cache(decoder, gpu, rows):
     inside = program.body(loop).execution_counts(unknown_trips=1)
     loops = [i for name in inside for i in program.computations[name] if i.opcode == "while"]
     assert len(loops) == model.llm.num_layers
-    # No instruction touches as much as the keys of one layer, except the read of a block.
-    layer = cache.keys.size * 2 // model.llm.num_layers
-    largest = max(
-        entry.bytes_moved for entry in step if "logits" not in entry.instruction.attributes
-    )
-    assert largest < 2 * layer
-    # Weights are read where they are: no copy of a kernel.
-    kernels = {
-        leaf.size * 2 for leaf in jax.tree.leaves(params["llm"]["layers"]["0"]) if leaf.ndim == 2
-    }
-    copies = [
-        entry.instruction.name
-        for entry in step
-        if entry.instruction.opcode in ("copy", "dynamic-slice", "slice")
-        and entry.instruction.hbm_bytes in kernels
-    ]
-    assert copies == []
+    # No instruction moves as much as the keys of one layer.
+    layer = cache.keys.size * 2 / model.llm.num_layers
+    assert max(entry.bytes_moved for entry in step) < layer
+    # Weights are read where they are: no kernel is copied or sliced.
+    leaves = jax.tree.leaves(params["llm"]["layers"]["0"])
+    kernels = {",".join(map(str, leaf.shape)) for leaf in leaves if leaf.ndim == 2}
+    copied = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|slice|dynamic-slice)\(", text)
+    assert not kernels & set(copied)
 
 
 def test_prefill_writes_the_cache_in_place(decoder, gpu):

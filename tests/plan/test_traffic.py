@@ -1,5 +1,7 @@
 """HBM traffic of a compiled program."""
 
+import pytest
+
 from fastslm_jax.plan import hlo, traffic
 
 TEXT = """\
@@ -62,3 +64,32 @@ ENTRY %main (w: bf16[36,64,64], x: bf16[8,64]) -> bf16[8,64] {
 """
     layer, rows = 64 * 64 * 2, 8 * 64 * 2
     assert traffic.hbm_traffic(hlo.Program(text)) == 2 * layer + (rows + layer + rows)
+
+
+@pytest.mark.parametrize(
+    ("array", "moved"),
+    [
+        ("%a = f32[16,100]{1,0} parameter(0)", 2 * 400 + 4),  # in place: the rows and their index
+        ("%a = f32[16,100]{1,0} broadcast(%zero), dimensions={}", 6400 + 400 + 4),
+    ],
+    ids=["stored", "computed"],
+)
+def test_a_scatter_writes_its_rows_in_place(array, moved):
+    text = f"""\
+%rows (p: f32[16,100], u: f32[1,100], i: s32[1,1]) -> f32[16,100] {{
+  %p = f32[16,100]{{1,0}} parameter(0)
+  %zero = f32[] constant(0)
+  {array}
+  %u = f32[1,100]{{1,0}} parameter(1)
+  %i = s32[1,1]{{1,0}} parameter(2)
+  ROOT %out = f32[16,100]{{1,0}} scatter(%a, %i, %u), to_apply=%second
+}}
+
+ENTRY %main (p: f32[16,100], u: f32[1,100], i: s32[1,1]) -> f32[16,100] {{
+  %p = f32[16,100]{{1,0}} parameter(0)
+  %u = f32[1,100]{{1,0}} parameter(1)
+  %i = s32[1,1]{{1,0}} parameter(2)
+  ROOT %out = f32[16,100]{{1,0}} fusion(%p, %u, %i), kind=kInput, calls=%rows
+}}
+"""
+    assert traffic.hbm_traffic(hlo.Program(text)) == moved
