@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+DECODING_ROWS = 128  # up to this many rows, a product takes as long as reading its kernel
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -72,15 +74,16 @@ class Projection(nn.Module):
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [rows, d_in], kernel [d_in, features] → [rows, features].
 
-    XLA's GPU compiler multiplies a single row and a small kernel element by element, and writes and
-    reads the products: three times the bytes of the kernel. It multiplies two rows as matrices.
+    With the few rows of a decoding step, XLA's GPU compiler does two things that move the kernel
+    three times instead of once. It multiplies a single row element by element and stores the
+    products: two rows are multiplied as matrices. And for every token it joins the kernels of
+    products with the same x: behind a barrier, each product has an x of its own.
     """
-    if x.shape[0] > 1:
+
+    def on_gpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows = jnp.pad(x, ((0, max(0, 2 - len(x))), (0, 0)))
+        return (jax.lax.optimization_barrier(rows) @ kernel)[: len(x)]
+
+    if x.shape[0] > DECODING_ROWS:
         return x @ kernel
-
-    def with_two_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return (jnp.pad(x, ((0, 1), (0, 0))) @ kernel)[:1]
-
-    return jax.lax.platform_dependent(
-        x, kernel, cuda=with_two_rows, rocm=with_two_rows, default=jnp.matmul
-    )
+    return jax.lax.platform_dependent(x, kernel, cuda=on_gpu, rocm=on_gpu, default=jnp.matmul)
