@@ -22,14 +22,23 @@ import plan_pages
 from absl import app
 from banner import print_banner
 
-TOPOLOGIES = ("h100:8", "h100:8x4", "h100:8x32", "a100-80:8", "h200:8", "b200:8")
-# The mesh and rematerialization for cards of 80 GB and more: weights are sharded within a node and
-# replicated over nodes, and only the cheap activations are computed again.
-OVERRIDES = (
-    "--config.mesh.data=-1",
-    "--config.mesh.fsdp=8",
-    "--config.model.remat=attention,query,key,value,out,gate,up",
-)
+from fastslm_jax import chips
+
+TOPOLOGIES = ("h100:1", "h100:8", "h100:8x4", "h100:8x32", "a100-80:8", "h200:8", "b200:8")
+
+
+def overrides(topology: str) -> tuple[str, ...]:
+    """The mesh and rematerialization for cards of 80 GB and more.
+
+    Weights are sharded within a node and replicated over nodes, so that only gradients cross the
+    network. Only cheap activations are computed again.
+    """
+    return (
+        "--config.mesh.data=-1",
+        f"--config.mesh.fsdp={chips.parse_topology(topology).gpus}",
+        "--config.model.remat=attention,query,key,value,out,gate,up",
+    )
+
 
 INTRODUCTION = """\
 # Plans for nodes of GPUs
@@ -58,15 +67,14 @@ What a compilation without a GPU does not know:
 CLOSING = """
 ## Meshes
 
-| cards | mesh | `config.model.remat` | why |
-|---|---|---|---|
-| 1 × 80 GB | `data=1, fsdp=1` | `attention,query,key,value,out` | all weights on one card |
-| 8 × 80 GB, one node | `fsdp=8` | `attention,query,key,value,out,gate,up` | NVLink is fast |
-| several nodes | `data=-1, fsdp=8` | same | only gradients cross the network |
+| cards | mesh | why |
+|---|---|---|
+| 1 × 80 GB | `--config.mesh.data=1 --config.mesh.fsdp=1` | all weights on one card |
+| 8 × 80 GB, one node | `--config.mesh.data=-1 --config.mesh.fsdp=8` | NVLink carries the weights |
+| several nodes of eight | same | only gradients cross the network |
 
-A GPU writes the new keys and values of all rows in one scatter, and reads the weights of a layer
-where they are. `python benchmarks/gpu_decode.py` compiles decoding and compares what it moves with
-the weights and the cache.
+With `--config.model.remat=attention,query,key,value,out,gate,up`: the configs' own values are for
+TPUs of 16 GB. `fastslm_jax/compiler.py` has the compiler options of a train step on several GPUs.
 """
 
 plan_pages.define_flags(TOPOLOGIES)
@@ -90,7 +98,7 @@ PAGE = plan_pages.Page(
     name="gpu_plan",
     introduction=INTRODUCTION,
     topologies=TOPOLOGIES,
-    overrides=lambda topology: OVERRIDES,
+    overrides=overrides,
     misses=misses,
     closing=CLOSING,
 )

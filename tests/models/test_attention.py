@@ -141,6 +141,24 @@ def test_auto_on_a_gpu_has_a_kernel_or_a_counted_fallback(name, monkeypatch):
     assert choice.endswith(f"{keys} keys") or "(cuDNN is not detected)" in choice
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="requires a GPU (benchmarks/gpu.sh)")
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_kernels_on_a_gpu_match_xla(name):
+    """Values and gradients in bfloat16, against float32: within 2 % of the largest."""
+    length, keys, heads, kv_heads, head_dim = FULL_SIZE[name]
+    inputs = arrays(1, length, keys, heads, kv_heads, head_dim)
+    ids = jnp.arange(length)[None] // 1000
+    mask = CausalSegments(ids) if name == "decoder" else None
+    kernel = attention.choose("auto", "gpu", jnp.bfloat16, sharding.make_mesh())
+    weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    halves = [x.astype(jnp.bfloat16) for x in inputs]
+    got = values_and_gradients(kernel, halves, mask, weights)
+    expected = values_and_gradients(XLA, inputs, mask, weights)
+    for value, right in zip(got, expected, strict=True):
+        np.testing.assert_allclose(value, right, atol=2e-2 * np.abs(right).max())
+
+
 def test_what_cudnn_refuses_is_a_counted_fallback(monkeypatch):
     def refuse(*_, **__):
         raise NotImplementedError("Unsupported sequence\n length.")
