@@ -123,6 +123,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         step_specs.train_step,
         in_shardings=step_specs.in_shardings,
         out_shardings=step_specs.out_shardings,
+        compiler_options=step_specs.compiler_options,
         donate_argnums=0,
     )
 

@@ -14,6 +14,7 @@ FOUNDATION = (
         "audio_headers",
         "chips",
         "cli",
+        "compiler",
         "config",
         "config_comments",
         "config_schema",
