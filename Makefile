@@ -18,7 +18,7 @@ RUN := .venv/.run-installed
 TEST := .venv/.test-installed
 GPU := .venv/.gpu-compile-installed
 
-.PHONY: demo test test-gpu-compile lint clean
+.PHONY: demo test test-gpu-compile fuzz lint clean
 
 demo: $(RUN)
 	$(VENV)/python -m fastslm_jax.demo --out=$(OUT) --seed=$(SEED)
@@ -29,6 +29,10 @@ test: $(TEST)
 # Compiles train steps and generation for GPUs, without one (1.7 GB of wheels).
 test-gpu-compile: $(GPU)
 	$(VENV)/python -m pytest -m gpu_compile $(ARGS)
+
+# Mutated files of all kinds (tests/test_fuzz.py), about ten minutes.
+fuzz: $(TEST)
+	FASTSLM_FUZZ=12000 $(VENV)/python -m pytest -n 2 --dist load tests/test_fuzz.py $(ARGS)
 
 lint: $(TEST)
 	$(VENV)/ruff check .
