@@ -127,7 +127,7 @@ class Page:
             "",
             "The commands:",
             "",
-            "```",
+            "```sh",
             *(" ".join(["python", *self.command(*key)]) for key in keys),
             "```",
             *(["", self.closing.strip()] if self.closing else []),

@@ -8,7 +8,8 @@ The language of a fenced block says how:
   console   a session: the lines after "$ " run, the rest is their output.
   sh        commands for other hardware: the shell parses them, and the trainings and evaluations
             in them run with the demo's pretrained models and small rows.
-Blocks of other languages (python, text, yaml, …) are not commands.
+  python    programs that run; "python fragment" is a part of one.
+Blocks of other languages (text, yaml) are not commands.
 """
 
 import itertools
@@ -27,9 +28,14 @@ PAGES = ("README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").g
 GENERATED = ("docs/tpu_plan.md", "docs/gpu_plan.md")  # by benchmarks/, with the commands that ran
 SMALL = "--config.steps=2 --config.log_every=1 --config.data.dev_utterances=1"
 SMALL += " --config.checkpoint_every=2"
-TINY = SMALL + " --config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo_llm"
-TINY += " --config.global_batch_size=8 --config.data.workers=0 --config.data.row.windows=4"
-TINY += " --config.data.row.tokens=512 --config.data.row.labels=160"
+BASES = "--config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo_llm"
+TINY = f"{SMALL} {BASES} --config.global_batch_size=8 --config.data.workers=0"
+TINY += " --config.mesh.fsdp=8"
+TINY += " --config.data.row.windows=4 --config.data.row.tokens=512 --config.data.row.labels=160"
+STAGE1 = "python train.py --config=configs/stage1_shortform.py --workdir=runs/stage1"
+STAGE1 += " --config.data.train.asr.path=DIR/train.jsonl"
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+EIGHT = "--xla_force_host_platform_device_count=8"
 COUNTS = "utterances=40 train_ast=8 train_ssum=8 train_sqqa=8 dev=4 test_asr=3 test_ast=1"
 COUNTS += " test_ssum=1 test_sqqa=1 test_unseen_voices=1 test_long=1"
 
@@ -51,6 +57,8 @@ def blocks(page: str) -> list[tuple[int, str, str]]:
 
 def scripts(language: str, content: str) -> list[tuple[str, int]]:
     """(script, expected exit code) of a block; a command whose output is an error exits with 2."""
+    if language == "python":
+        return [(f"python - << 'END'\n{content}END\n", 0)]
     if language != "console":
         return [(content, 0)]
     found = []
@@ -64,7 +72,7 @@ SHELL_BLOCKS = [
     (page, line, language, content)
     for page in PAGES
     for line, language, content in blocks(page)
-    if language in ("bash", "console", "sh")
+    if language in ("bash", "console", "sh", "python")
 ]
 
 
@@ -89,7 +97,8 @@ def test_the_shell_parses_it(block):
 def trainings(content: str) -> list[str]:
     """The trainings and evaluations in a block for other hardware, also inside of quotes."""
     joined = re.sub(r"\\\n\s*", " ", content)
-    return re.findall(r"python (?:train|eval)\.py[^\"&;|#\n]*", joined)
+    found = re.findall(r"python (?:train|eval)\.py[^\"&;|#\n]*", joined)
+    return [command.replace("/mnt/shared", "runs").replace("/shared", "runs") for command in found]
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -106,7 +115,9 @@ def place(tmp_path_factory):
     program.write_text(
         "#!/bin/bash\n"
         'case "$*" in\n'
-        f'  *train.py*configs/stage*) exec {sys.executable} "$@" {TINY} ;;\n'
+        f"  *train.py*configs/stage*) export XLA_FLAGS='{FAST} {EIGHT}'\n"
+        f'    exec {sys.executable} "$@" {TINY} ;;\n'
+        f'  *eval.py*configs/stage*) exec {sys.executable} "$@" {BASES} ;;\n'
         f'  *train.py*) exec {sys.executable} "$@" {SMALL} ;;\n'
         f'  *) exec {sys.executable} "$@" ;;\n'
         "esac\n"
@@ -120,10 +131,17 @@ def place(tmp_path_factory):
     for stage in (1, 2, 3):
         shutil.copytree(ROOT / "assets/demo_model", demo / f"stage{stage}")
     recording = next((demo / "corpus/test").glob("*-asr-*.flac"))
-    shutil.copy(recording, place / "clip.flac")
-    shutil.copy(recording, place / "FILE")
+    for name in ("clip.flac", "a.flac", "b.flac", "FILE"):
+        shutil.copy(recording, place / name)
+    (place / "FOLDER").mkdir()
+    shutil.copy(recording, place / "FOLDER")
     for folder in ("my", "DIR"):
         shutil.copytree(demo / "corpus", place / folder)
+    shutil.copy(place / "my/test.jsonl", place / "my/manifest.jsonl")
+    weights = (ROOT / "assets/demo_llm/model.safetensors").read_bytes()
+    (place / "cut.safetensors").write_bytes(weights[:1000])
+    released = f"--workdir={demo}/stage3 --layout=released --out=FastSLM --pt"
+    run(place, f"python -m fastslm_jax.convert export {released}")
     chapter = place / "LibriSpeech/test-clean/1/2"
     chapter.mkdir(parents=True)
     shutil.copy(recording, chapter / "1-2-0000.flac")
@@ -134,8 +152,7 @@ def place(tmp_path_factory):
 def run(place: pathlib.Path, script: str, expected: int = 0) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        " --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": FAST,
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
         "FASTSLM_COMPILATION_CACHE": str(place / "cache"),
     }
@@ -156,9 +173,12 @@ def run(place: pathlib.Path, script: str, expected: int = 0) -> None:
 def test_commands_run(page, place):
     for _, line, language, content in [block for block in SHELL_BLOCKS if block[0] == page]:
         print(f"{page}:{line}")  # shown if it fails
-        if language == "sh":
-            for command in trainings(content):
-                run(place, command.replace("/mnt/shared", "runs").replace("/shared", "runs"))
-        else:
+        if language != "sh":
             for script, expected in scripts(language, content):
                 run(place, script, expected)
+            continue
+        for command in trainings(content):
+            needs_stage1 = "init_from=runs/stage1" in command or "eval.py" in command
+            if needs_stage1 and not (place / "runs/stage1").exists():
+                run(place, STAGE1)
+            run(place, command)
