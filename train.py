@@ -32,6 +32,7 @@ import json
 import math
 import pathlib
 import signal
+import traceback
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -53,7 +54,12 @@ from fastslm_jax.training.step import TrainState
 
 def main(_: Sequence[str]) -> None:
     with contextlib.ExitStack() as resources:  # closed in reverse order, also after an error
-        train(FLAGS.config, pathlib.Path(FLAGS.workdir), resources)
+        try:
+            train(FLAGS.config, pathlib.Path(FLAGS.workdir), resources)
+        except BaseException as error:
+            # Drops the last batches: they are in shared memory, which the data workers close.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitStack) -> None:

@@ -132,15 +132,14 @@ def errors_as_one_line() -> Iterator[None]:
         yield
         if sys.stdout:
             sys.stdout.flush()  # here, because errors at exit cannot be caught
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt as interrupt:
-        fail(": ".join(filter(None, ["interrupted", str(interrupt)])), INTERRUPTED, prefix="")
-    except BrokenPipeError:  # the reader of the output has enough, such as `| head`
-        _drop_output()
-        sys.exit(PIPE_CLOSED)
-    except (OSError, UnicodeError) as error:
-        _drop_output()
+    except (UserError, OSError, UnicodeError, KeyboardInterrupt) as error:
+        if isinstance(error, OSError):
+            _drop_output()
+        if isinstance(error, BrokenPipeError):  # the reader has enough, such as `| head`
+            sys.exit(PIPE_CLOSED)
+        if isinstance(error, KeyboardInterrupt):
+            text = f"interrupted: {error}" if str(error) else "interrupted"
+            fail(text, INTERRUPTED, prefix="")
         fail(describe(error))
 
 
@@ -153,7 +152,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe(error: UserError | OSError | UnicodeError) -> str:
+def describe(error: Exception) -> str:
     """Example: "runs/x: No space left on device; free some space and run the same command"."""
     if isinstance(error, UnicodeDecodeError):
         return f"a text file is not UTF-8 ({error}); convert it"

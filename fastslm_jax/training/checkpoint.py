@@ -7,6 +7,7 @@
 The config names the frozen pretrained weights, and a fingerprint verifies that they are the same.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -136,6 +137,8 @@ class Checkpoints:
             yield
         except Exception as error:  # storage layers raise many types
             self._failed = True
+            if _is_interrupted(error):
+                raise KeyboardInterrupt from None
             reason = next((words for words in DISK_ERRORS if words in str(error)), None)
             reason = reason or _first_line(error)
             kept = [
@@ -307,6 +310,8 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):  # too large for this machine
             raise
         except Exception as error:  # storage layers raise many types for a damaged file
+            if _is_interrupted(error):
+                raise KeyboardInterrupt from None
             where, reason = self.folder / str(step), _first_line(error)
             if any(words in str(error) for words in DISK_ERRORS):
                 raise CheckpointError(f"{where}: could not be read ({reason})") from None
@@ -356,6 +361,15 @@ def _error_rate(metrics: Mapping[str, float]) -> float | None:
     """The dev score that the best checkpoint minimizes."""
     rate = metrics.get("wer", metrics.get("cer"))
     return None if rate is None or np.isnan(rate) else rate  # NaN: it could not be computed
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is the cause: asyncio cancels what runs, and Orbax wraps that."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: Exception) -> str:
