@@ -22,12 +22,10 @@ from tqdm import tqdm
 from fastslm_jax import audio, cli, devices
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
-from fastslm_jax.inference import load as loading
-from fastslm_jax.inference import long_form
+from fastslm_jax.inference import api, long_form
 from fastslm_jax.inference.generator import Generator
 from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
-from fastslm_jax.training.checkpoint import Checkpoints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
@@ -198,12 +196,6 @@ class TerminalStream:
 
 def load(options: flags.FlagValues) -> tuple[Generator, float]:
     """The generator, and the length in seconds of the longest recordings in its training."""
-    checkpoints = Checkpoints(options.checkpoint, read_only=True)
-    step = loading.find_step(checkpoints, options.checkpoint, options.step)
-    config = loading.saved_config(
-        checkpoints, options.checkpoint, step, options.whisper, options.llm
-    )
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     sampling = SamplingParams(
         options.temperature,
         options.top_k,
@@ -211,10 +203,10 @@ def load(options: flags.FlagValues) -> tuple[Generator, float]:
         options.repetition_penalty,
         options.seed,
     )
-    generator = loading.load(
-        config, checkpoints, step, cache_dtype=options.kv_cache, sampling=sampling
+    model = api.load(
+        options.checkpoint, options.step, options.whisper, options.llm, options.kv_cache, sampling
     )
-    return generator, long_form.trained_seconds(config.data.train, generator.model.window.seconds)
+    return model.generator, model.trained_seconds
 
 
 def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
