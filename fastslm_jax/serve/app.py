@@ -311,12 +311,11 @@ class Server:
     # ----------------------------------------------------------------------------------- warm-up
 
     async def warm_up(self) -> None:
-        """Compiles the programs of short and long recordings before the first client waits."""
-        for seconds in (
-            1,
-            round(min(30.0, 1.5 * self.worker.model.generator.model.window.seconds)),
-        ):
-            ask = Ask(np.zeros(seconds * SAMPLE_RATE, np.int16), max_new_tokens=2)
+        """Compiles the programs of short and long recordings and texts before clients wait."""
+        window = self.worker.model.generator.model.window.samples
+        silence = [np.zeros(length, np.int16) for length in (window, window + SAMPLE_RATE)]
+        asks = [Ask(samples, max_new_tokens=2) for samples in silence]
+        for ask in (*asks, Ask(None, instruction="hello", max_new_tokens=2)):
             async for _ in self.worker.results(ask):
                 pass
 

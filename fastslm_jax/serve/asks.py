@@ -81,21 +81,20 @@ Part = Annotated[TextPart | AudioPart, pydantic.Field(discriminator="type")]
 
 class Message(schema.Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part]
+    content: list[Part]  # or a text
 
-    @property
-    def parts(self) -> list[Part]:
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content
+    @pydantic.field_validator("content", mode="before")
+    @classmethod
+    def _wrap_text(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
     def text(self) -> str:
-        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart)).strip()
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart)).strip()
 
     @property
     def audio(self) -> list[InputAudio]:
-        return [part.input_audio for part in self.parts if isinstance(part, AudioPart)]
+        return [part.input_audio for part in self.content if isinstance(part, AudioPart)]
 
 
 class StreamOptions(schema.Schema):

@@ -45,7 +45,6 @@ class Growth:
     written: str = ""
 
     def delta(self, text: str) -> str:
-        text = text.rstrip("\ufffd")  # a character whose bytes are incomplete
         if not text.startswith(self.written):
             return ""
         new = text[len(self.written) :]
@@ -54,9 +53,13 @@ class Growth:
 
 
 def text_so_far(result: Result) -> str:
-    if result.stop_reason is not None or not result.segments:
+    """The text that will not change, except for a repetition that is cut at the end."""
+    if result.stop_reason is not None:
         return result.text
-    return " ".join(segment.text for segment in settled(result) if segment.text)
+    if not result.segments:  # no audio
+        return result.text.rstrip("\ufffd")
+    text = " ".join(segment.text for segment in settled(result) if segment.text)
+    return text.rstrip("\ufffd")  # a character whose bytes are incomplete
 
 
 # ------------------------------------------------------------------------------- transcriptions
