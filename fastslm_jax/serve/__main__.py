@@ -9,12 +9,12 @@ Paths: /v1/audio/transcriptions, /v1/audio/translations, /v1/chat/completions, /
 
 import asyncio
 import functools
+import importlib.util
 import ipaddress
 import pathlib
 import signal
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
@@ -22,10 +22,8 @@ from fastslm_jax import cli
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import api
 
-if TYPE_CHECKING:
-    from fastslm_jax.serve.limits import Limits
-
-EXTRA = ("starlette", "uvicorn", "python_multipart", "prometheus_client")  # of [serve]
+# The packages of the extra [serve]; imported in `main`, where their absence is one line.
+EXTRA = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -108,32 +106,21 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def limits(options: flags.FlagValues) -> "Limits":
-    from fastslm_jax.serve.limits import Limits
-
-    return Limits(
-        round(options.max_megabytes * 2**20),
-        options.max_minutes,
-        options.max_requests,
-        options.max_queue_minutes,
-        options.max_seconds,
-    )
-
-
 def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
     if argv[1:]:
         raise UserError(f"unexpected argument {argv[1]!r}: options are --name=value (see --help)")
-    try:
-        import uvicorn
-
-        from fastslm_jax.serve.app import Server
-        from fastslm_jax.serve.worker import Worker
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
-            raise
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"the server needs {error.name}: pip install -e '.[serve]' (or 'fastslm-jax[serve]')"
-        ) from None
+            f"the server needs {', '.join(missing)}: pip install 'fastslm-jax[serve]' "
+            "(in a clone: pip install -e '.[serve]')"
+        )
+    import uvicorn
+
+    from fastslm_jax.serve.app import Server
+    from fastslm_jax.serve.limits import Limits
+    from fastslm_jax.serve.worker import Worker
+
     key = read_key(options.api_key_file)
     listener = bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
@@ -144,7 +131,14 @@ def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
     )
     name = options.model_name or pathlib.Path(options.checkpoint).resolve().name
     worker = Worker(model, options.batch_size, options.span)
-    server = Server(worker, name, limits(options), key)
+    limits = Limits(
+        round(options.max_megabytes * 2**20),
+        options.max_minutes,
+        options.max_requests,
+        options.max_queue_minutes,
+        options.max_seconds,
+    )
+    server = Server(worker, name, limits, key)
     worker.start()
     asyncio.run(server.warm_up())
     # uvicorn finishes running requests on these signals, and then raises them again.
