@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import subprocess
 import tempfile
 import time
@@ -42,7 +43,7 @@ flags.DEFINE_integer("requests", 200, "Requests of the mix.")
 flags.DEFINE_integer("concurrency", 16, "Clients at the same time.")
 flags.DEFINE_integer("soak", 1000, "Further requests, after which memory is compared.")
 
-MAX_MEGABYTES = 2
+MAX_MEGABYTES = 8
 MAX_GROWTH = 0.05
 KINDS = {  # share of the mix
     "short": 0.50,
@@ -238,4 +239,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     app.run(main)

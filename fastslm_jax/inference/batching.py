@@ -91,7 +91,7 @@ class ContinuousBatch:
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
         while upcoming is not None or self.running:
-            while upcoming is not None and self.has_idle_row:
+            while upcoming is not None and self.idle_rows:
                 self.start(*upcoming)
                 upcoming = next(waiting, None)
             steps = PARTIAL_STEPS if partial else DECODE_STEPS
@@ -100,8 +100,8 @@ class ContinuousBatch:
                     yield running
 
     @property
-    def has_idle_row(self) -> bool:
-        return len(self.running) < len(self.state.done)
+    def idle_rows(self) -> int:
+        return len(self.state.done) - len(self.running)
 
     def start(self, number: int, prompt: Prompt) -> Running:
         """Assigns a prompt to the first idle row; `number` seeds its random draws."""

@@ -1,7 +1,7 @@
 """Continuous batching of jobs that arrive while others decode: the engine of the server.
 
-An answer does not depend on the other jobs: each request is encoded alone, and runs in a batch
-whose shape follows from the request itself.
+An answer does not depend on the other jobs: the shapes of the programs that encode and decode a
+request follow from the request itself.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Job:
     Attributes:
         partial: whether it advances every few tokens, or only when a piece is done.
         prompt_tokens: of the prompts so far, speech tokens included.
-        running: pieces that are being decoded, with the batch and row of each.
+        running: pieces that are being decoded, with the batch and row of each (-1: not yet).
     """
 
     plan: Plan | TextPlan
@@ -89,10 +89,11 @@ class _Key(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """A batch and what its rows decode."""
+    """A batch, what its rows decode, and what will take its idle rows."""
 
     batch: ContinuousBatch
     rows: dict[int, tuple[Job, Piece, Request]] = dataclasses.field(default_factory=dict)
+    next: list[tuple[Job, Piece, Request]] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
@@ -138,13 +139,15 @@ class Scheduler:
     def step(self) -> list[Job]:
         """Starts waiting pieces and decodes a few tokens; returns the jobs that advanced."""
         self._admit()
+        for lane in self._lanes.values():
+            self._start(lane)
         lanes = [lane for lane in self._lanes.values() if lane.rows]
         advanced = dict.fromkeys(job for lane in lanes for job in self._advance(lane))
         self.jobs = [job for job in self.jobs if not job.plan.is_done]
         return list(advanced)
 
     def _admit(self) -> None:
-        """Fills idle rows. A job that needs another batch than the open ones is not overtaken."""
+        """Assigns idle rows. A job that needs another batch than the open ones is not overtaken."""
         while True:
             for job in sorted(self.jobs, key=lambda job: len(job.running)):
                 piece = job.next_piece()
@@ -155,8 +158,9 @@ class Scheduler:
                 lane = self._lanes.get(key) or self._open(key, request)
                 if lane is None:
                     return
-                if lane.batch.has_idle_row:
-                    self._start(lane, job, piece, request)
+                if len(lane.next) < lane.batch.idle_rows:
+                    lane.next.append((job, piece, request))
+                    job.running[piece] = (lane, -1)
                     break
             else:
                 return
@@ -172,7 +176,7 @@ class Scheduler:
 
     def _open(self, key: _Key, request: Request) -> _Lane | None:
         """A new batch in place of idle ones; None if it must wait for another one to end."""
-        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.rows}
+        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.rows or lane.next}
         if len(self._lanes) == MAX_LANES:
             return None
         rows = rows_for(self.batch_size, key.cache_length)
@@ -192,19 +196,28 @@ class Scheduler:
         self._lanes[key] = lane = _Lane(batch)
         return lane
 
-    def _start(self, lane: _Lane, job: Job, piece: Piece, request: Request) -> None:
-        (prompt,) = self.generator.prompts([request])
-        # The piece's place seeds its draws, so that they do not depend on other jobs.
-        row = lane.batch.start(piece.start, prompt).row
-        lane.rows[row] = (job, piece, request)
-        job.running[piece] = (lane, row)
-        job.prompt_tokens += len(prompt.tokens)
+    def _start(self, lane: _Lane) -> None:
+        """Encodes what is next: single windows alone, others in micro-batches of one shape."""
+        alone, together = [], []
+        for pick in lane.next:
+            samples = pick[2].samples
+            is_long = samples is not None and self.generator.model.window.count(len(samples)) > 1
+            (together if is_long else alone).append(pick)
+        lane.next = []
+        for picks in (together, *([pick] for pick in alone)):
+            prompts = self.generator.prompts([request for *_, request in picks])
+            for (job, piece, request), prompt in zip(picks, prompts, strict=True):
+                # The piece's place seeds its draws, so that they do not depend on other jobs.
+                row = lane.batch.start(piece.start, prompt).row
+                lane.rows[row] = (job, piece, request)
+                job.running[piece] = (lane, row)
+                job.prompt_tokens += len(prompt.tokens)
 
     def _advance(self, lane: _Lane) -> Iterator[Job]:
         if any(job.partial for job, *_ in lane.rows.values()):
             steps = PARTIAL_STEPS
         else:
-            steps = JOIN_STEPS if lane.batch.has_idle_row else DECODE_STEPS
+            steps = JOIN_STEPS if lane.batch.idle_rows else DECODE_STEPS
         for running in lane.batch.advance(steps, is_last=False):
             job, piece, request = lane.rows[running.row]
             if running.stop_reason is None and not job.partial:

@@ -29,6 +29,7 @@ from fastslm_jax.serve.worker import Ask, Progress, Worker
 
 Handler = Callable[..., Awaitable[Response]]
 
+MAX_CHAT_BYTES = 50 << 20  # JSON is parsed in memory, in several copies
 RETRY_SECONDS = 2
 CLIENT_LEFT = 499  # nginx's status, for the log and the metrics
 PAGE_POLICY = (
@@ -57,8 +58,10 @@ class Server:
         )
 
     def app(self) -> Starlette:
-        def post(path: str, handler: Handler) -> Route:
-            return Route(path, self._guarded(path, handler), methods=["POST"])
+        most = self.limits.max_bytes
+
+        def post(path: str, handler: Handler, max_bytes: int = most) -> Route:
+            return Route(path, self._guarded(path, handler, max_bytes), methods=["POST"])
 
         return Starlette(
             routes=[
@@ -69,7 +72,7 @@ class Server:
                 Route("/v1/models/{name:path}", self._model),
                 post("/v1/audio/transcriptions", self._transcriptions),
                 post("/v1/audio/translations", self._translations),
-                post("/v1/chat/completions", self._chat),
+                post("/v1/chat/completions", self._chat, min(most, MAX_CHAT_BYTES)),
             ],
             exception_handlers={
                 ApiError: lambda _, error: _error_response(error),
@@ -221,13 +224,13 @@ class Server:
 
     # ------------------------------------------------------------------------ key, limits, errors
 
-    def _guarded(self, path: str, handler: Handler) -> Handler:
+    def _guarded(self, path: str, handler: Handler, max_bytes: int) -> Handler:
         """A route with the key, the limits, one log line, and errors as JSON."""
 
         async def run(request: Request) -> Response:
             started = time.monotonic()
             deadline = asyncio.get_running_loop().time() + self.limits.max_seconds
-            body = Body(request.receive, self.limits.max_bytes)
+            body = Body(request.receive, max_bytes)
             is_counted = False
 
             def end(status: int) -> None:

@@ -32,7 +32,7 @@ class Body:
         if self._bytes > self._max_bytes:
             raise ApiError(
                 413,
-                f"the request has more than {self._max_bytes / 2**20:g} MiB, the limit of this "
+                f"the request has more than {self._max_bytes / 2**20:.3g} MiB, the limit of this "
                 "server; send compressed audio (mp3, flac, ogg) or parts",
             )
         return message
