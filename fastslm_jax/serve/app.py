@@ -82,7 +82,7 @@ class Server:
         )
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncGenerator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncGenerator[None, None]:
         yield
         await asyncio.to_thread(self.worker.stop)
 
@@ -192,7 +192,7 @@ class Server:
         results = self._results(ask)
         first = await unless_disconnected(request.receive, _next(results))
 
-        async def stream() -> AsyncGenerator[str]:
+        async def stream() -> AsyncGenerator[str, None]:
             async with aclosing(results):
                 for text in events(first):
                     yield text
@@ -205,7 +205,7 @@ class Server:
 
         return EventStream(stream(), deadline, replies.event(self._timeout().body()))
 
-    async def _results(self, ask: Ask) -> AsyncGenerator[Progress]:
+    async def _results(self, ask: Ask) -> AsyncGenerator[Progress, None]:
         """The worker's, within the limit on all audio; counts what is answered."""
         limit = 60 * self.limits.max_queue_minutes
         if self._queue_seconds and self._queue_seconds + ask.seconds > limit:
@@ -323,11 +323,11 @@ class Server:
                 pass
 
 
-async def _next(results: AsyncGenerator[Progress]) -> Progress:
+async def _next(results: AsyncGenerator[Progress, None]) -> Progress:
     return await anext(results)
 
 
-async def _last(results: AsyncGenerator[Progress]) -> Progress:
+async def _last(results: AsyncGenerator[Progress, None]) -> Progress:
     return [progress async for progress in results][-1]
 
 

@@ -86,7 +86,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str], deadline: float, late: str):
+    def __init__(self, events: AsyncGenerator[str, None], deadline: float, late: str):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._deadline, self._late = events, deadline, late

@@ -86,7 +86,7 @@ class Worker(threading.Thread):
         self._inbox: queue.SimpleQueue[tuple[str, _Ticket | None]] = queue.SimpleQueue()
         self._tickets: dict[Job, _Ticket] = {}
 
-    async def results(self, ask: Ask) -> AsyncGenerator[Progress]:
+    async def results(self, ask: Ask) -> AsyncGenerator[Progress, None]:
         """Progress until the result is complete; leaving early cancels the ask.
 
         A slow client misses some progress, never the last.
