@@ -16,14 +16,23 @@ demo: export XLA_FLAGS ?= --xla_backend_optimization_level=2
 VENV := .venv/bin
 RUN := .venv/.run-installed
 TEST := .venv/.test-installed
+GPU := .venv/.gpu-compile-installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu-compile fuzz lint clean
 
 demo: $(RUN)
 	$(VENV)/python -m fastslm_jax.demo --out=$(OUT) --seed=$(SEED)
 
 test: $(TEST)
 	$(VENV)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Compiles train steps and generation for GPUs, without one (1.7 GB of wheels).
+test-gpu-compile: $(GPU)
+	$(VENV)/python -m pytest -m gpu_compile $(ARGS)
+
+# Mutated files of all kinds (tests/test_fuzz.py), about ten minutes.
+fuzz: $(TEST)
+	FASTSLM_FUZZ=12000 $(VENV)/python -m pytest -n 2 --dist load tests/test_fuzz.py $(ARGS)
 
 lint: $(TEST)
 	$(VENV)/ruff check .
@@ -46,3 +55,7 @@ $(RUN): requirements.txt requirements-demo.txt | $(VENV)/python
 $(TEST): requirements.txt requirements-demo.txt requirements-test.txt | $(VENV)/python
 	$(VENV)/python -m pip install -q -r requirements-test.txt
 	touch $@ $(RUN)
+
+$(GPU): $(TEST) pyproject.toml
+	$(VENV)/python -m pip install -q -e .[plan-gpu]
+	touch $@

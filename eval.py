@@ -9,28 +9,14 @@ Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json} and WORKDIR/eval/
 a table. A stopped run resumes when it is started again. --swap_audio names sets that are also
 transcribed with the audio of other utterances (into SET/asr-swapped): a control on which a model
 that uses the audio must score poorly. --score_only scores existing predictions, or those of a
-file, without a model. docs/eval.md describes the scoring conventions.
+file, without a model. Predictions of another manifest, or of more utterances, are only replaced
+with --overwrite. docs/eval.md describes the scoring conventions.
 """
 
-import pathlib
-import time
-from collections.abc import Iterator, Sequence
-
 from absl import flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import config_flags
 
-from fastslm_jax import cli, devices
-from fastslm_jax.data.manifest import Utterance, read_manifest
-from fastslm_jax.errors import UserError
-from fastslm_jax.evaluation import plots, predict, results
-from fastslm_jax.evaluation.judge import Judge
-from fastslm_jax.inference import load, long_form
-from fastslm_jax.inference.generator import Generator
-from fastslm_jax.inference.long_form import Recording
-from fastslm_jax.training.checkpoint import Checkpoints
-
-RTFX_UTTERANCES = 32
+from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -40,7 +26,10 @@ flags.DEFINE_string("workdir", None, "Working directory of the run.")
 flags.DEFINE_integer("checkpoint", None, "Step to evaluate (default: the newest).")
 flags.DEFINE_list("sets", [], "Names of config.eval.sets (default: all).")
 flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
-flags.DEFINE_integer("limit", 0, "Maximum utterances of each set and task (0: all).")
+flags.DEFINE_integer("limit", 0, "Maximum utterances of each set and task (0: all).", 0)
+flags.DEFINE_bool(
+    "overwrite", False, "Replace predictions of another manifest, or of more utterances."
+)
 flags.DEFINE_string(
     "span",
     "auto",
@@ -65,6 +54,30 @@ flags.DEFINE_string("judge_model", None, "Name of the judge's model at that endp
 flags.DEFINE_list(
     "rtfx_batches", [], "Batch sizes to measure the speed of, on the first utterances of each set."
 )
+REQUIRED = ("workdir",)
+if __name__ == "__main__":
+    cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
+
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from fastslm_jax import config as config_lib
+from fastslm_jax import devices
+from fastslm_jax.data.manifest import Utterance, fingerprint, read_manifest
+from fastslm_jax.data.tasks import TASKS
+from fastslm_jax.errors import UserError
+from fastslm_jax.evaluation import plots, predict, results
+from fastslm_jax.evaluation.judge import Judge
+from fastslm_jax.inference import load, long_form
+from fastslm_jax.inference.generator import Generator
+from fastslm_jax.inference.long_form import Recording
+from fastslm_jax.training.checkpoint import Checkpoints
+
+RTFX_UTTERANCES = 32
 
 
 def main(_: Sequence[str]) -> None:
@@ -72,6 +85,8 @@ def main(_: Sequence[str]) -> None:
     folder = workdir / "eval"
     if (FLAGS.judge is None) != (FLAGS.judge_model is None):
         raise UserError("--judge and --judge_model: give both")
+    if FLAGS.predictions and not FLAGS.score_only:
+        raise UserError(f"--predictions={FLAGS.predictions}: works only with --score_only")
     judge = Judge(FLAGS.judge, FLAGS.judge_model) if FLAGS.judge else None
     if FLAGS.score_only and FLAGS.predictions:
         rows = results.score_file(folder, pathlib.Path(FLAGS.predictions), judge)
@@ -81,19 +96,23 @@ def main(_: Sequence[str]) -> None:
         rows = answer_and_score(FLAGS.config, workdir, folder, judge)
     plots.picture(folder / "eval.png", rows)
     print(plots.table(rows))
+    failed = [f"{name} {label} {key}" for name, label, s in rows for key in s.get("failed", {})]
+    if failed:
+        raise UserError(
+            f"{folder}: not computed: {', '.join(failed)} (see metrics.json); all predictions and "
+            "other scores are written, and --score_only tries again"
+        )
 
 
 def answer_and_score(
     config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, judge: Judge | None
 ) -> plots.Rows:
     # ------------------------------------------------------------------------------------- sets
-    sets = read_sets(config)
-
-    # ------------------------------------------------------------------------------------ model
+    long_form.parse_span(FLAGS.span)
+    batch_sizes = [parse_batch_size(size) for size in FLAGS.rtfx_batches]
+    sets = read_sets(config, folder)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = load.find_step(checkpoints, workdir, FLAGS.checkpoint)
-    generator = load.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
-    trained = long_form.trained_seconds(config.data.train, generator.model.window.seconds)
     run = {
         "checkpoint": step,
         "saved": (checkpoints.folder / str(step)).stat().st_mtime_ns,
@@ -101,6 +120,17 @@ def answer_and_score(
         "kv_cache": FLAGS.kv_cache,
         "bases": [config.base.whisper, config.base.llm],
     }
+    todo = []
+    for name, label, utterances, clips in parts(sets, config.seed):
+        manifest = config.eval.sets[name]
+        settings = run | {"manifest": str(manifest), "manifest_sha256": fingerprint(manifest)}
+        ids = {utterance.id for utterance in utterances}
+        log = results.PredictionLog(folder / name / label, settings, ids, FLAGS.overwrite)
+        todo.append((log, name, label, utterances, clips))
+
+    # ------------------------------------------------------------------------------------ model
+    generator = load.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
+    trained = long_form.trained_seconds(config.data.train, generator.model.window.seconds)
 
     def as_recordings(utterances: Sequence[Utterance], clips: Sequence[Utterance]) -> list:
         return [
@@ -112,16 +142,13 @@ def answer_and_score(
 
     # ------------------------------------------------------------------------ predict and score
     rows = []
-    for name, label, utterances, clips in parts(sets, config.seed):
+    for log, name, label, utterances, clips in todo:
         started = time.time()
-        settings = run | {"manifest": str(config.eval.sets[name])}
-        log = results.PredictionLog(folder / name / label, settings)
         recordings = as_recordings(utterances, clips)
         seconds = sum(u.seconds for u in utterances)
         found = {i: log.known[u.id] for i, u in enumerate(utterances) if u.id in log.known}
         done = sum(utterances[i].seconds for i in found)
-        title = f"{name} {label}"
-        with tqdm(total=round(seconds), initial=done, unit="s", desc=title, mininterval=2) as bar:
+        with cli.AudioBar(seconds, f"{name} {label}", done) as bar:
             for i, progress, prediction in predict.predict(
                 generator,
                 utterances,
@@ -138,26 +165,32 @@ def answer_and_score(
             "device": devices.name(),
             "peak_memory_gib": devices.peak_memory_gib(),
             "checkpoint": step,
-            "run": settings,
+            "run": log.run,
         }
-        if FLAGS.rtfx_batches:
+        if batch_sizes:
             own = as_recordings(utterances, utterances)
-            measured["rtfx_by_batch"] = rtfx_by_batch(generator, utterances, own)
+            measured["rtfx_by_batch"] = rtfx_by_batch(generator, utterances, own, batch_sizes)
         predictions = [found[i] for i in range(len(utterances))]
         rows.append((name, label, log.finish(predictions, measured, judge)))
     return rows
 
 
-def read_sets(config: ConfigDict) -> dict[str, list[Utterance]]:
-    """{name: utterances} of the requested sets and tasks."""
+def read_sets(config: ConfigDict, folder: pathlib.Path) -> dict[str, list[Utterance]]:
+    """{name: utterances} of the requested sets and tasks; `folder` will have one of each name."""
     if config is None:
         raise UserError("--config: is required (except with --score_only)")
+    config_lib.check(config)
     available = ", ".join(config.eval.sets)
     if unknown := set(FLAGS.sets) - set(config.eval.sets):
         raise UserError(
             f"--sets={','.join(sorted(unknown))}: not in config.eval.sets ({available})"
         )
-    sets = {name: read_manifest(config.eval.sets[name]) for name in FLAGS.sets or config.eval.sets}
+    if unknown := set(FLAGS.tasks) - set(TASKS):
+        raise UserError(f"--tasks={','.join(sorted(unknown))}: not among {', '.join(TASKS)}")
+    names = FLAGS.sets or list(config.eval.sets)
+    for name in names:
+        results.set_folder(folder, name)
+    sets = {name: read_manifest(config.eval.sets[name]) for name in names}
     if not sets:
         raise UserError(
             "config.eval.sets is empty: add a set, for example "
@@ -189,29 +222,36 @@ def parts(
                 yield name, f"{label}-swapped", utterances, predict.swapped(utterances, seed)
 
 
+def parse_batch_size(size: str) -> int:
+    """A value of --rtfx_batches."""
+    if not re.fullmatch("[1-9][0-9]{0,5}", size):
+        raise UserError(f"--rtfx_batches={size}: use whole numbers above 0")
+    return int(size)
+
+
 def rtfx_by_batch(
-    generator: Generator, utterances: Sequence[Utterance], recordings: Sequence[Recording]
+    generator: Generator,
+    utterances: Sequence[Utterance],
+    recordings: Sequence[Recording],
+    sizes: Sequence[int],
 ) -> dict[str, float]:
     """Audio seconds per second of run time by batch size, on the first utterances.
 
     Each size runs twice; the second run is measured.
     """
     speeds = {}
-    for size in FLAGS.rtfx_batches:
-        if not size.isdigit() or not int(size):
-            raise UserError(f"--rtfx_batches={size}: use whole numbers above 0")
+    for size in sizes:
         for _ in range(2):
             found = predict.predictions(
                 generator,
                 utterances[:RTFX_UTTERANCES],
                 recordings=recordings[:RTFX_UTTERANCES],
-                batch_size=int(size),
+                batch_size=size,
             )
         spent = sum(p["batch_seconds"] for p in found)
-        speeds[size] = round(sum(p["seconds"] for p in found) / spent, 2)
+        speeds[str(size)] = round(sum(p["seconds"] for p in found) / spent, 2)
     return speeds
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    cli.run(main, REQUIRED)

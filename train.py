@@ -6,43 +6,66 @@ Interrupt it at any time; the same command resumes. The workdir gets checkpoints
 TensorBoard events and config.json. On several hosts, run the same command on each (docs/scale.md).
 """
 
-import collections
-import functools
-import json
-import pathlib
-from collections.abc import Mapping, Sequence
+from absl import flags
+from ml_collections import config_flags
 
-import jax
-from absl import flags, logging
-from clu import metric_writers, parameter_overview
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
-
-from fastslm_jax import cli, distributed, flops, memory, sharding
-from fastslm_jax.data import loader
-from fastslm_jax.data.manifest import Utterance, read_manifest
-from fastslm_jax.evaluation import metrics, predict
-from fastslm_jax.inference.generator import Generator
-from fastslm_jax.training import checkpoint, experiment, optim, specs
-from fastslm_jax.training.logging import JsonLinesWriter, Profile, StepLog, Timer
-from fastslm_jax.training.step import TrainState
+from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
     "config", None, "The experiment, for example configs/demo.py:1.", lock_config=True
 )
 flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")
-distributed.define_flags()
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the cluster is not detected.")
+flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+flags.DEFINE_integer(
+    "process_id", None, "Index of this process, starting from 0, with --coordinator."
+)
+REQUIRED = ("config", "workdir")
+if __name__ == "__main__":
+    cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import signal
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import logging
+from clu import metric_writers, parameter_overview
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fastslm_jax import config as config_lib
+from fastslm_jax import distributed, flops, memory, outputs, sharding
+from fastslm_jax.data import loader
+from fastslm_jax.data.manifest import Utterance, read_manifest
+from fastslm_jax.evaluation import metrics, predict
+from fastslm_jax.inference.generator import Generator
+from fastslm_jax.training import checkpoint, config_changes, experiment, optim, specs
+from fastslm_jax.training.logging import Profile, StepLog, Timer, make_writer
+from fastslm_jax.training.step import TrainState
 
 
 def main(_: Sequence[str]) -> None:
-    config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+    with contextlib.ExitStack() as resources:  # closed in reverse order, also after an error
+        train(FLAGS.config, pathlib.Path(FLAGS.workdir), resources)
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitStack) -> None:
     distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     is_first_process = jax.process_index() == 0
-    lock = checkpoint.lock(workdir) if is_first_process else None  # noqa: F841 (held until exit)
+    if is_first_process:
+        resources.enter_context(checkpoint.lock(workdir))
     preemption = distributed.Preemption()
+    resources.callback(preemption.close)
 
     # ------------------------------------------------------------------------------ mesh and model
+    config_lib.check(config)
     mesh = sharding.make_mesh(**config.mesh)
     setup = experiment.build(config, mesh=mesh)
     model, tokenizer = setup.model, setup.prompt_tokenizer()
@@ -61,6 +84,7 @@ def main(_: Sequence[str]) -> None:
 
     # (2) config.init_from: the newest checkpoint of another run. Only if --workdir has none.
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    resources.callback(checkpoints.close)  # waits for a running save
     if config.init_from and not checkpoints.steps():
         source = checkpoint.Checkpoints(config.init_from, read_only=True)
         if not source.steps():
@@ -80,14 +104,16 @@ def main(_: Sequence[str]) -> None:
     # (3) The newest checkpoint of --workdir, with optimizer state and step: this is a resume.
     bases = setup.fingerprints()
     data = experiment.data_fingerprints(config.data.train)
-    restored = checkpoints.restore_latest(step_specs.saved, train_items(step_specs.state))
+    restored = checkpoints.restore_latest(step_specs.saved, train_items(step_specs.state), config)
+    first_row = 0
     if restored is not None:
         step, saved, train, meta = restored
         checkpoints.check_bases(step, bases)
-        checkpoint.warn_of_changes(meta, config, data)
+        config_changes.warn_of_changes(meta, config, data)
         state = state.replace(trained={path: saved[path] for path in state.trained}, **train)
         frozen |= {path: leaf for path, leaf in saved.items() if path in frozen}
-        logging.info("resuming from step %d, row %d", step, meta["row"])
+        first_row = meta["row"]
+        logging.info("resuming from step %d, row %d", step, first_row)
         del saved, train, restored
     first_step = int(state.step) + 1
 
@@ -97,26 +123,14 @@ def main(_: Sequence[str]) -> None:
         step_specs.train_step,
         in_shardings=step_specs.in_shardings,
         out_shardings=step_specs.out_shardings,
+        compiler_options=step_specs.compiler_options,
         donate_argnums=0,
     )
 
     # ------------------------------------------------------------------------------------- logging
-    writers = [
-        metric_writers.create_default_writer(
-            workdir, just_logging=not is_first_process, asynchronous=False
-        )
-    ]
+    writer = make_writer(workdir, first_step - 1, is_first_process)
     if is_first_process:
-        writers.append(JsonLinesWriter(workdir / "metrics.jsonl", resume_step=first_step - 1))
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
-        if first_step == 1:
-            overview = parameter_overview.get_parameter_overview(
-                step_specs.trained, include_stats=False
-            )
-            logging.info("trained parameters:\n%s", overview)
-            counts = optim.count(step_specs.trained), optim.count(step_specs.params)
-            logging.info("%d of %d parameters are trained", *counts)
-    writer = metric_writers.MultiWriter(writers)
+        write_description(workdir, config, step_specs)
     process_part, num_parts = distributed.rows_of_process(mesh)
     log = StepLog(
         writer=writer,
@@ -133,26 +147,28 @@ def main(_: Sequence[str]) -> None:
         mesh=mesh,
         schedule=setup.schedule,
         first_step=first_step,
+        first_row=first_row,
         last_step=config.steps,
         log_every=config.log_every,
         max_skipped=config.max_skipped,
         global_batch_size=config.global_batch_size,
         flops_per_step=sum(flops.minimum(model, setup.row, config.global_batch_size).values()),
     )
+    resources.callback(log.close)
 
     # ---------------------------------------------------------------------------------------- loop
-    batches = loader.batches(
+    feed = loader.batches(
         rows,
         config.global_batch_size,
-        start_row=(first_step - 1) * config.global_batch_size,
+        start_row=first_row,
         process_index=process_part,
         process_count=num_parts,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
-    batches = loader.prefetch_to_devices(
-        batches, functools.partial(sharding.shard_batch, mesh=mesh)
-    )
+    resources.callback(feed.close)
+    batches = loader.prefetch_to_devices(feed, functools.partial(sharding.shard_batch, mesh=mesh))
+    preemption.accept_interrupts()
     for step in range(first_step, config.steps + 1):
         is_last = step == config.steps
         with log.timer.waiting():
@@ -168,26 +184,36 @@ def main(_: Sequence[str]) -> None:
                 scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
             log.dev_scores = scores
 
-        # The data position follows from the step, however many batches are prefetched. Save before
-        # the next batch is drawn, so that no row is skipped or repeated after a resume.
+        # The data position is the number of rows used, however many batches are prefetched. Save
+        # before the next batch is drawn, so that no row is skipped or repeated after a resume.
         is_preempted = preemption.reached(step)
         if step % config.checkpoint_every == 0 or is_last or is_preempted:
             with log.timer.paused():
                 leaves = {**frozen, **state.trained}
                 meta = {
                     "config": json.loads(config.to_json_best_effort()),
-                    "row": step * config.global_batch_size,
+                    "row": log.rows(step),
                     "bases": bases,
                     "data": data,
                 }
                 saved = {path: leaves[path] for path in step_specs.saved}
                 checkpoints.save(step, saved, train_items(state), meta, scores)
+        if is_preempted and preemption.signal == signal.SIGINT:
+            raise KeyboardInterrupt(f"saved step {step}; the same command resumes")
         if is_preempted:
             logging.warning("SIGTERM: saved step %d and stopped; the same command resumes", step)
             break
-    log.close()
-    checkpoints.wait()
-    checkpoints.close()
+
+
+def write_description(
+    workdir: pathlib.Path, config: ConfigDict, step_specs: specs.StepSpecs
+) -> None:
+    """Writes config.json, and parameters.txt: names, shapes and types of trained parameters."""
+    outputs.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+    table = parameter_overview.get_parameter_overview(step_specs.trained, include_stats=False)
+    outputs.write_text(workdir / "parameters.txt", table + "\n")
+    counts = optim.count(step_specs.trained), optim.count(step_specs.params)
+    logging.info("%d of %d parameters are trained, see %s/parameters.txt", *counts, workdir)
 
 
 def train_items(state: TrainState) -> dict:
@@ -227,7 +253,7 @@ def evaluate(
         task, _, lang = label.partition("-")
         predictions = predict.predictions(generator, utterances, batch_size=batch_size)
         metric = metrics.main_metric(task, utterances[0].lang)
-        values[metric].append(predict.summarize(predictions)[metric])
+        values[metric].append(predict.summarize(predictions).get(metric, math.nan))
         if lang:
             by_language[f"dev/{metric}-{lang}"] = values[metric][-1]
         examples = "\n\n".join(
@@ -242,5 +268,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main)
+    cli.run(main, REQUIRED)

@@ -9,15 +9,20 @@ The last window is padded in one of two ways:
   whisper   as in OpenAI's code: zeros after the audio, so that the log-mel covers the padding too.
 """
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import operator
 import os
-import pathlib
-import struct
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
-import soundfile
 import soxr
 
+from fastslm_jax.audio_files import read_blocks
+from fastslm_jax.audio_headers import AudioError
 from fastslm_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -25,40 +30,116 @@ N_FFT = 400
 HOP = 160
 CONTEXT = N_FFT // 2  # samples of the neighboring windows on each side of a window
 MIN_SAMPLES = SAMPLE_RATE  # shorter recordings are padded with zeros
-BLOCK_SECONDS = 600  # longer files are decoded in blocks
 PADDINGS = ("released", "whisper")
-_MAX_RIFF_SIZE = 0xFFFFFF00  # larger sizes mean "unknown" (written by streams)
+MAX_PEAK = 2.0  # of float samples; up to here they are clipped, above they have another scale
+MIN_MIXED_ENERGY = 0.02  # of the channels' mean energy, in their mix
 
 
-class AudioError(UserError):
-    """A file cannot be used as audio. The message gives the file, the reason and the fix."""
+class Levels:
+    """The checks of samples that decoding yields, one block after another."""
+
+    def __init__(self) -> None:
+        self.peak, self.energy, self.mixed_energy = 0.0, 0.0, 0.0
+
+    def mix(self, block: np.ndarray) -> np.ndarray:
+        """Mixes float32 samples [channels, n] down to [n].
+
+        Raises:
+            AudioError: samples are NaN or infinite, or have another scale than [-1, 1].
+        """
+        peak = float(np.abs(block).max(initial=0.0))
+        if not np.isfinite(peak):
+            raise AudioError("contains NaN or infinite samples", "not_finite")
+        if peak > MAX_PEAK:
+            raise AudioError(
+                f"the samples reach {peak:.6g}, full scale is 1; divide them by their scale, for "
+                "example by 32768",
+                "out_of_range",
+            )
+        self.peak = max(self.peak, peak)
+        if len(block) == 1:
+            return block[0]
+        mixed = block.mean(axis=0)
+        self.energy += float(np.square(block).sum()) / len(block)
+        self.mixed_energy += float(np.square(mixed).sum())
+        return mixed
+
+    def check(self, seconds: float) -> None:
+        """Checks the whole recording, whose length is given for the message.
+
+        Raises:
+            AudioError: there is no sound, or it is lost because the channels cancel each other.
+        """
+        if self.peak <= 0.5 / 32768:  # rounded to zero
+            raise AudioError(f"all {seconds:.2f} s are digital silence", "silent")
+        if self.mixed_energy < MIN_MIXED_ENERGY * self.energy:
+            raise AudioError(
+                "the channels cancel each other when they are mixed (opposite phase); keep one "
+                "channel, for example with: sox IN OUT remix 1",
+                "opposite_phase",
+            )
 
 
-def _not_readable(path: pathlib.Path, error: soundfile.LibsndfileError) -> AudioError:
-    return AudioError(
-        f"{path}: not readable as audio ({error}); convert it to wav, flac, ogg or mp3"
-    )
+def stream(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Mixes, resamples and checks audio, block after block.
 
+    Args:
+        blocks: sample rates, and float32 samples [channels, n] whose full scale is 1.
 
-def wav_truncation(path: str | os.PathLike) -> str | None:
-    """Describes how a wav file is truncated; None if it is not.
+    Yields:
+        Mono int16 samples [n] at 16 kHz.
 
-    libsndfile reads a truncated file without an error, but the size in the header reveals it.
+    Raises:
+        AudioError: there are no samples, or they cannot be used; see `Levels`.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if len(head) == 8 and head[:4] == b"RIFF":
-        (declared,) = struct.unpack_from("<I", head, 4)
-        if declared + 8 > size and declared < _MAX_RIFF_SIZE:
-            return f"the header says {declared + 8} bytes, the file has {size}"
-    return None
+    levels, count = Levels(), 0
+    for rate, group in itertools.groupby(blocks, key=operator.itemgetter(0)):
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+        for block in itertools.chain((block for _, block in group), [None]):
+            if block is None:
+                samples = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            else:
+                samples = resampler.resample_chunk(levels.mix(block))
+            count += len(samples)
+            yield to_int16(samples)
+    if not count:
+        raise AudioError("contains no samples", "zero_length")
+    levels.check(count / SAMPLE_RATE)
+
+
+@contextlib.contextmanager
+def _open(source: str | os.PathLike | bytes) -> Iterator[BinaryIO]:
+    is_content = isinstance(source, bytes)
+    if not is_content and not os.path.isfile(source):
+        raise AudioError("no such audio file", "missing_file")
+    try:
+        with io.BytesIO(source) if is_content else open(source, "rb") as file:
+            yield file
+    except OSError as error:
+        raise AudioError(f"cannot be read ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the path before the message of an error."""
+    try:
+        yield
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}", error.kind) from None
+
+
+def decode(
+    source: str | os.PathLike | bytes, offset: float = 0.0, duration: float | None = None
+) -> np.ndarray:
+    """Decodes a path or the content of a file like `read_audio`; errors do not name the file."""
+    with _open(source) as file:
+        return np.concatenate(list(stream(read_blocks(file, offset, duration))))
 
 
 def read_audio(
     path: str | os.PathLike, offset: float = 0.0, duration: float | None = None
 ) -> np.ndarray:
-    """Decodes a wav, flac, ogg or mp3 file. Long files are decoded in blocks to save memory.
+    """Decodes a file of any format (see `audio_files`), in blocks to save memory.
 
     Args:
         path: the file.
@@ -69,72 +150,21 @@ def read_audio(
         Mono int16 samples [n] at 16 kHz.
 
     Raises:
-        AudioError: the file is missing, unreadable or empty, or ends before `offset`.
+        AudioError: the file is missing, unreadable, empty or truncated, ends before `offset`, or
+            its samples cannot be used.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: no such audio file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, total = file.samplerate, file.frames
-            start = round(offset * rate)
-            if start > total:
-                raise AudioError(
-                    f"{path}: offset {offset} s is after the end of the file ({total / rate:.2f} s)"
-                )
-            file.seek(start)
-            count = max(0, total - start)
-            count = count if duration is None else min(count, round(duration * rate))
-            samples = _decode(file, count, str(path))
-    except soundfile.LibsndfileError as error:
-        raise _not_readable(path, error) from None
-    if not len(samples):
-        raise AudioError(f"{path}: contains no samples")
-    return samples
-
-
-def _decode(file: soundfile.SoundFile, count: int, name: str) -> np.ndarray:
-    """Reads the next `count` frames of an open file as mono int16 at 16 kHz."""
-    rate = file.samplerate
-    if (rate, file.channels, file.subtype) == (SAMPLE_RATE, 1, "PCM_16"):  # no conversion needed
-        return file.read(count, dtype="int16", always_2d=True)[:, 0]
-    if count <= BLOCK_SECONDS * rate:
-        samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
-        return to_int16(resample(samples, rate), name)
-    stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1)
-    parts, left = [], count
-    while left:
-        block = file.read(min(left, BLOCK_SECONDS * rate), dtype="float32", always_2d=True)
-        block = block.mean(axis=1)
-        left = (
-            left - len(block) if len(block) else 0
-        )  # the file may be shorter than its header says
-        if stream is not None:
-            block = stream.resample_chunk(block, last=not left)
-        parts.append(to_int16(block, name))
-    return np.concatenate(parts)
+    with _named(path):
+        return decode(path, offset, duration)
 
 
 def probe(path: str | os.PathLike) -> float:
-    """Length of an audio file in seconds, from its header and first second.
+    """Length of an audio file in seconds: that of the samples of `read_audio`, which are decoded.
 
     Raises:
-        AudioError: the file is missing, unreadable, empty or truncated.
+        AudioError: as for `read_audio`.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: no such audio file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            if not len(file.read(min(file.frames, file.samplerate), dtype="int16", always_2d=True)):
-                raise AudioError(f"{path}: contains no samples")
-            if reason := wav_truncation(path):
-                raise AudioError(
-                    f"{path}: truncated ({reason}); copy it again, or convert the rest to flac"
-                )
-            return file.frames / file.samplerate
-    except soundfile.LibsndfileError as error:
-        raise _not_readable(path, error) from None
+    with _named(path), _open(path) as file:
+        return sum(len(samples) for samples in stream(read_blocks(file))) / SAMPLE_RATE
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -149,7 +179,7 @@ def to_int16(samples: np.ndarray, name: str = "audio") -> np.ndarray:
         AudioError: samples are NaN or infinite; the message starts with `name`.
     """
     if not np.isfinite(samples).all():
-        raise AudioError(f"{name}: contains NaN or infinite samples")
+        raise AudioError(f"{name}: contains NaN or infinite samples", "not_finite")
     return np.clip(np.round(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 

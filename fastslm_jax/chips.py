@@ -1,12 +1,15 @@
-"""Accelerator specifications and TPU topologies.
+"""Accelerator specifications, and topologies to compile for: TPU slices and nodes of GPUs.
 
 Sources: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x (key specifications per chip;
 the DCN bandwidth of v5e is that of two 100 Gb/s NICs shared by eight chips), and the NVIDIA data
-sheets of A100, H100 SXM and H200 SXM (dense bfloat16). Vendors list interconnect bandwidth as the
-sum of both directions over all ports; the table has half of it, what a chip can send.
+sheets of A100, H100 SXM, H200 SXM, DGX B200 and GB200 NVL72 (dense bfloat16, half of the rate with
+sparsity). The network of a GPU is one NIC per GPU: 200 Gb/s in a DGX A100, 400 Gb/s in the others.
+Vendors list interconnect bandwidth as the sum of both directions over all ports; the table has half
+of it, what a chip can send. `targets/` has what XLA's GPU compiler must know of a card.
 """
 
 import dataclasses
+import importlib.resources
 import math
 import os
 import re
@@ -31,6 +34,8 @@ class Chip:
     dcn_bandwidth: float  # sent over the data-center network
     torus: int = 0  # dimensions of the ICI torus; 0 for a switched network
     devices: int = 1  # JAX devices per chip
+    target: str = ""  # of a GPU: its name in topologies, and of its file in targets/
+    node: int = 8  # of a GPU: largest number connected by NVLink
 
 
 CHIPS = (
@@ -39,9 +44,21 @@ CHIPS = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, torus=2),
     Chip("tpu7x", ("TPU7x",), 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, torus=3, devices=2),
     Chip("A100-40GB", ("NVIDIA A100-SXM4-40GB",), 40 * GIB, 312e12, 1555e9, 300e9, 25e9),
-    Chip("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 80 * GIB, 312e12, 2039e9, 300e9, 25e9),
-    Chip("H100", ("NVIDIA H100 80GB HBM3",), 80 * GIB, 989e12, 3350e9, 450e9, 50e9),
-    Chip("H200", ("NVIDIA H200",), 141e9, 989e12, 4800e9, 450e9, 50e9),
+    Chip(
+        *("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 80 * GIB, 312e12, 2039e9, 300e9, 25e9),
+        target="a100-80",
+    ),
+    Chip(
+        *("H100", ("NVIDIA H100 80GB HBM3",), 80 * GIB, 989e12, 3350e9, 450e9, 50e9),
+        target="h100",
+    ),
+    Chip("H200", ("NVIDIA H200",), 141 * GIB, 989e12, 4800e9, 450e9, 50e9, target="h200"),
+    Chip("B200", ("NVIDIA B200",), 191.5e9, 2250e12, 7672e9, 900e9, 50e9, target="b200"),
+    Chip(
+        *("GB200", ("NVIDIA GB200",), 197.9e9, 2500e12, 7928e9, 900e9, 50e9),
+        target="gb200",
+        node=72,
+    ),
 )
 # {torus dimensions: n}: an axis of a slice has wraparound links if its size is a multiple of n.
 WRAPAROUND = {2: 16, 3: 4}
@@ -104,19 +121,74 @@ class Topology:
         return topology.devices
 
 
-def parse_topology(text: str) -> Topology:
+@dataclasses.dataclass(frozen=True)
+class GPUTopology:
+    """Nodes of GPUs: NVLink connects those of a node, a network the nodes."""
+
+    chip: Chip
+    gpus: int  # per node
+    nodes: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Number of GPUs in all nodes."""
+        return self.gpus * self.nodes
+
+    @property
+    def name(self) -> str:
+        nodes = f"x{self.nodes}" if self.nodes > 1 else ""
+        return f"{self.chip.target}:{self.gpus}{nodes}"
+
+    def devices(self) -> list[jax.Device]:
+        """Devices to compile for, with one process per node. They cannot run anything.
+
+        Raises:
+            UserError: JAX's CUDA plugin is not installed.
+        """
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # do not look for local GPUs
+        target = importlib.resources.files("fastslm_jax") / f"targets/{self.chip.target}.txtpb"
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda",
+                target_config=target.read_text(),
+                topology=f"{self.nodes}x1x{self.gpus}",
+            )
+        except NotImplementedError:
+            raise UserError(
+                f"--topology={self.name}: compiling for a GPU requires JAX's CUDA plugin and "
+                "cuDNN; run pip install -e .[plan-gpu]"
+            ) from None
+        return topology.devices
+
+
+def node_of(device: jax.Device) -> int:
+    """Number of the fast network that a device belongs to: a TPU slice, or a process of GPUs."""
+    if getattr(device, "platform", "") == "gpu":
+        return device.process_index
+    return getattr(device, "slice_index", 0) or 0
+
+
+def parse_topology(text: str) -> Topology | GPUTopology:
     """Parses the name of a topology.
 
-    Example: "v5p:8x8x16" → one slice of 8 × 8 × 16; "v5e:16x16x2" → two slices of 16 × 16.
+    Example: "v5p:8x8x16" → one slice of 8 × 8 × 16; "v5e:16x16x2" → two slices of 16 × 16;
+    "h100:8x4" → four nodes of eight GPUs.
 
     Raises:
         UserError: the chip or the shape does not exist; the message lists valid ones.
     """
     tpus = {chip.name: chip for chip in CHIPS if chip.torus}
+    gpus = {chip.target: chip for chip in CHIPS if chip.target}
     name, _, sizes = text.partition(":")
+    if name in gpus:
+        return _parse_gpus(text, gpus[name], sizes)
     if name not in tpus:
-        known = ", ".join(map(_example, tpus.values()))
-        raise UserError(f"--topology={text}: unknown TPU {name!r}; valid topologies are {known}, …")
+        known = ", ".join(
+            [*map(_example, tpus.values()), *(f"{c.target}:{c.node}" for c in gpus.values())]
+        )
+        raise UserError(
+            f"--topology={text}: unknown TPU or GPU {name!r}; valid topologies are {known}, …"
+        )
     chip = tpus[name]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sizes):
         raise UserError(
@@ -140,12 +212,26 @@ def parse_topology(text: str) -> Topology:
     return Topology(chip, shape, slices)
 
 
+def _parse_gpus(text: str, chip: Chip, sizes: str) -> GPUTopology:
+    """Parses "8" or "8x4": GPUs of a node, and nodes."""
+    expected = (
+        f"expected the GPUs of a node, at most {chip.node}, and the number of nodes: "
+        f"{chip.target}:{chip.node} or {chip.target}:{chip.node}x4"
+    )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", sizes):
+        raise UserError(f"--topology={text}: {expected}")
+    gpus, nodes = map(int, f"{sizes}x1".split("x")[:2])
+    if gpus > chip.node:
+        raise UserError(f"--topology={text}: {expected}")
+    return GPUTopology(chip, gpus, nodes)
+
+
 def _slice_name(chip: Chip, shape: tuple[int, ...]) -> str:
     return f"{chip.name}:{'x'.join(map(str, shape))}"
 
 
 def _example(chip: Chip) -> str:
-    return _slice_name(chip, (4,) * chip.torus)
+    return _slice_name(chip, (4,) * chip.torus) if chip.torus else f"{chip.target}:{chip.node}"
 
 
 def _supported_shapes(chip: Chip) -> str:

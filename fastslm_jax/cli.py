@@ -1,24 +1,87 @@
-"""Shared by all commands: flags, log filters, and user errors as one line with exit code 2."""
+"""Shared by all commands: flags, UTF-8 output, log filters, and errors as one line.
 
+Exit codes: 0 for success, 2 for an error that the user can fix, 130 after Ctrl-C.
+"""
+
+import contextlib
 import errno
+import io
 import logging as stdlib_logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TextIO
 
-import jax
-from absl import app, flags, logging
+from absl import flags, logging
+from tqdm import tqdm
 
+from fastslm_jax import config, config_comments
 from fastslm_jax.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INTERRUPTED = 130  # the exit code of a shell for a command that Ctrl-C ended
+PIPE_CLOSED = 141  # the same for SIGPIPE
 _MAX_MESSAGE = 300  # characters of another library's error message
 
+_ENVIRONMENT = {  # read when TensorFlow is imported; only its event files and TFDS are used
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself on every import, whatever the log level
+}
+# Messages of libraries on a healthy run that the user can do nothing about.
+_HIDDEN = {
+    # Orbax warns about what read_only=True asks for: eval, transcribe and export do not write.
+    "Given directory is read only",
+}
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+
+# ------------------------------------------------------------------------------------------- flags
+
+_arguments: list[str] = []  # of the command line, without flags
+
+
+def parse_flags(required: Sequence[str] = ()) -> list[str]:
+    """Parses the command's flags; --help and --print_config print and exit.
+
+    A command calls it before its slow imports: help and wrong flags should not wait for them.
+
+    Args:
+        required: flags that must be given, except with --print_config.
+
+    Returns:
+        The command line without flags.
+    """
+    if flags.FLAGS.is_parsed():
+        return _arguments
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    sys.excepthook, sys.unraisablehook = _on_exception, _on_unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text is UTF-8 whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if "config" in flags.FLAGS and "print_config" not in flags.FLAGS:
+        flags.DEFINE_bool("print_config", False, "Print every field of the config and exit.")
+    with errors_as_one_line():
+        if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+            print(_help())
+            sys.exit()
+        _arguments[:] = _parse(sys.argv)
+        if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
+            if flags.FLAGS.config is None:
+                raise UserError("--print_config: which one? add --config=FILE")
+            print("\n".join(config_comments.describe(flags.FLAGS.config)))
+            sys.exit()
+        for name in required:
+            if flags.FLAGS[name].value is None:
+                raise UserError(f"flags: --{name} is required; --help lists all flags")
+    return _arguments
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags. Raises UserError for every error that absl and ml_collections raise."""
+    if "config" in flags.FLAGS:
+        config.accept_new_names(argv)
     try:
         rest = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -32,20 +95,104 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"flags: {' '.join(lines)[:_MAX_MESSAGE]}") from None
 
 
-def fail(message: object) -> NoReturn:
-    """Prints a one-line error to stderr and exits with code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def _help() -> str:
+    """The docstring of the command and its own flags, without those of libraries."""
+    texts = [(sys.modules["__main__"].__doc__ or "").strip() + "\n\nFlags:"]
+    for module in flags.FLAGS.flags_by_module_dict():
+        if module == sys.argv[0] or module.startswith("fastslm_jax"):
+            texts.append(flags.FLAGS.module_help(module).split(":\n", 1)[1])
+    return "\n".join(texts)
 
 
-def _is_shown(record: stdlib_logging.LogRecord) -> bool:
-    """Log filter: this package's messages, and warnings of libraries.
+# ------------------------------------------------------------------------------------------ errors
 
-    Orbax logs a traceback for errors that it also raises; those are dropped.
+
+def fail(message: object, code: int = 2, prefix: str = "error: ") -> NoReturn:
+    """Prints one line to stderr and exits."""
+    report(message, prefix)
+    sys.exit(code)
+
+
+def report(message: object, prefix: str = "error: ") -> None:
+    """Prints one line to stderr."""
+    with contextlib.suppress(OSError):  # stderr may be a closed pipe
+        print_above_bars(f"{prefix}{' '.join(str(message).split())}", sys.stderr)
+
+
+def print_above_bars(text: str, stream: TextIO) -> None:
+    """Prints a line above progress bars instead of into them."""
+    tqdm.write(text, file=stream)
+    stream.flush()
+
+
+@contextlib.contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """Turns errors that are not bugs into one line and an exit code."""
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()  # here, because errors at exit cannot be caught
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt as interrupt:
+        fail(": ".join(filter(None, ["interrupted", str(interrupt)])), INTERRUPTED, prefix="")
+    except BrokenPipeError:  # the reader of the output has enough, such as `| head`
+        _drop_output()
+        sys.exit(PIPE_CLOSED)
+    except (OSError, UnicodeError) as error:
+        _drop_output()
+        fail(describe(error))
+
+
+def _drop_output() -> None:
+    """Drops output that cannot be written, which Python would try again at exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(error: UserError | OSError | UnicodeError) -> str:
+    """Example: "runs/x: No space left on device; free some space and run the same command"."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file is not UTF-8 ({error}); convert it"
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    where = " → ".join(_name(name) for name in (error.filename, error.filename2) if name)
+    text = f"{where or 'output'}: {error.strerror}"
+    if error.errno in DISK_FULL:
+        text += "; free some space and run the same command again to resume"
+    return text
+
+
+def _name(path: str | bytes | os.PathLike | int) -> str:
+    return f"file {path}" if isinstance(path, int) else display_name(path)
+
+
+def display_name(path: str | bytes | os.PathLike) -> str:
+    """A file name for messages and output; bytes that are not UTF-8 are shown as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _on_exception(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Ctrl-C while modules are imported is not a bug: one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _on_unraisable(arguments: "sys.UnraisableHookArgs") -> None:
+    """Errors in callbacks of libraries' threads, apart from those that say nothing new.
+
+    When a write of a checkpoint fails, Orbax closes its event loop while the results of other
+    writes still arrive. The save itself raises the failure.
     """
-    if record.exc_info and "/orbax/" in record.pathname:
-        return False
-    return record.levelno >= stdlib_logging.WARNING or "site-packages" not in record.pathname
+    if str(arguments.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(arguments)
 
 
 def _log_thread_error(arguments: threading.ExceptHookArgs) -> None:
@@ -58,42 +205,89 @@ def _log_thread_error(arguments: threading.ExceptHookArgs) -> None:
     logging.warning("%s: %s", name, lines[0][:_MAX_MESSAGE])
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a command and exits: code 0 on success, code 2 and a one-line message for a user error.
+# --------------------------------------------------------------------------------------------- log
+
+
+class _LogHandler(stdlib_logging.Handler):
+    """Writes log lines to stderr, above progress bars instead of into them."""
+
+    def emit(self, record: stdlib_logging.LogRecord) -> None:
+        try:
+            print_above_bars(self.format(record), sys.stderr)
+        except OSError:  # stderr is a closed pipe, or its disk is full
+            self.handleError(record)
+
+    def handleError(self, record: stdlib_logging.LogRecord) -> None:  # noqa: N802
+        """A log line that cannot be written is lost; the run goes on."""
+
+
+def _is_shown(record: stdlib_logging.LogRecord) -> bool:
+    """Log filter: this package's messages, and warnings of libraries.
+
+    Orbax logs a traceback for errors that it also raises, and asyncio for those of Orbax's event
+    loops that nobody asked for; those are dropped.
+    """
+    if record.exc_info and ("/orbax/" in record.pathname or record.name == "asyncio"):
+        return False
+    if "site-packages" not in record.pathname:
+        return True
+    message = record.getMessage()
+    return record.levelno >= stdlib_logging.WARNING and not any(
+        hidden in message for hidden in _HIDDEN
+    )
+
+
+class AudioBar(tqdm):
+    """A progress bar in seconds of audio, which ends at 100 % if a file is longer than announced.
+
+    Args:
+        seconds: of all audio.
+        title: text before the bar.
+        done: seconds that an earlier run has processed.
+    """
+
+    def __init__(
+        self, seconds: float, title: str, done: float = 0.0, hide: bool | None = False
+    ) -> None:
+        super().__init__(
+            total=seconds,
+            initial=min(done, seconds),
+            desc=title,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
+            mininterval=2,
+            disable=hide,
+        )
+
+    def update(self, seconds: float = 0.0) -> bool | None:
+        return super().update(min(seconds, self.total - self.n))
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> NoReturn:
+    """Runs a command and exits. Errors that the user can fix are one line and exit code 2.
 
     Compiled programs are cached between runs in FASTSLM_COMPILATION_CACHE (an empty value disables
     the cache).
 
     Args:
         main: the command; called with the arguments that are not flags.
+        required: flags that must be given (see `parse_flags`).
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    default_cache = os.path.expanduser("~/.cache/fastslm_jax/xla")
-    if cache := os.environ.get("FASTSLM_COMPILATION_CACHE", default_cache):
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    argv = parse_flags(required)
+    handler = _LogHandler()
+    handler.setFormatter(logging.PythonFormatter())
+    handler.addFilter(_is_shown)
+    stdlib_logging.root.handlers = [handler]
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_is_shown)
     threading.excepthook = _log_thread_error
+    with errors_as_one_line():
+        import jax  # slow, and not needed to reject flags
 
-    def guarded_main(argv: Sequence[str]) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            fail(error)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            where = error.filename or "the output"
-            fail(
-                f"{where}: {os.strerror(error.errno)}; free some space and run the same command "
-                "again to resume"
-            )
-
-    def flags_parser(argv: Sequence[str]) -> list[str]:
-        try:
-            return _parse_flags(argv)
-        except UserError as error:
-            fail(error)
-
-    app.run(guarded_main, flags_parser=flags_parser)
+        default_cache = os.path.expanduser("~/.cache/fastslm_jax/xla")
+        if cache := os.environ.get("FASTSLM_COMPILATION_CACHE", default_cache):
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        main(argv)
+    sys.exit()

@@ -1,9 +1,19 @@
 """The fields of every config, with their defaults for the full-size model.
 
-A config starts from `full_size` or `small_size` and changes what it needs (see configs/).
+A config starts from `full_size` or `small_size` and changes what it needs (see configs/). `check`
+holds it against `config_schema`: allowed types and ranges.
 """
 
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic
+from absl import flags
 from ml_collections import ConfigDict
+
+from fastslm_jax import config_schema
+from fastslm_jax.errors import UserError
 
 # What is trained: the HFQ-Former with its projection, and LoRA. The first match decides.
 TRAINABLE = (
@@ -26,7 +36,11 @@ def source(
         join: joins clips into long recordings: {min_seconds, max_seconds, grouping, distribution,
             gap_seconds} of `data.longform.LongForm`.
     """
-    fields = {"path": path, "tasks": tasks, "weight": weight}
+    fields = {
+        "path": path,  # a manifest or an imported folder
+        "tasks": tasks,  # the tasks to take from it; () for all
+        "weight": weight,  # its share of the examples, relative to the other sources; 0 for none
+    }
     return ConfigDict(fields | ({"join": join} if join else {}))
 
 
@@ -45,7 +59,7 @@ def full_size() -> ConfigDict:
             "compression_size": 50,  # speech tokens of a window
             "detail_recovery_layers": 2,  # of the HFQ-Former
             "query_init": "normal",  # "temporal": queries with a temporal alignment prior
-            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},
+            "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
             "audio_padding": "released",  # of the last window: "released" or "whisper"
             "window_batch": 0,  # maximum windows of a row in the encoder at a time; 0 for all
             "attention": "auto",  # auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
@@ -57,7 +71,7 @@ def full_size() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "train": {},  # {name: source(...)}
+            "train": {},  # {name: source(...)}; see `source` above
             "dev": "",  # manifest or imported folder to score during training; "" for none
             "dev_tasks": ("asr",),  # tasks to score
             "dev_utterances": 64,  # maximum utterances per task and language
@@ -80,10 +94,10 @@ def full_size() -> ConfigDict:
             "learning_rate_ratios": (),  # (pattern of parameter paths, factor of the update)
             "schedule": "cosine",  # after the warmup: cosine, linear or constant
             "final_fraction": 0.1,  # final learning rate relative to learning_rate
-            "warmup_steps": 500,
-            "weight_decay": 0.01,
-            "b1": 0.9,
-            "b2": 0.98,
+            "warmup_steps": 500,  # in which the learning rate rises from 0
+            "weight_decay": 0.01,  # decoupled from the gradient
+            "b1": 0.9,  # decay rate of the first moment
+            "b2": 0.98,  # decay rate of the second moment
             "clip_norm": 1.0,  # of the global gradient norm; 0 for no clipping
         }
     )
@@ -123,3 +137,68 @@ def small_size() -> ConfigDict:
     )
     config.data.update({"workers": 0, "prefetch": 4})
     return config
+
+
+def check(config: Mapping | ConfigDict, where: str = "config") -> None:
+    """Checks every field before any work.
+
+    Args:
+        where: what the config is, for error messages.
+
+    Raises:
+        UserError: a field is missing or unknown, or its value is not allowed.
+    """
+    fields = config.to_dict() if isinstance(config, ConfigDict) else config
+    try:
+        config_schema.Config.model_validate(_plain(fields))
+    except pydantic.ValidationError as invalid:
+        first = invalid.errors(include_url=False)[0]
+        raise UserError(_describe(first, where)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, since JSON has only lists."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _describe(problem: Any, where: str) -> str:
+    name = where
+    for part in problem["loc"]:
+        if part != "[key]":
+            name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    if problem["type"] in ("missing", "extra_forbidden"):
+        what = "is missing" if problem["type"] == "missing" else "is not a field of configs"
+        return f"{name} {what}; fastslm_jax/config.py lists the fields"
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
+    expected = re.sub(r"^(Input|String|Tuple|Value error,) ", "", problem["msg"])
+    return f"{name}={shown}: {expected}"
+
+
+def accept_new_names(arguments: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Lets flags add sources and sets: --config.data.train.NAME.path=… --config.eval.sets.NAME=….
+
+    Call it before the flags are parsed.
+
+    Args:
+        arguments: the command line.
+    """
+    parser = flag_values["config"].parser
+    get_config = parser.parse
+
+    def parse(path: str) -> ConfigDict:
+        config = get_config(path)
+        for argument in arguments:
+            match = re.match(r"--?config\.(data\.train|eval\.sets)\.(\w+)", argument)
+            if not match:
+                continue
+            is_source, name = match[1] == "data.train", match[2]
+            parent = config.data.train if is_source else config.eval.sets
+            if name not in parent:
+                with parent.unlocked():
+                    parent[name] = source("") if is_source else ""
+        return config
+
+    parser.parse = parse

@@ -4,26 +4,19 @@ Every process runs the same command. JAX detects the processes on TPU pods, SLUR
 elsewhere, pass --coordinator, --num_processes and --process_id.
 """
 
+import contextlib
 import os
 import signal
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fastslm_jax.errors import UserError
 
-
-def define_flags() -> None:
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, if the cluster is not detected."
-    )
-    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-    flags.DEFINE_integer(
-        "process_id", None, "Index of this process, starting from 0, with --coordinator."
-    )
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def initialize(
@@ -94,19 +87,42 @@ def rows_of_process(mesh: Mesh) -> tuple[int, int]:
 
 
 class Preemption:
-    """Handles SIGTERM for the whole run: if one process receives it, all stop at the same step."""
+    """Handles SIGTERM for the whole run: if one process receives it, all stop at the same step.
+
+    From `accept_interrupts` on, Ctrl-C (SIGINT) does the same. A second Ctrl-C ends the run at
+    once.
+
+    Attributes:
+        signal: the signal that this process received; None if there was none.
+    """
 
     def __init__(self) -> None:
-        self._signaled = False
+        self.signal: signal.Signals | None = None
+        self._former = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._on_signal)
         # With several processes, the JAX runtime handles the signal and agrees on a step.
 
-    def _on_signal(self, *_: object) -> None:
-        self._signaled = True
+    def accept_interrupts(self) -> None:
+        """Call it when there is something to save; until then Ctrl-C ends the run at once."""
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.suppress(OSError):  # not print: the signal may have interrupted one
+                os.write(2, b"\nCtrl-C: saving after this step; Ctrl-C again stops at once\n")
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)  # tells the other processes
+
+    def close(self) -> None:
+        """Restores the former signal handlers."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop at this step. Every process must call it at every step."""
-        return self._signaled or (
-            jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
-        )
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.signal is not None

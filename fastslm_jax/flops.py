@@ -15,12 +15,17 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from fastslm_jax import audio
 from fastslm_jax.data.packing import RowShape
+from fastslm_jax.models import attention
 from fastslm_jax.models.fastslm import FastSLM
 
 # Matrix products per visited score block in the splash attention kernels. Forward: QK and PV.
 # Backward, after recomputing QK: dV, dP and dK (dkv) and dP and dQ (dq), or all of them in one
 # kernel (use_fused_bwd_kernel).
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
+# Flash attention on GPUs. cuDNN's backward pass is one kernel as in arXiv 2307.08691; its blocks
+# are not public: 128 × 128 is assumed. Pallas computes dkv and dq in two loops.
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+CUDNN_BLOCK = 128
 
 
 class UncountableError(ValueError):
@@ -57,8 +62,12 @@ def _count_equation(equation: JaxprEqn) -> int:
     if name == "conv_general_dilated":
         kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
+    if name in CUDNN_PRODUCTS:
+        return _count_cudnn(equation)
+    if name == "pallas_call" and str(params["name"]).startswith("mha_"):
+        return _count_triton(equation)
     if name == "pallas_call":
-        return _count_kernel(equation)
+        return _count_splash(equation)
     inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)
@@ -82,7 +91,34 @@ def _inner_jaxprs(params: dict[str, object]) -> Iterator[Jaxpr]:
                 yield part
 
 
-def _count_kernel(equation: JaxprEqn) -> int:
+def _count_cudnn(equation: JaxprEqn) -> int:
+    """FLOPs of cuDNN's attention: query [b, t, n, h] and key [b, s, k, h] are its first inputs."""
+    (batch, length, heads, head_dim), (_, context, *_) = (x.aval.shape for x in equation.invars[:2])
+    is_causal = "CAUSAL" in str(equation.params["mask_type"])
+    scores = visited_scores(length, context, CUDNN_BLOCK, CUDNN_BLOCK, is_causal)
+    return CUDNN_PRODUCTS[equation.primitive.name] * 2 * scores * head_dim * heads * batch
+
+
+def _count_triton(equation: JaxprEqn) -> int:
+    """FLOPs of the Pallas GPU attention, which `models.attention` calls for causal rows only."""
+    blocks, shape = attention.TRITON_BLOCKS, equation.invars[0].aval.shape
+    batch, length, heads, head_dim = shape
+    parts = {  # (products, query block, key block) of each loop
+        "mha_forward": [(2, blocks.block_q, blocks.block_k)],
+        "mha_preprocess_backward": [],
+        "mha_backward": [
+            (4, blocks.block_q_dkv, blocks.block_kv_dkv),
+            (3, blocks.block_q_dq, blocks.block_kv_dq),
+        ],
+    }[str(equation.params["name"])]
+    scores = sum(
+        products * visited_scores(length, length, block_q, block_kv, is_causal=True)
+        for products, block_q, block_kv in parts
+    )
+    return 2 * scores * head_dim * heads * batch
+
+
+def _count_splash(equation: JaxprEqn) -> int:
     """FLOPs of a splash attention kernel, for all heads and batch rows.
 
     Every product costs 2 · visited scores · head dimension, see `visited_scores`.
@@ -117,7 +153,7 @@ def visited_scores(length: int, context: int, block_q: int, block_kv: int, is_ca
     """
     if not is_causal:
         return length * context
-    last_queries = range(block_q - 1, length, block_q)
+    last_queries = range(block_q - 1, length + -length % block_q, block_q)
     return sum(min(context, (last // block_kv + 1) * block_kv) * block_q for last in last_queries)
 
 

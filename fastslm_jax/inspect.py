@@ -8,27 +8,12 @@ sources are replaced by DIR: how full its rows are, and a row shape that suits t
 the segments, prompts, answers and slots of one row.
 """
 
-import pathlib
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-import soundfile
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from fastslm_jax import cli
-from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.data import packing
-from fastslm_jax.data.ingest import store
-from fastslm_jax.data.manifest import Utterance, read_manifest
-from fastslm_jax.data.rows import PackedRows
-from fastslm_jax.errors import UserError
-from fastslm_jax.training import experiment
 
 FLAGS = flags.FLAGS
-_BAR = "█"
-_BAR_WIDTH = 40  # characters
-_PAUSE_SECONDS = 0.5  # between the recordings of a row in --wav
 
 
 def define_flags() -> None:
@@ -37,6 +22,31 @@ def define_flags() -> None:
     flags.DEFINE_string("png", None, "Write a plot of clip lengths and row usage to this file.")
     flags.DEFINE_integer("row", None, "Show this row of the config's plan.", lower_bound=0)
     flags.DEFINE_string("wav", None, "Write the row's audio to this file.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.parse_flags()  # before the imports below, which take seconds
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import soundfile
+from ml_collections import ConfigDict
+
+from fastslm_jax import outputs
+from fastslm_jax.audio import SAMPLE_RATE
+from fastslm_jax.data import packing
+from fastslm_jax.data.ingest import store
+from fastslm_jax.data.manifest import Utterance, read_manifest
+from fastslm_jax.data.rows import PackedRows
+from fastslm_jax.errors import UserError
+from fastslm_jax.training import experiment
+
+_BAR = "█"
+_BAR_WIDTH = 40  # characters
+_PAUSE_SECONDS = 0.5  # between the recordings of a row in --wav
 
 
 def _hours(seconds: float) -> str:
@@ -220,6 +230,11 @@ def main(argv: Sequence[str]) -> None:
     config = FLAGS.config
     if config is None and (FLAGS.row is not None or FLAGS.wav):
         raise UserError("--row and --wav require --config, which defines the rows")
+    if FLAGS.wav and FLAGS.row is None:
+        raise UserError("--wav requires --row")
+    for flag in ("png", "wav"):
+        if FLAGS[flag].value:
+            outputs.check_file(FLAGS[flag].value, f"--{flag}")
     path = pathlib.Path(argv[1])
     utterances = read_manifest(path)
     rows = filled = None
@@ -233,13 +248,10 @@ def main(argv: Sequence[str]) -> None:
         plot(FLAGS.png, utterances, rows, filled)
         print(f"wrote {FLAGS.png}")
     if FLAGS.wav:
-        if FLAGS.row is None:
-            raise UserError("--wav requires --row")
         samples = row_audio(rows, FLAGS.row)
         soundfile.write(FLAGS.wav, samples, SAMPLE_RATE)
         print(f"wrote {FLAGS.wav}, {len(samples) / SAMPLE_RATE:.1f} s")
 
 
 if __name__ == "__main__":
-    define_flags()
     cli.run(main)

@@ -7,6 +7,7 @@ that a schema does not name are ignored.
 
 import json
 import os
+import re
 import sys
 from typing import Any, TypeVar
 
@@ -76,7 +77,8 @@ def describe(invalid: pydantic.ValidationError) -> str:
     if first["type"] == "missing":
         text = f"{name!r} is missing"
     else:
-        expected = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        expected = re.sub("^(Input|String|Value error,) ", "", first["msg"])
+        expected = expected.partition(" or instance of ")[0]
         text = f"{name or 'the content'} is {_shown(first['input'])}, {expected}"
     return text + (f" (and {len(others)} more)" if others else "")
 
@@ -89,17 +91,28 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in fields if names.count(name) > 1))
+    return fields
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError: it is not JSON, has a number of thousands of digits, is nested too deeply, or
-            contains half of a surrogate pair, which could not be written back.
+        ValueError: it is not JSON in UTF-8, has a number of thousands of digits, is nested too
+            deeply, names a key of an object twice, or contains half of a surrogate pair, which
+            could not be written back.
     """
     try:
-        value = json.loads(text)
-        # Half of a surrogate pair is accepted by json, but cannot be written as UTF-8.
-        json.dumps(value, ensure_ascii=False).encode()
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:
+            # Half of a surrogate pair is accepted by json, but cannot be written as UTF-8.
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
@@ -107,6 +120,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not UTF-8 text ({error.reason})") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+    except KeyError as error:
+        raise ValueError(f"JSON with two values for {error}") from None
     except ValueError:
         raise ValueError(
             f"JSON with a number of more than {sys.get_int_max_str_digits()} digits"

@@ -9,90 +9,39 @@ and `-` means standard input. Subtitles have one entry per segment, cut at
 silence.
 """
 
+from absl import flags
+
+from fastslm_jax import cli
+from fastslm_jax.transcribe_flags import define_flags
+
+if __name__ == "__main__":
+    define_flags()
+    cli.parse_flags()  # before the imports below, which take seconds
+
+import contextlib
 import functools
+import html
 import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from absl import flags
-from tqdm import tqdm
-
-from fastslm_jax import audio, cli, devices
-from fastslm_jax.data.tasks import TASKS
+from fastslm_jax import audio, audio_files, devices, outputs
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import api, long_form
 from fastslm_jax.inference.generator import Generator
 from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
+SUFFIXES = audio_files.SUFFIXES
+MIN_CUE_SECONDS = 0.5  # of a subtitle whose segment has no length
 EXTENSIONS = {"text": "txt", "jsonl": "json"}  # of output files; others equal the format
 
 
-def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    string, integer, number, enum = (
-        functools.partial(define, flag_values=flag_values)
-        for define in (
-            flags.DEFINE_string,
-            flags.DEFINE_integer,
-            flags.DEFINE_float,
-            flags.DEFINE_enum,
-        )
-    )
-    string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
-    integer("step", None, "Step of the checkpoint (default: the newest).")
-    string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
-    string("llm", None, "Folder or hub id of the language model (default: the config's).")
-    enum("task", "asr", sorted(TASKS), "What to do with the audio.")
-    string("prompt", None, "An instruction that replaces the task's default.")
-    enum(
-        "format",
-        "text",
-        ["text", "json", "jsonl", "srt", "vtt"],
-        "Text, one JSON object per line, or subtitles.",
-    )
-    string(
-        "out",
-        None,
-        "Folder for one NAME.txt, .json, .srt or .vtt per file (default: standard output).",
-    )
-    string(
-        "span",
-        "auto",
-        "Length of the segments that long recordings are cut into: seconds, none, or auto.",
-    )
-    integer(
-        "running_prompt",
-        0,
-        "Words of the transcript so far to quote in the next segment's prompt.",
-        lower_bound=0,
-    )
-    integer(
-        "max_new_tokens",
-        None,
-        "Token budget of each segment (default: grows with its length).",
-        lower_bound=1,
-    )
-    integer("batch_size", 8, "Segments per batch; fewer if the context is long.", lower_bound=1)
-    enum(
-        "kv_cache",
-        None,
-        ["float32", "bfloat16", "int8"],
-        "Type of the key-value cache (default: the model's).",
-    )
-    number("temperature", 0.0, "Sampling temperature; 0 is greedy.")
-    integer("top_k", 0, "Sample only from the k most likely tokens (0: all).")
-    number("top_p", 1.0, "Sample only from the most likely tokens with this total probability.")
-    number("repetition_penalty", 1.0, "Values above 1 make tokens less likely to be repeated.")
-    integer("seed", 0, "Seed of the sampling.")
-    flags.DEFINE_bool(
-        "stream",
-        None,
-        "Print text as it is generated (default: for one file, as text, to a terminal).",
-        flag_values=flag_values,
-    )
+def _is_audio(file: pathlib.Path) -> bool:
+    """Whether a file in a folder is audio by its name, and not hidden as macOS's additions are."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib.Path]:
@@ -106,10 +55,10 @@ def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib
         path = pathlib.Path(name)
         if name == "-":
             path = stdin_folder / "-"
-            path.write_bytes(sys.stdin.buffer.read())
+            path.write_bytes(read_stdin())
             files.append(path)
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if _is_audio(file))
             if not found:
                 raise UserError(f"{path}: no audio file in this folder ({', '.join(SUFFIXES)})")
             files += found
@@ -120,6 +69,22 @@ def find_files(names: Sequence[str], stdin_folder: pathlib.Path) -> list[pathlib
             "no audio file given: python -m fastslm_jax.transcribe FILE… --checkpoint=WORKDIR"
         )
     return files
+
+
+def read_stdin() -> bytes:
+    """The audio file on standard input.
+
+    Raises:
+        UserError: it is closed, a terminal, or empty.
+    """
+    if sys.stdin is None:
+        raise UserError("-: standard input is closed; pipe an audio file into it")
+    if sys.stdin.buffer.isatty():
+        raise UserError("-: standard input is a terminal; pipe an audio file into it")
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise UserError("-: standard input is empty; pipe an audio file into it")
+    return content
 
 
 # -------------------------------------------------------------------------------------- formats
@@ -133,14 +98,31 @@ def _clock(seconds: float, decimal: str) -> str:
 
 
 def subtitles(segments: Sequence[TranscriptSegment], kind: str) -> str:
-    """SRT or WebVTT with an entry for each segment that has text."""
+    """SRT or WebVTT with a cue for each segment that has text.
+
+    Cues do not overlap; one without length gets MIN_CUE_SECONDS.
+    """
     decimal = "," if kind == "srt" else "."
-    entries = [] if kind == "srt" else ["WEBVTT\n"]
-    for number, segment in enumerate((s for s in segments if s.text), start=1):
-        times = f"{_clock(segment.start, decimal)} --> {_clock(segment.end, decimal)}"
+    cues = [(segment, text) for segment in segments if (text := _cue_text(segment.text, kind))]
+    entries, end = [] if kind == "srt" else ["WEBVTT\n"], 0.0
+    for number, (segment, text) in enumerate(cues, start=1):
+        start = max(round(segment.start, 3), end)
+        end = round(segment.end, 3)
+        if end <= start:
+            end = start + MIN_CUE_SECONDS
+        if number < len(cues) and (following := round(cues[number][0].start, 3)) > start:
+            end = min(end, following)
+        times = f"{_clock(start, decimal)} --> {_clock(end, decimal)}"
         head = f"{number}\n{times}" if kind == "srt" else times
-        entries.append(f"{head}\n{segment.text}\n")
+        entries.append(f"{head}\n{text}\n")
     return "\n".join(entries).rstrip("\n")
+
+
+def _cue_text(text: str, kind: str) -> str:
+    """Text without what would end or change a cue: blank lines, arrows and, in WebVTT, tags."""
+    lines = (" ".join(line.split()) for line in text.replace("\0", "").splitlines())
+    text = "\n".join(line for line in lines if line)
+    return html.escape(text, quote=False) if kind == "vtt" else text.replace("-->", "→")
 
 
 def record(name: str, task: str, result: Result) -> dict:
@@ -196,35 +178,93 @@ class TerminalStream:
 
 def load(options: flags.FlagValues) -> tuple[Generator, float]:
     """The generator, and the length in seconds of the longest recordings in its training."""
-    sampling = SamplingParams(
+    model = api.load(
+        options.checkpoint,
+        options.step,
+        options.whisper,
+        options.llm,
+        options.kv_cache,
+        sampling(options),
+    )
+    return model.generator, model.trained_seconds
+
+
+def sampling(options: flags.FlagValues) -> SamplingParams:
+    """The sampling flags. Raises UserError if one is out of range."""
+    return SamplingParams(
         options.temperature,
         options.top_k,
         options.top_p,
         options.repetition_penalty,
         options.seed,
     )
-    model = api.load(
-        options.checkpoint, options.step, options.whisper, options.llm, options.kv_cache, sampling
-    )
-    return model.generator, model.trained_seconds
+
+
+class Failures:
+    """Files that cannot be answered. With several files, the others are answered all the same."""
+
+    def __init__(self, num_files: int) -> None:
+        self.num_files, self.count = num_files, 0
+
+    def add(self, file: pathlib.Path, error: UserError | OSError | UnicodeError) -> None:
+        """Names a file that failed on standard error; if it is the only file, raises its error."""
+        if self.num_files == 1:
+            raise error
+        self.count += 1
+        text = cli.describe(error)
+        name = display_name(file)
+        cli.report(text if name in text else f"{name}: {text}")
+
+    @contextlib.contextmanager
+    def caught(self, file: pathlib.Path) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, OSError, UnicodeError) as error:
+            self.add(file, error)
+
+    def check(self) -> None:
+        """Raises UserError if any file failed."""
+        if self.count:
+            raise UserError(f"{self.count} of {self.num_files} files failed, as named above")
 
 
 def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
+    # Whatever can be wrong is rejected before the model is loaded.
+    long_form.parse_span(options.span)
+    sampling(options)
     with tempfile.TemporaryDirectory() as folder:
         files = find_files(argv[1:], pathlib.Path(folder))
-        # Unreadable files are rejected before the model is loaded.
-        recordings = [_recording(options, file) for file in files]
-        if options.format in ("srt", "vtt") and len(files) > 1 and not options.out:
+        check_output(options, files)
+        failures, recordings = Failures(len(files)), []
+        for file in files:
+            with failures.caught(file):
+                recordings.append((file, _recording(options, file)))
+        if recordings:
+            transcribe(options, *load(options), recordings, failures)
+        failures.check()
+
+
+def check_output(options: flags.FlagValues, files: Sequence[pathlib.Path]) -> None:
+    """Raises UserError if the answers cannot be written."""
+    if options.stream and (options.format != "text" or len(files) > 1):
+        raise UserError("--stream: works with one file and --format=text")
+    if not options.out:
+        if sys.stdout is None:
+            raise UserError("standard output is closed; use --out=FOLDER")
+        if options.format in ("srt", "vtt") and len(files) > 1:
             raise UserError(
                 f"--format={options.format}: {len(files)} files need --out=FOLDER, "
                 "for one subtitle file each"
             )
-        if options.out and len({out_path(options, file) for file in files}) < len(files):
-            raise UserError(
-                f"--out={options.out}: two audio files have the same name; "
-                "transcribe them separately"
-            )
-        transcribe(options, *load(options), files, recordings)
+        return
+    paths = [out_path(options, file) for file in files]
+    if len(set(paths)) < len(files):
+        raise UserError(
+            f"--out={options.out}: two audio files have the same name; transcribe them separately"
+        )
+    outputs.check_folder(options.out, "--out")
+    for path in paths:
+        outputs.check_file(path, "--out")
 
 
 def _recording(options: flags.FlagValues, file: pathlib.Path) -> Recording:
@@ -242,25 +282,32 @@ def transcribe(
     options: flags.FlagValues,
     generator: Generator,
     trained: float,
-    files: Sequence[pathlib.Path],
-    recordings: Sequence[Recording],
+    recordings: Sequence[tuple[pathlib.Path, Recording]],
+    failures: Failures,
 ) -> None:
     """Answers files; `trained`: length in seconds of the longest training recordings."""
-    recordings = [
-        long_form.with_segments(generator.capacity, recording, trained, options.span)
-        for recording in recordings
-    ]
-    to_terminal = len(files) == 1 and sys.stdout.isatty() and not options.out
-    streams = options.stream if options.stream is not None else to_terminal
-    if streams and (options.format != "text" or len(files) > 1):
-        raise UserError("--stream: works with one file and --format=text")
+    files, fitting = [], []
+    for file, recording in recordings:
+        with failures.caught(file):
+            fitting.append(
+                long_form.with_segments(generator.capacity, recording, trained, options.span)
+            )
+            files.append(file)
+    streams = options.stream
+    if streams is None:  # the default: one file, as text, to a terminal
+        is_text = options.format == "text" and not options.out
+        streams = failures.num_files == 1 and is_text and sys.stdout.isatty()
     terminal = TerminalStream()
-    total = round(sum(recording.seconds for recording in recordings))
     covered = [0.0] * len(files)
     hide = streams or not sys.stderr.isatty()
-    with tqdm(total=total, unit="s", desc="audio", disable=hide) as bar:
+    with cli.AudioBar(sum(recording.seconds for recording in fitting), "audio", hide=hide) as bar:
         for i, result in long_form.stream(
-            generator, recordings, batch_size=options.batch_size, in_order=True, partial=streams
+            generator,
+            fitting,
+            batch_size=options.batch_size,
+            in_order=True,
+            partial=streams,
+            failed=lambda i, error: failures.add(files[i], error),
         ):
             bar.update(result.covered_seconds - covered[i])
             covered[i] = result.covered_seconds
@@ -271,12 +318,12 @@ def transcribe(
             if streams:
                 terminal.end(result.text)
             else:
-                write(options, files[i], result, num_files=len(files))
+                write(options, files[i], result, num_files=failures.num_files)
             warn(files[i], result)
 
 
 def display_name(file: pathlib.Path) -> str:
-    return "-" if file.name == "-" else str(file)
+    return "-" if file.name == "-" else cli.display_name(file)
 
 
 def write(
@@ -293,12 +340,10 @@ def write(
     else:
         is_alone = num_files == 1 or options.out
         text = result.text if is_alone else f"{display_name(file)}\t{result.text}"
-    if not options.out:
-        print(text, flush=True)
-        return
-    path = out_path(options, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    if options.out:
+        outputs.write_text(out_path(options, file), text + "\n")
+    else:
+        cli.print_above_bars(text, sys.stdout)
 
 
 def out_path(options: flags.FlagValues, file: pathlib.Path) -> pathlib.Path:
@@ -314,9 +359,8 @@ def warn(file: pathlib.Path, result: Result) -> None:
         problem = "an answer repeated itself; the repetitions were removed"
     else:
         return
-    print(f"{display_name(file)}: {problem}", file=sys.stderr)
+    cli.print_above_bars(f"{display_name(file)}: {problem}", sys.stderr)
 
 
 if __name__ == "__main__":
-    define_flags()
     cli.run(main)

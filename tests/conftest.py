@@ -1,6 +1,8 @@
 """Shared fixtures: eight virtual CPU devices, a tiny tokenizer, model, batch, and corpus."""
 
+import collections
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -156,3 +158,28 @@ def corpus(tmp_path_factory):
     }
     synthetic.build_corpus(out, seed=1, counts=counts, workers=1)
     return out
+
+
+# ------------------------------------------------------------------------------- files of test_fuzz
+
+_tried = collections.Counter()  # {kind: files}, over all processes
+
+
+def pytest_sessionfinish(session) -> None:
+    """Sends this worker's counts to the main process, or counts them here."""
+    if (fuzz := sys.modules.get("test_fuzz")) is not None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["tried"] = dict(fuzz.tried)
+        else:
+            _tried.update(fuzz.tried)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    _tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if _tried:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(_tried.items()))
+        terminalreporter.write_line(f"{sum(_tried.values())} mutated files tried: {kinds}")

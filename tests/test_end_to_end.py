@@ -146,6 +146,10 @@ BAD_INPUT = {
         ["eval.py", "--config=configs/demo.py:3,{out}", "--workdir={tmp}/none"],
         "no checkpoints; train there first",
     ),
+    "negative span": (
+        ["eval.py", "--config=configs/demo.py:3,{out}", "--workdir={tmp}/none", "--span=-5"],
+        "--span=-5: use auto, none, or a number of seconds",
+    ),
     "broken audio": (
         ["-m", "fastslm_jax.transcribe", "{tmp}/broken.wav", "--checkpoint={tmp}/none"],
         "not readable as audio",

@@ -123,6 +123,24 @@ def test_visited_scores(length, context, block_q, block_kv, is_causal, expected)
         assert blocks.any(axis=(1, 3)).sum() * block_q * block_kv == expected
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_triton_attention(rows):
+    """Two products forward, seven backward, over 128 × 64 and 64 × 64 blocks of a causal mask."""
+    heads, kv_heads, head_dim, length = 4, 2, 64, 256
+    kernel, mask = AttentionKernel("triton_interpret"), CausalSegments()
+    sizes = (heads, kv_heads, kv_heads)
+    inputs = [array(rows, length, size, head_dim) for size in sizes]
+
+    def loss(*inputs):
+        return jnp.sum(kernel(*inputs, mask))
+
+    forward = 2 * 128 * (128 + 256)
+    backward = 7 * 64 * (64 + 128 + 192 + 256)
+    unit = rows * heads * 2 * head_dim
+    assert count(loss, *inputs) == forward * unit
+    assert count(jax.grad(loss, (0, 1, 2)), *inputs) == (forward + backward) * unit
+
+
 def test_splash_attention():
     """Two products forward, five backward; a causal mask visits 3 of 4 blocks of 512 × 512."""
     batch, heads, kv_heads, head_dim, length = 2, 4, 2, 64, 1024

@@ -251,22 +251,31 @@ def test_import_and_export_round_trip_is_bit_equal(checkpoint, imported, tmp_pat
 
 @pytest.mark.parametrize("merge_lora", [False, True], ids=["lora", "merged"])
 def test_exported_pytorch_folder(merge_lora, imported, model_and_params, tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModel
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
 
     exporting.export(imported, tmp_path / "hf", "hf", merge_lora=merge_lora)
-    model = AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    code = {"trust_remote_code": True}
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "hf", **code)
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "hf", **code)
     for case in CASES:
         expected = golden(case["file"])
         if "audio" not in expected:
             continue
-        ids, waveform = (torch.from_numpy(expected[name]) for name in ("input_ids", "audio"))
+        inputs = extractor(expected["audio"], return_tensors="pt")
+        ids, audio_id = expected["input_ids"], model.config.audio_token_id
+        (position,) = np.flatnonzero(ids == audio_id)
+        speech = [audio_id] * int(inputs["num_audio_tokens"])
+        prompt = [*ids[:position], *speech, *ids[position + 1 : int(expected["prompt_len"])]]
+        tokens = torch.tensor([[*prompt, *ids[int(expected["prompt_len"]) :]]])
         with torch.no_grad():
-            logits = model(ids, waveform).logits[0].numpy()
+            logits = model(tokens, **inputs).logits[0].numpy()
         ours = golden_logits(case, expected["input_ids"], *model_and_params)
         assert_close(logits, ours, case["file"], tolerance=1e-4)
-        count, prompt = len(expected["greedy_ids"]), ids[: int(expected["prompt_len"])]
-        new = model.generate_ids(prompt, waveform, max_new_tokens=count, eos_token_id=None)
+        prompt = torch.tensor([prompt])
+        options = {"max_new_tokens": len(expected["greedy_ids"]), "eos_token_id": None}
+        mask = torch.ones_like(prompt)
+        new = model.generate(prompt, attention_mask=mask, **inputs, **options)[0, prompt.shape[1] :]
         assert new.tolist() == expected["greedy_ids"].tolist()
 
 

@@ -63,6 +63,8 @@ def test_wrong_values_are_one_line(fields, message):
         ("{", "not JSON"),
         (b"\xff", "not UTF-8 text"),
         ('"\\ud800"', "not UTF-8 text"),
+        ('{"a": {"b": 1, "b": 2}}', "JSON with two values for 'b'"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8 text"),
         ("9" * 5000, "JSON with a number of more than 4300 digits"),
         ("[" * 200_000, "nested too deeply"),
     ],

@@ -50,10 +50,6 @@ def run(folder):
         return shared[key]
 
     patch.setattr(train.specs, "build", build_once)
-    lock, locks = train.checkpoint.lock, []
-    patch.setattr(
-        train.checkpoint, "lock", lambda workdir: locks.append(lock(workdir)) or locks[-1]
-    )
 
     def run(workdir, changes=None):
         config = tiny_experiment.get_config(str(folder))
@@ -65,12 +61,7 @@ def run(folder):
             "FLAGS",
             types.SimpleNamespace(config=config.lock(), workdir=str(workdir), **given),
         )
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            train.main(None)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            locks.pop().close()  # a stored traceback would keep it open
+        train.main(None)
         return tiny_experiment.losses(workdir)
 
     yield run
@@ -205,6 +196,74 @@ def test_sigterm_saves_and_the_run_resumes(run, undisturbed, tmp_path, monkeypat
     assert run(tmp_path) == tiny_experiment.losses(undisturbed)
 
 
+def test_ctrl_c_saves_and_the_run_resumes(run, undisturbed, tmp_path, monkeypatch, capfd):
+    former = signal.getsignal(signal.SIGINT)
+    on_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="saved step 3; the same command resumes"):
+        run(tmp_path)
+    assert "Ctrl-C: saving after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints/3").is_dir()  # the save is finished
+    assert signal.getsignal(signal.SIGINT) == former
+    monkeypatch.undo()
+    assert run(tmp_path) == tiny_experiment.losses(undisturbed)
+
+
+def test_batches_of_another_size_use_every_row_once(run, tmp_path, monkeypatch):
+    """The position in the data is the number of rows used, not the step times the batch size."""
+    used = {}  # {step: rows}
+    step_before, get = 0, train.loader._BatchSource.__getitem__
+
+    def watched(source, number):
+        first = source.first + number * source.global_rows
+        used[step_before + number + 1] = list(range(first, first + source.global_rows))
+        return get(source, number)
+
+    monkeypatch.setattr(train.loader._BatchSource, "__getitem__", watched)
+    for steps, size in ((2, 4), (4, 8), (5, 4)):
+        changes = {"steps": steps, "global_batch_size": size, "optimizer.schedule": "constant"}
+        run(tmp_path, changes)
+        step_before = steps
+    # Prefetched batches that the run did not use were overwritten by those of the resume.
+    assert [used[step] for step in range(1, 6)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        list(range(8, 16)),
+        list(range(16, 24)),
+        [24, 25, 26, 27],
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["rows"] for line in lines} == {1: 4, 2: 8, 3: 16, 4: 24, 5: 28}
+
+
+def test_another_optimizer_is_an_error_that_names_it(run, at_step_4):
+    with pytest.raises(UserError) as raised:
+        run(at_step_4, {"optimizer.name": "muon"})
+    assert str(raised.value).startswith(
+        f"{at_step_4}/checkpoints: config.optimizer.name was 'adamw' before the resume and is now "
+        "'muon'; use the former values, or a new --workdir ("
+    )
+    assert (at_step_4 / "checkpoints/4").is_dir()
+
+
+def test_an_error_waits_for_the_save_that_is_running(run, undisturbed, tmp_path, monkeypatch):
+    def fail():
+        raise UserError("a clip is damaged")
+
+    on_batch(monkeypatch, 4, fail)  # drawn after step 2, whose save is running
+    with pytest.raises(UserError, match="a clip is damaged"):
+        run(tmp_path)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    monkeypatch.undo()
+    assert run(tmp_path) == tiny_experiment.losses(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_made_is_an_error(run, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--workdir={tmp_path}/{name}: cannot write files"):
+        run(tmp_path / name)
+
+
 def test_a_corrupt_checkpoint_is_skipped(run, undisturbed, at_step_4, said):
     largest = max(
         (at_step_4 / "checkpoints/4/params").rglob("*"),
@@ -327,7 +386,7 @@ ERRORS = {
     ),
     "profile": (
         {"profile": "4"},
-        "config.profile=4 is not FIRST:LAST, two step numbers such as 5:8",
+        "config.profile='4': should be FIRST:LAST, two step numbers such as 5:8",
     ),
     "missing stage": (
         {"init_from": "/nowhere/stage1"},

@@ -1,7 +1,9 @@
 """The transcribe command on a tiny model; unreadable files are rejected before it is loaded."""
 
+import io
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -114,6 +116,26 @@ def test_standard_input(answered, folder, monkeypatch):
     assert (record["file"], record["seconds"]) == ("-", 2.2)
 
 
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (None, "standard input is closed"),
+        (types.SimpleNamespace(buffer=io.BytesIO(b"")), "standard input is empty"),
+        (types.SimpleNamespace(buffer=Terminal()), "standard input is a terminal"),
+    ],
+)
+def test_standard_input_without_audio(stdin, message, monkeypatch):
+    monkeypatch.setattr(transcribe, "load", never)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match=f"-: {message}; pipe an audio file into it"):
+        transcribe.main(*options("-"))
+
+
 def test_output_files(answered, folder, tmp_path):
     assert (
         answered(
@@ -147,6 +169,62 @@ def test_subtitles():
     )
 
 
+def cues(*given, kind="srt") -> list[list[str]]:
+    """The lines of each cue, of segments (start, end, text)."""
+    segments = [long_form.TranscriptSegment(*times, "eos") for times in given]
+    text = transcribe.subtitles(segments, kind)
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return blocks if kind == "srt" else blocks[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "srt", "vtt"),
+    [
+        ("one\n\ntwo", ["one", "two"], ["one", "two"]),
+        ("one\r\n \r\rtwo\u2028three", ["one", "two", "three"], ["one", "two", "three"]),
+        ("a --> b", ["a → b"], ["a --&gt; b"]),
+        ("a ---> b", ["a -→ b"], ["a ---&gt; b"]),
+        ("AT&T <b>1 < 2</b>", ["AT&T <b>1 < 2</b>"], ["AT&amp;T &lt;b&gt;1 &lt; 2&lt;/b&gt;"]),
+        ("1\n00:00:00,000 --> 00:00:01,000", ["1", "00:00:00,000 → 00:00:01,000"], None),
+        ("a\0b \t c", ["ab c"], ["ab c"]),
+    ],
+)
+def test_the_text_of_a_cue_does_not_end_it(text, srt, vtt):
+    assert cues((0, 1, text), (1, 2, "next")) == [
+        ["1", "00:00:00,000 --> 00:00:01,000", *srt],
+        ["2", "00:00:01,000 --> 00:00:02,000", "next"],
+    ]
+    if vtt:
+        ((_, *lines),) = cues((0, 1, text), kind="vtt")
+        assert lines == vtt
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [
+        ([(1, 1)], ["00:00:01,000 --> 00:00:01,500"]),
+        ([(1, 0.5)], ["00:00:01,000 --> 00:00:01,500"]),
+        ([(1, 1.0001)], ["00:00:01,000 --> 00:00:01,500"]),  # nothing after rounding
+        ([(1, 1.2)], ["00:00:01,000 --> 00:00:01,200"]),
+        ([(1, 1), (1.2, 3)], ["00:00:01,000 --> 00:00:01,200", "00:00:01,200 --> 00:00:03,000"]),
+        ([(1, 1), (1, 3)], ["00:00:01,000 --> 00:00:01,500", "00:00:01,500 --> 00:00:03,000"]),
+        ([(0, 2), (1, 3)], ["00:00:00,000 --> 00:00:01,000", "00:00:01,000 --> 00:00:03,000"]),
+        ([(0, 2), (0, 1)], ["00:00:00,000 --> 00:00:02,000", "00:00:02,000 --> 00:00:02,500"]),
+        ([(359_999.5, 360_001)], ["99:59:59,500 --> 100:00:01,000"]),
+    ],
+)
+def test_cues_have_a_length_and_do_not_overlap(given, times):
+    assert [cue[1] for cue in cues(*((*times, "a") for times in given))] == times
+
+
+@pytest.mark.parametrize("kind", ["srt", "vtt"])
+def test_blank_segments_have_no_cue(kind):
+    found = cues((0, 1, " \n "), (1, 2, "a"), (2, 3, "\r"), kind=kind)
+    assert [cue[-1] for cue in found] == ["a"]
+    empty = [long_form.TranscriptSegment(0, 1, " ", "eos")]
+    assert transcribe.subtitles(empty, kind) == ("" if kind == "srt" else "WEBVTT")
+
+
 def test_a_stream_waits_for_whole_characters_and_removes_loops(capsys):
     stream = transcribe.TerminalStream()
     for text in ("안", "안\ufffd", "안녕"):
@@ -178,12 +256,67 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_unreadable_files_are_rejected_first(name, tmp_path, folder, monkeypatch):
+def test_an_unreadable_file_is_rejected_first(name, tmp_path, monkeypatch):
     make, message = BAD[name]
     make(tmp_path / "bad.wav")
     monkeypatch.setattr(transcribe, "load", never)
     with pytest.raises(audio.AudioError, match=f"bad.wav: {message}"):
-        transcribe.main(*options(folder / "short.flac", tmp_path / "bad.wav"))
+        transcribe.main(*options(tmp_path / "bad.wav"))
+
+
+def test_of_several_files_the_readable_ones_are_answered(answered, folder, tmp_path, capsys):
+    """A file may be unreadable at once, or only when its turn comes."""
+    (tmp_path / "bad.wav").write_text("no sound")
+    late = tmp_path / "late.wav"
+    soundfile.write(late, tone(1.0), RATE)
+    names = [tmp_path / "bad.wav", folder / "short.flac", late, folder / "stereo.wav"]
+    one, two = (answered(file).rstrip("\n") for file in (names[1], names[3]))
+
+    recording = transcribe._recording
+
+    def vanishing(values, file):
+        found = recording(values, file)
+        if file == late:
+            late.unlink()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transcribe, "_recording", vanishing)
+        with pytest.raises(UserError, match="2 of 4 files failed, as named above"):
+            answered(*names)
+    done = capsys.readouterr()
+    assert done.out == f"{names[1]}\t{one}\n{names[3]}\t{two}\n"
+    errors = [line.split(": ") for line in done.err.splitlines() if line.startswith("error: ")]
+    assert [parts[1] for parts in errors] == [str(names[0]), str(late)]
+
+
+def test_if_no_file_is_readable_the_model_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "load", never)
+    with pytest.raises(UserError, match="2 of 2 files failed"):
+        transcribe.main(*options(tmp_path / "a.wav", tmp_path / "b.wav"))
+
+
+def test_answers_are_kept_if_the_disk_fills(answered, folder, tmp_path, monkeypatch):
+    write_text = transcribe.outputs.write_text
+
+    def full_at_the_second(path, text):
+        if path.name == "stereo.txt":
+            raise OSError(28, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(transcribe.outputs, "write_text", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        answered(folder / "short.flac", folder / "stereo.wav", f"--out={tmp_path}")
+    assert [file.name for file in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_folders_are_searched_for_all_formats(tmp_path):
+    """Names decide in folders; hidden files, as macOS adds them, are not audio."""
+    for name in ("b.m4a", "a.WEBM", "c/d.mp4", "e.rf64", "._b.m4a", "notes.txt", "x.wav/y.opus"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(f.relative_to(tmp_path)) for f in transcribe.find_files([str(tmp_path)], tmp_path)]
+    assert found == ["a.WEBM", "b.m4a", "c/d.mp4", "e.rf64", "x.wav/y.opus"]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +329,23 @@ def test_unreadable_files_are_rejected_first(name, tmp_path, folder, monkeypatch
             ("{folder}/short.flac", "{folder}/short.flac", "--out=x"),
             "two audio files have the same name",
         ),
+        (("{folder}/short.flac", "--out={folder}/notes.txt"), "--out=.*it is a file"),
+        (("{folder}/short.flac", "--out={folder}/notes.txt/out"), "--out=.*cannot write files"),
+        (("{folder}/short.flac", "--span=x"), "--span=x: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=-5"), "--span=-5: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=nan"), "--span=nan: use auto, none, or a number"),
+        (("{folder}/short.flac", "--span=0"), "--span=0: use auto, none, or a number"),
+        (("{folder}/short.flac", "--temperature=nan"), "--temperature=nan: must be at least 0"),
+        (("{folder}/short.flac", "--temperature=inf"), "--temperature=inf: must be at least 0"),
+        (("{folder}/short.flac", "--top_p=0"), "--top_p=0.0: must be above 0, at most 1"),
+        (("{folder}/short.flac", "--top_p=2"), "--top_p=2.0: must be above 0, at most 1"),
+        (("{folder}/short.flac", "--top_k=-1"), "--top_k=-1: must be at least 0"),
+        (
+            ("{folder}/short.flac", "--repetition_penalty=0"),
+            "--repetition_penalty=0.0: must be above 0",
+        ),
+        (("{folder}/short.flac", "--seed=99999999999"), "--seed=99999999999: must be at most"),
+        (("{folder}/short.flac", "--stream", "--format=json"), "--stream: works with one file"),
     ],
 )
 def test_impossible_requests_are_rejected(arguments, message, folder, tmp_path, monkeypatch):
@@ -204,15 +354,3 @@ def test_impossible_requests_are_rejected(arguments, message, folder, tmp_path, 
         transcribe.main(
             *options(*(argument.format(folder=folder, empty=tmp_path) for argument in arguments))
         )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--span=x",), "--span=x: use auto, none, or a number"),
-        (("--stream", "--format=json"), "--stream: works with one file"),
-    ],
-)
-def test_conflicting_flags_are_rejected(arguments, message, answered, folder):
-    with pytest.raises(UserError, match=message):
-        answered(folder / "short.flac", *arguments)

@@ -1,5 +1,6 @@
 """Exports a working directory as the authors' state_dict, a PEFT adapter or a PyTorch folder."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -13,9 +14,11 @@ from fastslm_jax import audio
 from fastslm_jax.convert import opening, stored
 from fastslm_jax.convert.stored import Stored
 from fastslm_jax.data import prompts
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.tensors import (
+    ADAPTER,
     SafetensorsSource,
     Tensor,
     atomic_folder,
@@ -28,8 +31,39 @@ if typing.TYPE_CHECKING:
     import torch
 
 LAYOUTS = ("released", "peft", "hf")
-MODELING = pathlib.Path(__file__).with_name("modeling_fastslm.py")
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CODE = tuple(  # the PyTorch model: every "hf" folder has a copy of these files
+    pathlib.Path(__file__).with_name(f"{part}_fastslm.py")
+    for part in ("configuration", "feature_extraction", "processing", "modeling", "pipeline")
+)
+MULTIMODAL_TEMPLATE = """\
+{%- set tasks = TASKS %}
+{%- set rendered = namespace(turns=[]) %}
+{%- for message in messages %}
+    {%- if message['content'] is string or not message['content'] %}
+        {%- set rendered.turns = rendered.turns + [message] %}
+    {%- else %}
+        {%- set turn = namespace(audio='', text='') %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'text' %}
+                {%- set turn.text = turn.text + part['text'] %}
+            {%- elif part['type'] in ('audio', 'audio_url', 'input_audio') %}
+                {%- set turn.audio = turn.audio + BLOCK %}
+            {%- else %}
+                {{- raise_exception('content is ' ~ part['type'] ~ ', expected audio or text') }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if turn.audio %}
+            {%- set chosen = tasks[task or 'asr'] %}
+            {%- if not chosen %}
+                {{- raise_exception('task ' ~ task ~ ': expected one of ' ~ tasks | join(', ')) }}
+            {%- endif %}
+            {%- set turn.text = chosen[0] + turn.audio + '\\n' + (turn.text or chosen[1]) %}
+        {%- endif %}
+        {%- set rendered.turns = rendered.turns + [dict(message, content=turn.text)] %}
+    {%- endif %}
+{%- endfor %}
+{%- set messages = rendered.turns %}
+"""
 
 
 def export(
@@ -110,7 +144,7 @@ def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
             "r": options.lora.rank,
             "alpha": options.lora.alpha,
             "dropout": options.lora.dropout,
-            "target_modules": LORA_TARGETS,
+            "target_modules": layouts.LORA_TARGETS,
         },
         "special_tokens": list(prompts.ADDED_TOKENS),
         "dtype": options.dtype,
@@ -142,22 +176,39 @@ def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
 
 def write_peft(folder: pathlib.Path, given: Stored) -> list[Tensor]:
     """Writes LoRA as an adapter of the language model. The HFQ-Former is not included."""
+    base = str(given.config.base.llm)
+    return _write_adapter(folder, given, layouts.peft_lora(), layouts.LORA_TARGETS, base)
+
+
+def _write_adapter(
+    folder: pathlib.Path,
+    given: Stored,
+    layout: engine.Layout,
+    targets: tuple[str, ...] | str,
+    base: str | None,
+) -> list[Tensor]:
+    """Writes adapter_model.safetensors and adapter_config.json.
+
+    Args:
+        targets: ends of the names of the adapted modules, or a pattern for the whole names.
+        base: hub id or folder of the adapted model.
+    """
     lora = {
         path.removeprefix("llm/"): leaf
         for path, leaf in given.leaves.items()
         if path.endswith(("/lora_a", "/lora_b"))
     }
-    tensors = engine.tensors(lora, layouts.peft_lora())
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    tensors = engine.tensors(lora, layout)
+    write_safetensors(folder / ADAPTER, tensors)
     options = given.config.model.lora
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(given.config.base.llm),
+        "base_model_name_or_path": base,
         "r": options.rank,
         "lora_alpha": int(options.alpha) if float(options.alpha).is_integer() else options.alpha,
         "lora_dropout": options.dropout,
-        "target_modules": LORA_TARGETS,
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -170,45 +221,89 @@ def write_peft(folder: pathlib.Path, given: Stored) -> list[Tensor]:
 
 
 def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
-    """Writes a folder that loads with PyTorch and transformers, without this package."""
+    """Writes a folder that loads with PyTorch and transformers, without this package.
+
+    LoRA is an adapter in the same folder.
+    """
     options = given.config.model
     layout = layouts.hf_fastslm(len(options.stage_tokens), options.detail_recovery_layers)
-    tensors = engine.tensors(given.leaves, layout)
+    leaves = {path: leaf for path, leaf in given.leaves.items() if "/lora_" not in path}
+    tensors = engine.tensors(leaves, layout)
     num_files = write_sharded(folder, tensors)
-    stored.write_json(folder / "config.json", _hf_config(given))
+    if given.has_lora:
+        adapter = layouts.peft_lora(decoder=layouts.HF_DECODER)
+        # The encoder has projections of the same names, which are not adapted.
+        targets = rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(layouts.LORA_TARGETS)})"
+        tensors += _write_adapter(folder, given, adapter, targets, base=None)
     tokenizer = given.load_tokenizer()
+    tokenizer.chat_template = chat_template(tokenizer.chat_template)
     tokenizer.save_pretrained(folder)
-    generation = {
-        "do_sample": False,
-        "eos_token_id": tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    stored.write_json(folder / "generation_config.json", generation)
     encoder = given.model.encoder
-    processor = {
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": encoder.num_mels,
-        "sampling_rate": audio.SAMPLE_RATE,
-        "n_fft": audio.N_FFT,
-        "hop_length": audio.HOP,
-        "chunk_length": 2 * encoder.max_positions * audio.HOP // audio.SAMPLE_RATE,
-        "padding_value": 0.0,
-        "audio_padding": options.audio_padding,
+    auto_map = {
+        "AutoFeatureExtractor": "feature_extraction_fastslm.FastSLMFeatureExtractor",
+        "AutoProcessor": "processing_fastslm.FastSLMProcessor",
     }
-    stored.write_json(folder / "preprocessor_config.json", processor)
-    shutil.copyfile(MODELING, folder / MODELING.name)
+    files = {
+        "config.json": _hf_config(given, tokenizer.convert_tokens_to_ids(prompts.AUDIO)),
+        "generation_config.json": {
+            "do_sample": False,
+            "max_new_tokens": 512,  # of prompts without audio
+            "eos_token_id": tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        "preprocessor_config.json": {
+            "feature_extractor_type": "FastSLMFeatureExtractor",
+            "processor_class": "FastSLMProcessor",
+            "auto_map": auto_map,
+            "feature_size": encoder.num_mels,
+            "sampling_rate": audio.SAMPLE_RATE,
+            "n_fft": audio.N_FFT,
+            "hop_length": audio.HOP,
+            "window_frames": given.model.window.frames,
+            "tokens_per_window": options.compression_size,
+            "audio_padding": options.audio_padding,
+        },
+        "processor_config.json": {"processor_class": "FastSLMProcessor", "auto_map": auto_map},
+    }
+    for name, content in files.items():
+        stored.write_json(folder / name, content)
+    for file in CODE:
+        shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(model_card(given, num_files))
     return tensors
 
 
-def _hf_config(given: Stored) -> dict:
+def chat_template(template: str) -> str:
+    """A language model's chat template that also accepts content as a list of parts.
+
+    {"type": "audio"} opens the turn with the token of the variable `task` (default: asr) and the
+    audio; the text parts follow, or else the task's instruction.
+    """
+    tasks = {name: [task.token, task.instruction] for name, task in TASKS.items()}
+    block = f"{prompts.AUDIO_BOS}{prompts.AUDIO}{prompts.AUDIO_EOS}"
+    parts = MULTIMODAL_TEMPLATE.replace("TASKS", json.dumps(tasks)).replace(
+        "BLOCK", json.dumps(block)
+    )
+    return parts + template.removeprefix(parts)
+
+
+def _hf_config(given: Stored, audio_token_id: int) -> dict:
     options = given.config.model
+    model = "modeling_fastslm.FastSLMForConditionalGeneration"
     return {
         "model_type": "fastslm",
-        "architectures": ["FastSLM"],
+        "architectures": ["FastSLMForConditionalGeneration"],
         "auto_map": {
-            "AutoConfig": "modeling_fastslm.FastSLMConfig",
-            "AutoModel": "modeling_fastslm.FastSLM",
+            "AutoConfig": "configuration_fastslm.FastSLMConfig",
+            "AutoModel": "modeling_fastslm.FastSLMModel",
+            "AutoModelForSpeechSeq2Seq": model,
+            "AutoModelForMultimodalLM": model,
+        },
+        "custom_pipelines": {
+            "automatic-speech-recognition": {
+                "impl": "pipeline_fastslm.FastSLMPipeline",
+                "pt": ["AutoModelForSpeechSeq2Seq"],
+            }
         },
         "dtype": options.dtype,
         "audio_config": given.whisper_config,
@@ -221,9 +316,8 @@ def _hf_config(given: Stored) -> dict:
         "compression_size": options.compression_size,
         "detail_recovery_layers": options.detail_recovery_layers,
         "head_dim": given.model.hfq_former.head_dim,
-        "lora_rank": options.lora.rank,
-        "lora_alpha": options.lora.alpha,
-        "audio_padding": options.audio_padding,
+        "audio_token_id": audio_token_id,
+        "has_adapter": given.has_lora,
         "tie_word_embeddings": given.model.llm.tied_embeddings,
     }
 
@@ -235,9 +329,10 @@ def model_card(given: Stored, num_files: int) -> str:
     hub_ids = "".join(f"- {name}\n" for name in names if not os.path.isdir(name))
     if given.has_lora:
         lora = (
-            f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is stored "
-            "separately. It is off for prompts without audio, which the base language model "
-            "answers."
+            f"LoRA of rank {options.lora.rank} (alpha {options.lora.alpha:g}) is a PEFT adapter in "
+            "this folder (`pip install peft`). It is on for prompts with audio and off for others, "
+            "which the base language model answers. On the Hugging Face hub, set "
+            "base_model_name_or_path in adapter_config.json to the id of the repository."
         )
     else:
         lora = "LoRA is merged into the weights, so it also applies to prompts without audio."
@@ -252,25 +347,25 @@ A speech language model: audio in, text out.
 
 - Whisper encoder: width {model.encoder.width}, {model.encoder.num_layers} layers
 - HFQ-Former: {options.compression_size} tokens per window of {model.window.seconds:g} s
-- Qwen3 decoder: width {model.llm.width}, {model.llm.num_layers} layers
+- Decoder: width {model.llm.width}, {model.llm.num_layers} layers
 
 {lora}
 
 ```python
-import soundfile
-from transformers import AutoModel
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
-model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-waveform, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz, any length
-print(model.transcribe(waveform))  # task: asr, ast, ssum or sqqa
-print(
-    model.transcribe(
-        waveform, task="ssum", do_sample=True, temperature=0.2, top_p=0.95, top_k=20
-    )
-)
+transcriber = pipeline("automatic-speech-recognition", FOLDER, trust_remote_code=True)
+print(transcriber("speech.wav")["text"])  # any length
+
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(FOLDER, trust_remote_code=True)
+# task: asr, ast, ssum or sqqa; prompt: replaces the task's own instruction
+inputs = processor.apply_transcription_request(["a.wav", "b.wav"], task="ssum")
+tokens = model.generate(**inputs, do_sample=True, temperature=0.2, top_p=0.95, top_k=20)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-Requires PyTorch and transformers; `modeling_fastslm.py` contains the complete model.
+Requires PyTorch and transformers ≥ 5.15.
 Exported from step {given.step} of the run `{given.config.name}`; weight files: {num_files}.
 
 Method: FastSLM (arXiv 2601.06199).

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import importlib.util
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastslm_jax.convert.exporting import MODELING
+from fastslm_jax.convert.exporting import CODE
 from fastslm_jax.convert.stored import Stored
 from fastslm_jax.data.prompts import PromptTokenizer
 from fastslm_jax.models.fastslm import FastSLM
@@ -60,20 +59,28 @@ def run_torch(given: Stored, samples: np.ndarray, ids: Sequence[int]) -> np.ndar
     import torch
     from transformers.utils import logging
 
-    from fastslm_jax.convert import modeling_fastslm
+    from fastslm_jax.convert.feature_extraction_fastslm import FastSLMFeatureExtractor
+    from fastslm_jax.convert.modeling_fastslm import FastSLMForConditionalGeneration
 
     logging.disable_progress_bar()
-    model = modeling_fastslm.FastSLM.from_pretrained(given.path, dtype=torch.float32)
+    model = FastSLMForConditionalGeneration.from_pretrained(given.path, dtype=torch.float32)
+    extractor = FastSLMFeatureExtractor.from_pretrained(given.path)
+    inputs = extractor(samples, return_tensors="pt")
+    speech = [model.config.audio_token_id] * int(inputs["num_audio_tokens"])
+    tokens = [one for id in ids for one in (speech if id == speech[0] else [id])]
     with torch.no_grad():
-        return model(torch.tensor(ids), torch.from_numpy(samples)).logits[0].numpy()
+        return model(torch.tensor([tokens]), **inputs).logits[0].numpy()
 
 
 def can_run_torch(given: Stored) -> bool:
     """Whether PyTorch is installed and the folder's code equals this package's, byte for byte."""
-    if given.kind != "hf" or importlib.util.find_spec("torch") is None:
+    needed = ["torch", "peft"] if given.has_lora else ["torch"]
+    if given.kind != "hf" or not all(map(importlib.util.find_spec, needed)):
         return False
-    code = pathlib.Path(given.path) / MODELING.name
-    return code.is_file() and code.read_bytes() == MODELING.read_bytes()
+    files = {given.path / ours.name: ours for ours in CODE}
+    return all(
+        file.is_file() and file.read_bytes() == ours.read_bytes() for file, ours in files.items()
+    )
 
 
 def _in_float32(model: FastSLM) -> FastSLM:

@@ -1,87 +1,36 @@
 """FastSLM in PyTorch: log-mel → Whisper encoder → HFQ-Former → decoder (arXiv 2601.06199).
 
-This file contains the complete model and requires only torch and transformers. Every exported
-folder has a copy of it:
+Every exported folder has a copy of this file and of those that it imports:
 
-    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-    text = model.transcribe(waveform)  # float32 samples at 16 kHz, of any length
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(FOLDER, trust_remote_code=True)
+    text = model.transcribe(waveform)  # float samples at 16 kHz, of any length
 
-Shapes: b windows; t, s frames or tokens; d width.
+Shapes: b windows or prompts; t, s frames or tokens; d width.
 """
-
-import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModel,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    WhisperConfig,
 )
-from transformers.audio_utils import mel_filter_bank
-from transformers.configuration_utils import PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
-SAMPLE_RATE, N_FFT, HOP = 16_000, 400, 160
-AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
-TASKS = {  # task: (token, instruction used in training)
-    "asr": ("<|ASR|>", "Transcribe the audio clip into text."),
-    "ast": ("<|AST|>", "Translate the audio clip into Korean."),
-    "ssum": ("<|SSUM|>", "Summarize the audio clip."),
-    "sqqa": ("<|SQQA|>", "Answer the question in the audio clip."),
-}
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from .configuration_fastslm import FastSLMConfig
+from .feature_extraction_fastslm import FastSLMFeatureExtractor
+from .processing_fastslm import FastSLMProcessor
 
-
-class FastSLMConfig(PretrainedConfig):
-    """Configuration of a FastSLM.
-
-    Args:
-        audio_config: Whisper config of the encoder.
-        text_config: config of the language model: Qwen3, Qwen2 or Llama (by its model_type).
-        stage_tokens: queries at each time resolution of the HFQ-Former.
-        compression_size: speech tokens per window.
-        detail_recovery_layers: number of detail recovery layers.
-        head_dim: head dimension of the HFQ-Former.
-        lora_rank: 0 if LoRA is merged into the weights.
-        lora_alpha: LoRA is scaled by lora_alpha / lora_rank.
-        audio_padding: how the last window is padded: "released" with 0.0 after the log-mel,
-            "whisper" with silence before it.
-    """
-
-    model_type = "fastslm"
-    sub_configs = {"audio_config": WhisperConfig, "text_config": AutoConfig}  # noqa: RUF012
-
-    def __init__(
-        self,
-        audio_config: WhisperConfig | dict | None = None,
-        text_config: PretrainedConfig | dict | None = None,
-        stage_tokens: Sequence[int] = (80, 80, 80),
-        compression_size: int = 50,
-        detail_recovery_layers: int = 2,
-        head_dim: int = 64,
-        lora_rank: int = 0,
-        lora_alpha: float = 64.0,
-        audio_padding: str = "released",
-        **kwargs,
-    ) -> None:
-        if not isinstance(audio_config, WhisperConfig):
-            audio_config = WhisperConfig(**(audio_config or {}))
-        if not isinstance(text_config, PretrainedConfig):
-            text_config = AutoConfig.for_model(**{"model_type": "qwen3", **(text_config or {})})
-        self.audio_config, self.text_config = audio_config, text_config
-        self.stage_tokens, self.compression_size = tuple(stage_tokens), compression_size
-        self.detail_recovery_layers, self.head_dim = detail_recovery_layers, head_dim
-        self.lora_rank, self.lora_alpha, self.audio_padding = lora_rank, lora_alpha, audio_padding
-        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
-        super().__init__(**kwargs)
+WINDOW_BATCH = 8  # windows that are encoded at a time
 
 
 def attend(
@@ -119,8 +68,9 @@ class Compressor(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.empty(num_queries, width))
-        self.register_buffer("query_positions", torch.empty(num_queries, width))
-        self.register_buffer("context_positions", torch.empty(context, width))
+        # Sinusoids. As in Whisper, they are parameters, which every server loads from the file.
+        self.query_positions = nn.Parameter(torch.empty(num_queries, width), requires_grad=False)
+        self.context_positions = nn.Parameter(torch.empty(context, width), requires_grad=False)
         self.query_norm, self.context_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.out = nn.Linear(width, width)
 
@@ -196,204 +146,231 @@ class HFQFormer(nn.Module):
         return self.projection(tokens)
 
 
-class LoRALinear(nn.Linear):
-    """x W + scale · x A B, or x W if not enabled."""
-
-    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
-        self.scale, self.enabled = scale, True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        return y + self.lora_B(self.lora_A(x)) * self.scale if self.enabled else y
-
-
-class FastSLM(PreTrainedModel):
-    """FastSLM for one recording at a time. LoRA applies only to prompts with audio."""
-
+class FastSLMPreTrainedModel(PreTrainedModel):
     config_class = FastSLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    _no_split_modules = [  # noqa: RUF012
+        *("Qwen3DecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer", "WhisperEncoderLayer")
+    ]
     _supports_sdpa = True
-    _no_split_modules = (
-        *("Qwen3DecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer", "WhisperEncoderLayer"),
-    )
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Compressor):
+            init.normal_(module.query, std=0.02)
+            for positions in (module.query_positions, module.context_positions):
+                init.copy_(positions, sinusoids(*positions.shape))
+
+
+class FastSLMModel(FastSLMPreTrainedModel):
+    """FastSLM without the output head: what vLLM serves."""
 
     def __init__(self, config: FastSLMConfig) -> None:
         super().__init__(config)
-        self.encoder = WhisperEncoder(config.audio_config)
+        self.audio_tower = WhisperEncoder(config.audio_config)
         self.hfq_former = HFQFormer(config)
-        self.llm = AutoModelForCausalLM.from_config(config.text_config)
-        if config.lora_rank:
-            self._add_lora(config.lora_rank, config.lora_alpha / config.lora_rank)
-        self._tokenizer = None
+        self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def _add_lora(self, rank: int, scale: float) -> None:
-        for layer in self.llm.model.layers:
-            for block in (layer.self_attn, layer.mlp):
-                for name in LORA_TARGETS:
-                    if hasattr(block, name):
-                        setattr(block, name, LoRALinear(getattr(block, name), rank, scale))
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Does nothing: weights are always loaded from the folder."""
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
 
-    # ---- Speech ----
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        num_audio_tokens: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **_,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Log-mel [recordings, bands, frames] → speech tokens as `pooler_output` [tokens, d].
 
-    def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Samples [n] at 16 kHz → log-mel [bands, frames], relative to the recording's maximum."""
-        filters = mel_filter_bank(
-            N_FFT // 2 + 1,
-            self.config.audio_config.num_mel_bins,
-            0.0,
-            SAMPLE_RATE / 2,
-            SAMPLE_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        )
-        filters = torch.from_numpy(filters).to(waveform.device, torch.float32)
-        window = torch.hann_window(N_FFT, device=waveform.device)
-        spectrum = torch.stft(
-            waveform,
-            N_FFT,
-            HOP,
-            window=window,
-            center=True,
-            pad_mode="reflect",
-            return_complex=True,
-        )
-        mel = (filters.T @ spectrum[:, :-1].abs().square()).clamp(min=1e-10).log10()
-        return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
-
-    def windows(self, waveform: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """Samples [n] → log-mel windows [b, bands, frames]."""
-        frames = 2 * self.config.audio_config.max_source_positions
-        waveform = torch.as_tensor(waveform, dtype=torch.float32, device=self.device)
-        if waveform.dim() != 1:
-            raise ValueError(
-                f"the waveform has shape {tuple(waveform.shape)}, expected [samples]: one channel "
-                "at 16 kHz"
-            )
-        waveform = F.pad(waveform, (0, max(0, SAMPLE_RATE - len(waveform))))  # to at least 1 s
-        count = math.ceil(len(waveform) // HOP / frames)
-        if self.config.audio_padding == "whisper":
-            padding = max(0, count * frames * HOP - len(waveform))
-            mel = self.log_mel(F.pad(waveform, (0, padding)))[:, : count * frames]
+        Args:
+            num_audio_tokens: [recordings]; the windows after them are padding. None: no padding.
+        """
+        windows = input_features.unflatten(2, (-1, self.config.window_frames)).transpose(1, 2)
+        if num_audio_tokens is None:
+            windows = windows.flatten(0, 1)
         else:
-            mel = self.log_mel(waveform)
-            mel = F.pad(mel, (0, count * frames - mel.shape[1]))
-        return mel.unflatten(1, (count, frames)).transpose(0, 1)
-
-    @torch.no_grad()
-    def speech_tokens(
-        self, waveform: torch.Tensor | np.ndarray, batch_size: int = 8
-    ) -> torch.Tensor:
-        """Samples [n] → speech tokens [b · compression_size, text width].
-
-        Args:
-            batch_size: windows to encode at a time.
-        """
-        parts = self.windows(waveform).to(self.dtype).split(batch_size)
-        return torch.cat(
-            [self.hfq_former(self.encoder(part).last_hidden_state).flatten(0, 1) for part in parts]
+            counts = (num_audio_tokens // self.config.compression_size).tolist()
+            windows = torch.cat([part[:n] for part, n in zip(windows, counts, strict=True)])
+        windows = windows.to(self.audio_tower.conv1.weight)  # its device and dtype
+        tokens = torch.cat(
+            [
+                self.hfq_former(self.audio_tower(part).last_hidden_state)
+                for part in windows.split(WINDOW_BATCH)
+            ]
         )
+        output = BaseModelOutputWithPooling(tokens, tokens.flatten(0, 1))
+        return output if return_dict else output.to_tuple()
 
-    # ---- Prompt and text ----
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, audio_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where speech tokens replace text: bool, the shape of inputs_embeds [b, t, d].
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self.config._name_or_path, config=self.config.text_config
-            )
-        return self._tokenizer
-
-    def prompt_ids(self, task: str | None = "asr", instruction: str | None = None) -> torch.Tensor:
-        """Token ids [t] of a prompt, with <|AUDIO|> as one id.
-
-        Args:
-            task: "asr", "ast", "ssum" or "sqqa"; None for a prompt without audio.
-            instruction: replaces the task's own instruction.
+        Raises:
+            ValueError: the prompts have more or fewer <|AUDIO|> than there are speech tokens.
         """
-        content = instruction
-        if task is not None:
-            token, default = TASKS[task]
-            content = f"{token}{AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n{instruction or default}"
-        turns = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, device=self.device)
-
-    def embed(self, input_ids: torch.Tensor, speech: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids [t] → embeddings [1, t', d], with <|AUDIO|> replaced by the speech tokens."""
-        embeddings = self.llm.get_input_embeddings()(input_ids.to(self.device))
-        if speech is not None:
-            audio_id = self.tokenizer.convert_tokens_to_ids(AUDIO)
-            positions = (input_ids == audio_id).nonzero()[:, 0]
-            if len(positions) != 1:
-                raise ValueError(f"the prompt has {len(positions)} {AUDIO} tokens, expected one")
-            before, after = embeddings[: positions[0]], embeddings[positions[0] + 1 :]
-            embeddings = torch.cat([before, speech.to(embeddings.dtype), after])
-        return embeddings[None]
-
-    def use_lora(self, enabled: bool) -> None:
-        for module in self.llm.modules():
-            if isinstance(module, LoRALinear):
-                module.enabled = enabled
+        mask = input_ids == self.config.audio_token_id
+        if mask.sum() != len(audio_features):
+            raise ValueError(
+                f"the prompts have {mask.sum()} <|AUDIO|> tokens, the audio has "
+                f"{len(audio_features)} speech tokens; make both with the processor"
+            )
+        return mask[..., None].expand_as(inputs_embeds)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        waveform: torch.Tensor | np.ndarray | None = None,
+        input_ids: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        num_audio_tokens: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits [1, t', vocabulary] of one prompt.
+    ) -> BaseModelOutputWithPast | tuple:
+        """Prompts [b, t] → hidden states [b, t, d].
 
         Args:
-            input_ids: [t], with <|AUDIO|> as one id if there is audio.
-            waveform: samples [n] at 16 kHz. Without audio, LoRA is off.
-            **kwargs: passed to the language model.
+            input_features, num_audio_tokens: see `get_audio_features`. Without audio, LoRA is off.
+            inputs_embeds: [b, t, d] instead of input_ids.
+            **kwargs: passed to the language model, such as attention_mask.
         """
-        self.use_lora(waveform is not None)
-        speech = None if waveform is None else self.speech_tokens(waveform)
-        output = self.llm(inputs_embeds=self.embed(input_ids, speech), **kwargs)
-        return CausalLMOutputWithPast(logits=output.logits, past_key_values=output.past_key_values)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError(
+                    "FastSLM needs a prompt with the audio: use the processor, or "
+                    'pipeline("automatic-speech-recognition", model=FOLDER, trust_remote_code=True)'
+                )
+            self._switch_lora(input_ids, input_features, kwargs)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if input_features is not None:
+                speech = self.get_audio_features(input_features, num_audio_tokens).pooler_output
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, speech)
+                inputs_embeds = inputs_embeds.masked_scatter(mask, speech.to(inputs_embeds))
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+    def _switch_lora(
+        self, input_ids: torch.Tensor, input_features: torch.Tensor | None, kwargs: dict
+    ) -> None:
+        """Turns a separate LoRA on for prompts with audio, and off for those without."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # depends on the version
+        if not self.config.has_adapter or (cache is not None and cache.get_seq_length()):
+            return
+        has_audio = input_features is not None
+        layers = [part for part in self.language_model.modules() if hasattr(part, "lora_A")]
+        if has_audio and not layers:
+            raise ImportError(
+                "the LoRA of this FastSLM is in adapter_model.safetensors and was not loaded; "
+                "run `pip install peft`, or export with --merge_lora"
+            )
+        if has_audio and not (input_ids == self.config.audio_token_id).any(-1).all():
+            raise ValueError(
+                "prompts with and without audio in one batch: LoRA applies to prompts with audio "
+                "only; run them separately"
+            )
+        for layer in layers:
+            if layer.disable_adapters == has_audio:
+                layer.enable_adapters(has_audio)
+
+
+class FastSLMForConditionalGeneration(FastSLMPreTrainedModel, GenerationMixin):
+    """FastSLM: prompts with recordings of any length → text."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.language_model.embed_tokens.weight"
+    }
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: FastSLMConfig) -> None:
+        super().__init__(config)
+        self.model = FastSLMModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self._processor = None
+        self.post_init()
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling | tuple:
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        num_audio_tokens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [b, t, vocabulary]; see `FastSLMModel.forward`.
+
+        Args:
+            labels: [b, t], the input_ids to predict, -100 elsewhere; adds `loss`.
+            logits_to_keep: last positions to compute logits for, or their indices. 0: all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            num_audio_tokens=num_audio_tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **others)
+        return output if return_dict else output.to_tuple()
+
+    def generate(self, *args, **kwargs) -> torch.Tensor:
+        """See `GenerationMixin.generate`. The default limit of tokens grows with the audio."""
+        features = kwargs.get("input_features")
+        limits = ("max_new_tokens", "max_length", "generation_config")
+        if features is not None and not any(kwargs.get(name) for name in limits):
+            kwargs["max_new_tokens"] = max(512, 64 + 6 * features.shape[-1] // 100)
+        return super().generate(*args, **kwargs)
+
+    # ---- From waveform to text ----
+
+    @property
+    def processor(self) -> FastSLMProcessor:
+        """The processor in the folder of the model."""
+        if self._processor is None:
+            folder = self.config._name_or_path
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            extractor = FastSLMFeatureExtractor.from_pretrained(folder)
+            self._processor = FastSLMProcessor(extractor, tokenizer, tokenizer.chat_template)
+        return self._processor
 
     @torch.no_grad()
-    def generate_ids(
-        self,
-        input_ids: torch.Tensor,
-        waveform: torch.Tensor | np.ndarray | None = None,
-        **generation,
-    ) -> torch.Tensor:
-        """Generates token ids [n] for a prompt; see `forward` for the arguments.
-
-        Args:
-            **generation: passed to `generate`. By default, decoding is greedy and the maximum
-                number of new tokens grows with the duration of the audio.
-        """
-        self.use_lora(waveform is not None)
-        speech = None if waveform is None else self.speech_tokens(waveform)
-        embeddings = self.embed(input_ids, speech)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
-        seconds = 0 if waveform is None else len(waveform) / SAMPLE_RATE
-        defaults = {
-            "do_sample": False,
-            "max_new_tokens": max(512, 64 + int(6 * seconds)),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        }
-        options = defaults | generation
-        return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, **options)[0]
-
     def transcribe(
         self,
-        waveform: torch.Tensor | np.ndarray,
+        waveform: str | torch.Tensor | np.ndarray,
         task: str = "asr",
         instruction: str | None = None,
         **generation,
     ) -> str:
-        """Samples [n] at 16 kHz → text; see `prompt_ids` and `generate_ids` for the arguments."""
-        ids = self.generate_ids(self.prompt_ids(task, instruction), waveform, **generation)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """A file, or samples [n] at 16 kHz → text.
+
+        Args:
+            task: "asr", "ast", "ssum" or "sqqa".
+            instruction: replaces the task's own instruction.
+            **generation: passed to `generate`.
+        """
+        inputs = self.processor.apply_transcription_request(waveform, task, instruction)
+        tokens = self.generate(**inputs.to(self.device), **generation)[0]
+        new = tokens[inputs["input_ids"].shape[1] :]
+        return self.processor.decode(new, skip_special_tokens=True).strip()

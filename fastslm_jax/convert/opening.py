@@ -5,12 +5,14 @@ Opening checks the names and shapes of all tensors; weights in files are read on
 
 import os
 import pathlib
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from pydantic import Field
 
 from fastslm_jax import config as config_lib
-from fastslm_jax import sharding
+from fastslm_jax import config_schema, schema, sharding
 from fastslm_jax.convert import stored
 from fastslm_jax.convert.released import open_released
 from fastslm_jax.convert.stored import Stored
@@ -20,6 +22,32 @@ from fastslm_jax.training import experiment
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource
+
+
+class ExportedConfig(schema.Schema):
+    """config.json of a folder written by `export --layout=hf`."""
+
+    audio_config: dict[str, Any]
+    text_config: dict[str, Any]
+    stage_tokens: Annotated[list[config_schema.Slots], Field(min_length=1, max_length=8)]
+    compression_size: config_schema.Slots
+    detail_recovery_layers: config_schema.Layers
+    has_adapter: bool
+    dtype: config_schema.Dtype | None = None
+
+
+class ExportedFeatures(schema.Schema):
+    """Its preprocessor_config.json."""
+
+    audio_padding: config_schema.AudioPadding
+
+
+class ExportedAdapter(schema.Schema):
+    """Its adapter_config.json."""
+
+    rank: Annotated[config_schema.Rank, Field(gt=0, alias="r")]
+    alpha: Annotated[config_schema.NotNegative, Field(alias="lora_alpha")]
+    dropout: Annotated[config_schema.BelowOne, Field(alias="lora_dropout")]
 
 
 def kind_of(path: str | os.PathLike) -> str:
@@ -94,35 +122,46 @@ def _open_pretrained(
     return engine.flatten(opened)
 
 
+def _read(path: pathlib.Path, kind: type[schema.Checked]) -> schema.Checked:
+    """A JSON file of an exported folder.
+
+    Raises:
+        ConversionError: it is missing or was changed.
+    """
+    try:
+        fields = schema.parse_json(path.read_bytes())
+        return schema.check(kind, fields, path, ConversionError)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConversionError(f"{path}: {reason}; export the folder again") from None
+
+
 def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
     """Opens a folder written by `export --layout=hf`."""
     path = pathlib.Path(path)
-    exported = pretrained.read_config(path)
-    try:
-        config = config_lib.full_size()
-        config.name = "imported"
-        config.model.stage_tokens = tuple(int(tokens) for tokens in exported["stage_tokens"])
-        config.model.compression_size = int(exported["compression_size"])
-        config.model.detail_recovery_layers = int(exported["detail_recovery_layers"])
-        config.model.audio_padding = exported["audio_padding"]
-        config.model.lora.rank = int(exported["lora_rank"])
-        config.model.lora.alpha = float(exported["lora_alpha"])
-        if not exported["lora_rank"]:
-            config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
-        audio_config, llm_config = exported["audio_config"], exported["text_config"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"{path}/config.json: was changed since the export ({type(error).__name__}: {error}); "
-            "export the folder again"
-        ) from None
-    model = stored.build_model(config, audio_config, llm_config, str(path))
+    exported = _read(path / "config.json", ExportedConfig)
+    config = config_lib.full_size()
+    config.name = "imported"
+    config.model.stage_tokens = tuple(exported.stage_tokens)
+    config.model.compression_size = exported.compression_size
+    config.model.detail_recovery_layers = exported.detail_recovery_layers
+    features = _read(path / "preprocessor_config.json", ExportedFeatures)
+    config.model.audio_padding = features.audio_padding
+    if exported.has_adapter:
+        adapter = _read(path / "adapter_config.json", ExportedAdapter)
+        config.model.lora.update(adapter.model_dump())
+    else:
+        config.model.lora.rank = 0
+        config.trainable = tuple(rule for rule in config.trainable if "lora" not in rule[0])
+    llm_config, origin = exported.text_config, str(path)
+    model = experiment.make_model(
+        config.model, exported.audio_config, llm_config, whisper_origin=origin, llm_origin=origin
+    )
     layout = layouts.hf_fastslm(len(config.model.stage_tokens), config.model.detail_recovery_layers)
-    source = SafetensorsSource(path)
+    source = SafetensorsSource(path, adapter=exported.has_adapter)
     leaves = {}
     if strict:
-        ignore = pretrained.tied_head(source, layouts.HF_LLM) if model.llm.tied_embeddings else ()
-        leaves = engine.open_leaves(
-            source, layout, stored.param_shapes(model), ignore, f"{path}/config.json"
-        )
-        stored.set_dtypes(config, leaves, exported.get("dtype"))
+        shapes = stored.param_shapes(model)
+        leaves = engine.open_leaves(source, layout, shapes, sizes_from=f"{path}/config.json")
+        stored.set_dtypes(config, leaves, exported.dtype)
     return Stored("hf", path, config, model, leaves, llm_config, path, source=source, layout=layout)

@@ -1,23 +1,55 @@
-"""Opens the authors' state_dict: a file, or a folder that may also have config.json and tokenizer/.
+"""Opens the authors' state_dict: a file, or a folder that may have config.json and a tokenizer.
+
+Folders are those of `export --layout=released` and of the authors (see `symphony`).
 
 Sizes come from the tensors. The language model's heads, RoPE and tokenizer are not in the tensors:
 they come from `llm` (hub id or folder) or from the folder. A config.json must match the tensors.
 """
 
+import math
 import os
 import pathlib
 import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
-from fastslm_jax.convert import stored
-from fastslm_jax.convert.stored import HEAD_DIM, Stored
+from fastslm_jax import config_schema, schema
+from fastslm_jax.convert import stored, symphony
+from fastslm_jax.convert.stored import Stored
 from fastslm_jax.errors import UserError
+from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.training import experiment
 from fastslm_jax.weights import engine, layouts, pretrained
-from fastslm_jax.weights.tensors import ConversionError, TensorSource, open_file
+from fastslm_jax.weights.tensors import ConversionError, TensorSource, file_format, open_file
 
 WHISPER_LAYERS = {384: 4, 512: 6, 768: 12, 1024: 24, 1280: 32}  # width: number of layers
+
+
+class ReleasedLora(schema.Schema):
+    """LoRA settings in a `ReleasedConfig`."""
+
+    r: config_schema.Rank | None = None
+    alpha: config_schema.NotNegative | None = None
+    dropout: config_schema.BelowOne | None = None
+
+
+class ReleasedConfig(schema.Schema):
+    """config.json beside a released state_dict, from `export --layout=released`."""
+
+    llm: dict[str, Any]
+    speech_dim: int | None = None
+    encoder_layers: int | None = None
+    encoder_heads: int | None = None
+    n_mels: int | None = None
+    n_audio_ctx: int | None = None
+    stage_tokens: list[int] | None = None
+    compression_size: int | None = None
+    detail_recovery_layers: int | None = None
+    lora: ReleasedLora = ReleasedLora()
+    dtype: config_schema.Dtype | None = None
+    audio_padding: config_schema.AudioPadding | None = None
 
 
 def open_released(
@@ -34,6 +66,8 @@ def open_released(
         lora_alpha: default: from config.json, or 64.
         strict: False skips the check of names and shapes and opens no leaves.
     """
+    if lora_alpha is not None and not 0 <= lora_alpha < math.inf:
+        raise UserError(f"--lora_alpha={lora_alpha}: expected a finite number, such as 64")
     path = pathlib.Path(path)
     source = _open_state_dict(path)
     folder = path if path.is_dir() else path.parent
@@ -41,7 +75,7 @@ def open_released(
     llm_config, tokenizer = _find_llm(path, folder, metadata, llm)
     sizes = _sizes_of(source)
     _check_sizes(sizes, metadata, folder / "config.json", source)
-    config = _config_of(sizes, metadata, folder / "config.json", lora_alpha)
+    config = _config_of(sizes, metadata, source, lora_alpha)
     whisper_config = {
         "d_model": sizes["speech_dim"],
         "encoder_layers": sizes["encoder_layers"],
@@ -51,7 +85,13 @@ def open_released(
         "max_source_positions": sizes["n_audio_ctx"],
     }
     origin = str(llm or folder)
-    model = stored.build_model(config, whisper_config, llm_config, origin)
+    model = experiment.make_model(
+        config.model,
+        whisper_config,
+        llm_config,
+        whisper_origin=str(path),
+        llm_origin=origin,
+    )
     layout = layouts.released(len(sizes["stage_tokens"]), sizes["detail_recovery_layers"])
     leaves = {}
     if strict:
@@ -67,7 +107,7 @@ def open_released(
 
 def _open_state_dict(path: pathlib.Path) -> TensorSource:
     if path.is_dir() and not list(path.glob("*.safetensors*")):
-        files = [file for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".bin")]
+        files = [file for file in sorted(path.iterdir()) if file_format(file)]
         if len(files) != 1:
             raise ConversionError(
                 f"{path}: contains no .safetensors file and {len(files)} PyTorch files; give the "
@@ -78,16 +118,14 @@ def _open_state_dict(path: pathlib.Path) -> TensorSource:
 
 
 def _read_metadata(folder: pathlib.Path) -> dict:
-    """The folder's config.json, or {} if there is none from `export --layout=released`."""
+    """The folder's config.json; {} if it is not from `export --layout=released` or the authors."""
     metadata = pretrained.read_config(folder) if (folder / "config.json").is_file() else {}
+    if metadata.get("model_type") == symphony.MODEL_TYPE:
+        return symphony.metadata(metadata, folder / "config.json")
     if not isinstance(metadata.get("llm"), dict):
         return {}
-    if not isinstance(metadata.get("lora", {}), dict):
-        raise ConversionError(
-            f"{folder}/config.json: lora is {metadata['lora']!r}, expected an object with r and "
-            "alpha"
-        )
-    return metadata
+    checked = schema.check(ReleasedConfig, metadata, folder / "config.json", ConversionError)
+    return checked.model_dump(exclude_none=True)
 
 
 def _find_llm(
@@ -102,11 +140,10 @@ def _find_llm(
             f"{path}: the tensors do not determine the language model's heads; specify the model "
             "with --llm=ID|DIR"
         )
-    if not (folder / "tokenizer").is_dir():
-        raise UserError(
-            f"{folder}: has no tokenizer/; specify the language model with --llm=ID|DIR"
-        )
-    return metadata["llm"], folder / "tokenizer"
+    for tokenizer in (folder / "tokenizer", folder):
+        if (tokenizer / "tokenizer_config.json").is_file():
+            return metadata["llm"], tokenizer
+    raise UserError(f"{folder}: has no tokenizer/; specify the language model with --llm=ID|DIR")
 
 
 def _sizes_of(source: TensorSource) -> dict:
@@ -130,25 +167,26 @@ def _sizes_of(source: TensorSource) -> dict:
         return max(numbers) + 1 - first if numbers else 0
 
     width, num_mels, _ = shape("encoder.whisper.conv1.weight", 3)
-    if width % HEAD_DIM:
+    head_dim = HFQFormer.head_dim
+    if width % head_dim:
         raise ConversionError(
             f"{source.path}: the encoder width {width} is not a multiple of the head dimension "
-            f"{HEAD_DIM}"
+            f"{head_dim}"
         )
-    num_stages = count(r"encoder\.compressor(\d+)\.", first=1)
+    num_stages = count(r"encoder\.compressor(\d{1,6})\.", first=1)
     lora_a = f"{layouts.RELEASED_LLM}model.layers.0.self_attn.q_proj.lora_A.default.weight"
     return {
         "speech_dim": width,
         "n_mels": num_mels,
-        "encoder_heads": width // HEAD_DIM,
-        "encoder_layers": count(r"encoder\.whisper\.blocks\.(\d+)\."),
+        "encoder_heads": width // head_dim,
+        "encoder_layers": count(r"encoder\.whisper\.blocks\.(\d{1,6})\."),
         "mlp_dim": shape("encoder.whisper.blocks.0.mlp.0.weight", 2)[0],
         "n_audio_ctx": shape("encoder.whisper.positional_embedding", 2)[0],
         "stage_tokens": tuple(
             shape(f"encoder.compressor{stage}.query", 3)[1] for stage in range(1, num_stages + 1)
         ),
         "compression_size": shape("encoder.compressor.query", 3)[1],
-        "detail_recovery_layers": count(r"encoder\.out_attn\.(\d+)\."),
+        "detail_recovery_layers": count(r"encoder\.out_attn\.(\d{1,6})\."),
         "lora_rank": shape(lora_a, 2)[0],
     }
 
@@ -181,7 +219,7 @@ def _check_sizes(
 
 
 def _config_of(
-    sizes: dict, metadata: dict, config_path: pathlib.Path, lora_alpha: float | None
+    sizes: dict, metadata: dict, source: TensorSource, lora_alpha: float | None
 ) -> ConfigDict:
     config = config_lib.full_size()
     config.name = "imported"
@@ -189,12 +227,8 @@ def _config_of(
         config.model[name] = sizes[name]
     config.model.audio_padding = metadata.get("audio_padding", "released")
     lora = metadata.get("lora", {})
-    try:
-        alpha = float(lora_alpha or lora.get("alpha", config.model.lora.alpha))
-        dropout = float(lora.get("dropout", config.model.lora.dropout))
-    except (TypeError, ValueError):
-        raise ConversionError(
-            f"{config_path}: lora is {lora}, expected numbers for alpha and dropout"
-        ) from None
+    alpha = lora.get("alpha", config.model.lora.alpha) if lora_alpha is None else lora_alpha
+    dropout = lora.get("dropout", config.model.lora.dropout)
     config.model.lora.update({"rank": sizes["lora_rank"], "alpha": alpha, "dropout": dropout})
+    config_lib.check(config, f"{source.path}: config")
     return config

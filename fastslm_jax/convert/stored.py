@@ -12,20 +12,16 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastslm_jax import audio
 from fastslm_jax.convert.merging import merge_lora
 from fastslm_jax.data import prompts
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.training import experiment
-from fastslm_jax.weights import engine, pretrained
-from fastslm_jax.weights.tensors import ConversionError, TensorSource
+from fastslm_jax.weights import engine
+from fastslm_jax.weights.tensors import TensorSource
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-HEAD_DIM = 64  # of Whisper and the HFQ-Former in every published size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,32 +91,6 @@ class Stored:
         )
 
 
-def build_model(config: ConfigDict, whisper_config: dict, llm_config: dict, origin: str) -> FastSLM:
-    """Builds the float32 model of a file that has no pretrained folders.
-
-    Args:
-        config: its `model` fields give the HFQ-Former and LoRA.
-        whisper_config, llm_config: Hugging Face configs.
-        origin: where the configs come from, for error messages.
-    """
-    options = config.model
-    encoder = pretrained.whisper_from_config(whisper_config, origin=origin)
-    llm = pretrained.qwen3_from_config(llm_config, lora=LoRA(**options.lora), origin=origin)
-    if encoder.width % HEAD_DIM:
-        raise ConversionError(
-            f"{origin}: the encoder width {encoder.width} is not a multiple of the head "
-            f"dimension {HEAD_DIM}"
-        )
-    audio.WindowSpec(padding=options.audio_padding)  # raises on unknown values
-    hfq_former = HFQFormer(
-        llm.width,
-        tuple(options.stage_tokens),
-        options.compression_size,
-        options.detail_recovery_layers,
-    )
-    return FastSLM(encoder, hfq_former, llm, audio_padding=options.audio_padding)
-
-
 def param_shapes(model: FastSLM) -> dict[str, jax.ShapeDtypeStruct]:
     return experiment.abstract_params(model, jnp.float32)
 
@@ -139,6 +109,7 @@ def set_dtypes(
     By default, computation is in bfloat16 if the pretrained weights are, and else in float32.
     """
     base_dtype = common_dtype(leaf for path, leaf in leaves.items() if experiment.is_base(path))
+    base_dtype = "float32" if base_dtype == "float64" else base_dtype  # JAX's largest
     config.model.base_dtype = base_dtype
     config.model.dtype = compute or ("bfloat16" if base_dtype == "bfloat16" else "float32")
 

@@ -1,5 +1,6 @@
 """Batches of packed rows: loading with Grain, and prefetching to devices."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -7,6 +8,7 @@ import grain
 import numpy as np
 
 from fastslm_jax.data.rows import PackedRows
+from fastslm_jax.errors import UserError
 
 _ENDLESS = 1 << 40  # steps; a Grain source needs a length
 
@@ -18,17 +20,22 @@ class _BatchSource:
     """Grain's random-access source: item `step` is this process's part of that step's batch."""
 
     def __init__(
-        self, rows: PackedRows, global_rows: int, process_index: int, process_count: int
+        self,
+        rows: PackedRows,
+        global_rows: int,
+        start_row: int,
+        process_index: int,
+        process_count: int,
     ) -> None:
         self.rows, self.global_rows = rows, global_rows
         self.local_rows = global_rows // process_count
-        self.first = process_index * self.local_rows
+        self.first = start_row + process_index * self.local_rows
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        start = int(step) * self.global_rows + self.first
+        start = self.first + int(step) * self.global_rows
         rows = [self.rows[start + i] for i in range(self.local_rows)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -42,37 +49,41 @@ def batches(
     process_count: int = 1,
     workers: int = 0,
     prefetch: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's batches without end.
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Yields this process's batches without end. Close it to end its threads and processes.
 
     Args:
         rows: the packed rows.
         global_rows: rows per batch over all processes.
-        start_row: the global row number to start from.
+        start_row: the global row number to start from: any, whatever the size of the batches.
         process_index: index of this process.
         process_count: number of processes.
         workers: worker processes (0: threads of this process).
         prefetch: batches to prepare in advance.
 
     Raises:
-        ValueError: `global_rows` is not divisible by the number of processes, or `start_row` by
-            `global_rows`.
+        UserError: `global_rows` is not divisible by the number of processes.
     """
-    if global_rows % process_count or start_row % global_rows:
-        raise ValueError(
-            f"batches of {global_rows} rows from row {start_row} do not divide over "
-            f"{process_count} processes"
+    if global_rows % process_count:
+        raise UserError(
+            f"a batch of {global_rows} rows does not divide into {process_count} equal parts, one "
+            "for each process; choose another config.global_batch_size"
         )
-    source = _BatchSource(rows, global_rows, process_index, process_count)
-    dataset = grain.MapDataset.source(source)[start_row // global_rows :]
-    dataset = dataset.to_iter_dataset(
+    source = _BatchSource(rows, global_rows, start_row, process_index, process_count)
+    dataset = grain.MapDataset.source(source).to_iter_dataset(
         grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=prefetch)
     )
     if workers:
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+            worker_init_fn=_ignore_interrupts,
         )
     return iter(dataset)
+
+
+def _ignore_interrupts(worker: int, count: int) -> None:
+    """Ctrl-C is sent to all processes of a terminal; the main one ends its workers in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prefetch_to_devices(

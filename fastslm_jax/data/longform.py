@@ -12,7 +12,7 @@ import scipy.sparse
 
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data import semantic
-from fastslm_jax.data.manifest import Segment, Utterance
+from fastslm_jax.data.manifest import Segment, Utterance, lack_text
 from fastslm_jax.errors import UserError
 
 GROUPINGS = ("random", "speaker", "recording", "semantic")
@@ -170,9 +170,17 @@ def split(utterance: Utterance, fits: Callable[[Utterance], bool]) -> list[Utter
 
     Returns:
         The pieces, or an empty list if the recording cannot be split so that all pieces fit.
+
+    Raises:
+        UserError: the segments do not contain the whole transcript, so pieces would lose text.
     """
     if not utterance.segments or utterance.task != "asr" or utterance.answer != utterance.text:
         return []
+    if lack_text(utterance.text, utterance.segments):
+        raise UserError(
+            f"{utterance.id}: does not fit in a row, and cannot be split: its segments do not "
+            "contain the words of its text; correct them, or raise config.data.row"
+        )
     pieces: list[Utterance] = []
 
     def make_piece(segments: Sequence[Segment]) -> Utterance:
@@ -185,6 +193,7 @@ def split(utterance: Utterance, fits: Callable[[Utterance], bool]) -> list[Utter
             text=text,
             segments=tuple(Segment(s.start - start, s.end - start, s.text) for s in segments),
             id=f"{utterance.id}.{len(pieces) + 1}",
+            has_offset=True,
             text_tokens=None,
             joined_tokens=None,
         )

@@ -4,24 +4,25 @@ A manifest is a JSON Lines file of audio paths and transcripts. An imported fold
 `data.ingest`. docs/data.md describes the fields.
 """
 
+import codecs
 import dataclasses
-import json
-import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import pydantic
+from absl import logging
 
-from fastslm_jax import audio
+from fastslm_jax import audio, schema
 from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.data.ingest import store
-from fastslm_jax.data.tasks import TASKS
+from fastslm_jax.data import fields
+from fastslm_jax.data.ingest import decoding, store
 from fastslm_jax.errors import UserError
 
-_REQUIRED = ("audio_filepath", "duration", "text")
-_TEXT_FIELDS = ("audio_filepath", "text", "answer", "prompt", "lang")
-_LENGTH_TOLERANCE = SAMPLE_RATE // 100  # samples by which a clip may differ from its duration
+SEGMENT_TOLERANCE = 0.1  # seconds by which segments may end after their clip
+MAX_UNCOVERED_SECONDS = 5.0  # after the last segment of a clip, without a warning
+LENGTH_TOLERANCE = 0.1  # seconds by which a clip may differ from its duration
 
 
 class ManifestError(UserError):
@@ -63,6 +64,8 @@ class Utterance:
         recording: recording name, for grouping.
         id: unique name of the clip.
         segments: timed transcript, if known.
+        has_offset: whether the clip is a part of its file; otherwise it is the whole file.
+        no_speech: whether the clip is known to contain no speech; its text and answer are empty.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
         text_tokens: tokens of the answer, if the import counted them.
@@ -81,6 +84,8 @@ class Utterance:
     recording: str
     id: str
     segments: tuple[Segment, ...] = ()
+    has_offset: bool = False
+    no_speech: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
@@ -92,133 +97,178 @@ class Utterance:
         return round(self.seconds * SAMPLE_RATE)
 
 
-def _parse_seconds(value: object, name: str, where: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ManifestError(where, f"{name} {value!r} is not a number of seconds") from None
+class _Line(schema.Schema):
+    """A line of a manifest."""
+
+    audio_filepath: fields.Text
+    duration: fields.Length
+    text: fields.Text
+    offset: fields.Seconds | None = None
+    task: fields.Task = "asr"
+    prompt: fields.Text | None = None
+    answer: fields.Text | None = None
+    lang: fields.Language = "en"
+    speaker: fields.Name = ""
+    recording: fields.Name | None = None
+    id: fields.Name | None = None
+    segments: fields.Segments = ()
+    no_speech: bool = False
 
 
-def _parse_segments(values: list[dict] | None, where: str) -> tuple[Segment, ...]:
-    try:
-        segments = tuple(
-            Segment(float(value["start"]), float(value["end"]), str(value["text"]))
-            for value in values or ()
-        )
-    except (TypeError, ValueError, KeyError):
-        raise ManifestError(where, "segments is not a list of {start, end, text}") from None
-    times = [time for segment in segments for time in (segment.start, segment.end)]
-    if times != sorted(times) or any(time < 0 for time in times):
-        raise ManifestError(where, "segments overlap or are out of order")
-    return segments
-
-
-def parse_json(line: str, where: str) -> dict:
+def parse_json(line: str | bytes, where: str) -> dict:
     """Parses a line of a manifest.
 
     Raises:
         ManifestError: the line is not a JSON object.
     """
     try:
-        fields = json.loads(line)
-        if "\\u" in line:  # an unpaired surrogate can be read, but not written
-            json.dumps(fields, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise ManifestError(where, f"not JSON ({error.msg})", "broken_json") from None
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise ManifestError(
-            where, f"JSON that cannot be written back ({type(error).__name__})", "broken_json"
-        ) from None
-    if not isinstance(fields, dict):
+        value = schema.parse_json(line)
+    except ValueError as error:
+        raise ManifestError(where, str(error), "broken_json") from None
+    if not isinstance(value, dict):
         raise ManifestError(where, "not a JSON object", "broken_json")
-    return fields
+    return value
 
 
-def parse_utterance(fields: dict, root: pathlib.Path, where: str) -> Utterance:
+def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
     """Checks the fields of a manifest line and converts them to an utterance.
 
     Args:
-        fields: the line's JSON object.
+        line: the line's JSON object.
         root: the manifest's folder.
         where: file and line, for error messages and as the default id.
 
     Raises:
         ManifestError: a field is missing or invalid.
     """
-    missing = [key for key in _REQUIRED if key not in fields]
-    if missing:
-        raise ManifestError(where, f"{missing[0]!r} is missing; required: {', '.join(_REQUIRED)}")
-    for key in _TEXT_FIELDS:
-        is_default = key == "prompt" and fields.get(key) is None
-        if not is_default and not isinstance(fields.get(key, ""), str):
-            raise ManifestError(where, f"{key} {fields[key]!r} is not text")
-    path = (root / fields["audio_filepath"]).resolve()
+    try:
+        line = _Line.model_validate(line)
+    except pydantic.ValidationError as error:
+        raise ManifestError(where, schema.describe(error)) from None
+    try:
+        path = (root / line.audio_filepath).resolve()
+    except (OSError, RuntimeError) as error:  # for example, a loop of symbolic links
+        raise ManifestError(where, f"audio_filepath: {error}") from None
     if not path.is_relative_to(root):
         raise ManifestError(
             where,
-            f"{fields['audio_filepath']} is outside the manifest's folder {root}",
+            f"{line.audio_filepath} is outside the manifest's folder {root}",
             "outside_root",
         )
-    task, answer = fields.get("task", "asr"), fields.get("answer", fields["text"])
-    if task not in TASKS:
-        raise ManifestError(where, f"task {task!r} is not one of {', '.join(TASKS)}")
-    seconds = _parse_seconds(fields["duration"], "duration", where)
-    offset = _parse_seconds(fields.get("offset") or 0.0, "offset", where)
-    if not (0 < seconds < math.inf and 0 <= offset < math.inf):
-        raise ManifestError(where, f"duration {seconds} or offset {offset} is out of range")
-    if not answer.strip():
-        raise ManifestError(where, "the answer is empty", "empty_text")
+    answer = line.text if line.answer is None else line.answer
+    if line.no_speech and (line.text or answer):
+        raise ManifestError(where, "no_speech is true, but text or answer is not empty")
+    if not line.no_speech and not answer.strip():
+        raise ManifestError(
+            where, "the answer is empty; a clip without speech needs no_speech: true", "empty_text"
+        )
     return Utterance(
         path=str(path),
-        offset=offset,
-        seconds=seconds,
-        task=task,
-        instruction=fields.get("prompt"),
+        offset=line.offset or 0.0,
+        seconds=line.duration,
+        task=line.task,
+        instruction=line.prompt,
         answer=answer,
-        text=fields["text"],
-        lang=fields.get("lang", "en"),
-        speaker=str(fields.get("speaker", "")),
-        recording=str(fields.get("recording", fields["audio_filepath"])),
-        id=str(fields.get("id", where)),
-        segments=_parse_segments(fields.get("segments"), where),
+        text=line.text,
+        lang=line.lang,
+        speaker=line.speaker,
+        recording=line.audio_filepath if line.recording is None else line.recording,
+        id=where if line.id is None else line.id,
+        segments=_segments(line, where),
+        has_offset=line.offset is not None,
+        no_speech=line.no_speech,
     )
 
 
+def _segments(line: _Line, where: str) -> tuple[Segment, ...]:
+    times = [time for segment in line.segments for time in (segment.start, segment.end)]
+    if times != sorted(times):
+        raise ManifestError(where, "segments overlap or are out of order")
+    if times and times[-1] > line.duration + SEGMENT_TOLERANCE:
+        raise ManifestError(
+            where, f"segments end at {times[-1]:g} s, the clip ends at {line.duration:g} s"
+        )
+    return within((Segment(s.start, s.end, s.text) for s in line.segments), line.duration)
+
+
+def within(segments: Iterable[Segment], seconds: float) -> tuple[Segment, ...]:
+    """The segments, cut at the end of a clip of this length."""
+    return tuple(
+        Segment(min(segment.start, seconds), min(segment.end, seconds), segment.text)
+        for segment in segments
+    )
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text.casefold() if character.isalnum())
+
+
+def lack_text(text: str, segments: Sequence[Segment]) -> bool:
+    """Whether a clip's segments do not contain its transcript; case and punctuation may differ."""
+    return _letters(text) != _letters("".join(segment.text for segment in segments))
+
+
+def do_not_cover(text: str, seconds: float, segments: Sequence[Segment]) -> bool:
+    """Whether a clip has segments that lack text, or that end long before the clip."""
+    return bool(segments) and (
+        seconds - segments[-1].end > MAX_UNCOVERED_SECONDS or lack_text(text, segments)
+    )
+
+
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
+    """Yields (line number from 1, byte offset, content) of the lines that are not blank.
+
+    Lines end with LF, CRLF or CR; no other character does, since JSON strings may contain U+2028. A
+    byte order mark is skipped.
+    """
+    number = start = 0
+    with open(path, "rb") as file:
+        for chunk in file:  # up to LF
+            for line in chunk.splitlines(keepends=True):
+                number, mark = number + 1, len(codecs.BOM_UTF8)
+                skipped = mark if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                if content := line[skipped:].strip():
+                    yield number, start + skipped, content
+                start += len(line)
+
+
 def _read_lines(path: pathlib.Path) -> list[Utterance]:
-    root = path.parent.resolve()
-    try:
-        # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ManifestError(path, f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    utterances = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            utterances.append(parse_utterance(parse_json(line, where), root, where))
+    root, utterances = path.parent.resolve(), []
+    first_use: dict[str, int] = {}  # id → line
+    for number, _, content in numbered_lines(path):
+        where = f"{path}:{number}"
+        utterance = parse_utterance(parse_json(content, where), root, where)
+        before = first_use.setdefault(utterance.id, number)
+        if before != number:
+            raise ManifestError(
+                where,
+                f"the id {utterance.id!r} is already used in line {before}; ids must differ",
+                "duplicate_id",
+            )
+        utterances.append(utterance)
     return utterances
 
 
 def _read_folder(path: pathlib.Path) -> list[Utterance]:
-    shards = {name: str(path / name) for name in store.description(path)["shards"]}
     return [
         Utterance(
-            path=shards[line["shard"]],
-            offset=line["offset"],
-            seconds=line["seconds"],
-            task=line["task"],
-            instruction=line["prompt"],
-            answer=line["answer"],
-            text=line["text"],
-            lang=line["lang"],
-            speaker=line["speaker"],
-            recording=line["recording"],
-            id=line["id"],
-            segments=tuple(Segment(**segment) for segment in line["segments"]),
-            record=line["record"],
-            begin=line["offset"],
-            text_tokens=line["text_tokens"],
-            joined_tokens=line["joined_tokens"],
+            path=str(path / line.shard),
+            offset=line.offset,
+            seconds=line.seconds,
+            task=line.task,
+            instruction=line.prompt,
+            answer=line.answer,
+            text=line.text,
+            lang=line.lang,
+            speaker=line.speaker,
+            recording=line.recording,
+            id=line.id,
+            segments=tuple(Segment(s.start, s.end, s.text) for s in line.segments),
+            no_speech=line.no_speech,
+            record=line.record,
+            begin=line.offset,
+            text_tokens=line.text_tokens,
+            joined_tokens=line.joined_tokens,
         )
         for line in store.index_lines(path)
     ]
@@ -227,15 +277,17 @@ def _read_folder(path: pathlib.Path) -> list[Utterance]:
 def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Utterance]:
     """Reads the utterances of a manifest or of an imported folder.
 
-    Audio paths in a manifest are relative to its folder and must stay inside it.
+    Audio paths in a manifest are relative to its folder and must stay inside it. Clips whose
+    segments do not cover them are counted in a warning.
 
     Args:
         path: a manifest or an imported folder.
         tasks: the tasks to read (empty: all).
 
     Raises:
-        ManifestError: a line is invalid, an audio file is missing, or no utterances are left.
-        StoreError: the folder has no finished import.
+        ManifestError: a line is invalid, two lines have one id, an audio file is missing, or no
+            utterances are left.
+        StoreError: the folder has no finished import, or is damaged.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -249,31 +301,53 @@ def read_manifest(path: str | os.PathLike, tasks: Sequence[str] = ()) -> list[Ut
     for file in {utterance.path for utterance in utterances}:
         if not os.path.isfile(file):
             raise ManifestError(path, f"audio file {file} is missing")
+    uncovered = [u.id for u in utterances if do_not_cover(u.text, u.seconds, u.segments)]
+    if uncovered:
+        logging.warning(
+            "%s: %d of %d clips have segments without all their text, or that end more than %g s "
+            "before the clip (first: %s)",
+            *(path, len(uncovered), len(utterances), MAX_UNCOVERED_SECONDS, uncovered[0]),
+        )
     return utterances
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Changes when the content of a manifest, or of an imported folder, changes."""
+    path = pathlib.Path(path)
+    return store.checksum(path / store.DATASET if path.is_dir() else path)
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str | None:
     """Fingerprint of the tokenizer that counted an imported folder's tokens, or None."""
-    return store.description(path)["tokenizer"] if os.path.isdir(path) else None
+    return store.description(path).get("tokenizer") if os.path.isdir(path) else None
 
 
 def read_clip(utterance: Utterance) -> np.ndarray:
     """Reads an utterance's audio: int16 [num_samples] at 16 kHz.
 
     Raises:
-        AudioError: the audio is unreadable, or its length differs from the manifest by more than
-            10 ms.
+        AudioError: the audio is unreadable or silent, or its length differs from the manifest by
+            more than LENGTH_TOLERANCE.
     """
-    start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
     if utterance.record >= 0:
+        start = round((utterance.offset - utterance.begin) * SAMPLE_RATE)
         _, samples = store.read_record(utterance.path, utterance.record)
         clip = samples[start : start + utterance.num_samples]
+        if utterance.num_samples - len(clip) > LENGTH_TOLERANCE * SAMPLE_RATE:
+            raise audio.AudioError(
+                f"{utterance.path}: record {utterance.record} is {len(samples) / SAMPLE_RATE:.2f} "
+                f"s long, the index says {utterance.seconds:.2f} s"
+            )
     else:
-        clip = audio.read_audio(utterance.path, utterance.offset, utterance.seconds)
-    missing = utterance.num_samples - len(clip)
-    if abs(missing) > _LENGTH_TOLERANCE:
-        raise audio.AudioError(
-            f"{utterance.path}: the audio is {len(clip) / SAMPLE_RATE:.2f} s long, the manifest "
-            f"says {utterance.seconds:.2f} s"
-        )
-    return np.pad(clip[: utterance.num_samples], (0, max(0, missing)))
+        try:
+            clip = decoding.decode(
+                utterance.path,
+                utterance.offset,
+                utterance.seconds,
+                is_whole=not utterance.has_offset,
+                tolerance=LENGTH_TOLERANCE,
+            )
+        except decoding.Rejected as rejected:
+            raise audio.AudioError(f"{utterance.path}: {rejected}", rejected.kind) from None
+    clip = clip[: utterance.num_samples]
+    return np.pad(clip, (0, utterance.num_samples - len(clip)))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ ADDED_TOKENS = (
     *(task.token for task in TASKS.values()),
 )
 END_OF_TURN = "<|im_end|>"
+_PROBE = "Hello, 12 lamps."  # a text that every tokenizer and chat template must keep
 _TOKENIZER_BATCH = 10_000  # texts per call of the tokenizer
 _CACHED_PROMPTS = 1024  # a server sees ever new ones
 
@@ -42,26 +44,74 @@ def load_tokenizer(
         vocab_rows: rows of the model's embedding table (None: not checked).
 
     Raises:
-        PromptError: the folder has no usable tokenizer, or the new ids exceed the embedding table.
+        PromptError: the folder has no usable tokenizer and chat template, or the ids exceed the
+            embedding table.
     """
     from transformers import AutoTokenizer
 
+    folder = pathlib.Path(folder)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise PromptError(
+            f"{folder}: cannot load a tokenizer (no tokenizer.json); copy the model's files there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
+        tokens = tokenizer.get_vocab()
+        again = tokenizer.decode(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # a damaged file can raise almost any type
         raise PromptError(
-            f"{folder}: cannot load a tokenizer ({str(error).splitlines()[0]})"
+            f"{folder}: cannot load a tokenizer ({_reason(error)}); copy it again"
         ) from None
-    tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
-    if vocab_rows is not None and max(ids) >= vocab_rows:
+    if not tokenizer.is_fast:
+        raise PromptError(f"{folder}: the tokenizer has no tokenizer.json, which is required")
+    missing = [token for token in (*ADDED_TOKENS, END_OF_TURN) if token not in tokens]
+    if missing:
+        raise PromptError(f"{folder}: the tokenizer has no token {missing[0]}")
+    if again.strip() != _PROBE:
+        raise PromptError(f"{folder}: the tokenizer turns {_PROBE!r} into {_shown(again)}")
+    largest = max(tokens.values())
+    if vocab_rows is not None and largest >= vocab_rows:
         raise PromptError(
-            f"{folder}: the added tokens reach id {max(ids)}, but the model has only {vocab_rows} "
+            f"{folder}: the added tokens reach id {largest}, but the model has only {vocab_rows} "
             "embedding rows"
         )
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise PromptError(f"{folder}: the tokenizer has no chat template")
+    _apply_template(tokenizer, _PROBE)  # raises now if it is unusable
     return tokenizer
+
+
+def _apply_template(tokenizer: "PreTrainedTokenizerFast", content: str) -> str:
+    """A chat of one user turn as text, up to the answer.
+
+    Raises:
+        PromptError: the chat template is broken, or changes the content of the turn.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program
+        raise PromptError(
+            f"{tokenizer.name_or_path}: the chat template fails ({_reason(error)})"
+        ) from None
+    if content.strip() not in text:
+        raise PromptError(
+            f"{tokenizer.name_or_path}: the chat template drops or changes the user's words "
+            f"{_shown(content)}"
+        )
+    return text
+
+
+def _shown(content: str) -> str:
+    return repr(content if len(content) <= 60 else f"{content[:59]}…")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +134,11 @@ class Encoded:
     loss_mask: np.ndarray
     speech_start: int
     num_speech: int
+
+
+def joined(answer: str) -> str:
+    """An answer as it follows another one: after a space. An empty answer adds nothing."""
+    return f" {answer}" if answer else ""
 
 
 class PromptTokenizer:
@@ -118,10 +173,14 @@ class PromptTokenizer:
             raise PromptError(f"a prompt without audio must not contain {AUDIO}")
         if content.count(AUDIO) > 1:
             raise PromptError(f"the instruction must not contain {AUDIO}")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = _apply_template(self.tokenizer, content)
+        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ids.count(self.audio_id) != (task is not None):
+            raise PromptError(
+                f"{self.tokenizer.name_or_path}: the chat template or the tokenizer does not keep "
+                f"{AUDIO} as one token"
+            )
+        return ids
 
     def prompt_ids(self, task: str | None, instruction: str | None = None) -> tuple[int, ...]:
         """Ids of the whole prompt, with `<|AUDIO|>` as a single id."""
@@ -137,11 +196,13 @@ class PromptTokenizer:
 
         The parts of a joined answer are encoded separately, each after a space, so that their
         lengths add up. (Qwen's and other byte-level tokenizers give the ids of the whole text.)
+        Empty parts, of clips without speech, are left out.
         """
         if isinstance(answer, str):
             answer = [answer]
-        parts = [answer[0], *(f" {part}" for part in answer[1:])]
-        ids_of_parts = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        spoken = [part for part in answer if part]
+        parts = [*spoken[:1], *(joined(part) for part in spoken[1:])]
+        ids_of_parts = self.tokenizer(parts, add_special_tokens=False)["input_ids"] if parts else []
         return [*(id for ids in ids_of_parts for id in ids), self.end_id]
 
     def answer_length(self, answer: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastslm_jax import audio
-from fastslm_jax.data import longform, packing, semantic
+from fastslm_jax.data import longform, packing, prompts, semantic
 from fastslm_jax.data.manifest import (
     Segment,
     Utterance,
@@ -88,10 +88,10 @@ class PackedRows:
         self._first_clip = np.cumsum([0] + [len(index) for index in self.indices])
         self._samples = np.array([utterance.num_samples for utterance in clips], np.int64)
         self._prompt_tokens = np.array([self._prompt_length(u) for u in clips], np.int64)
-        self._first_tokens = self._answer_lengths(clips, "text_tokens", prefix="")
+        self._first_tokens = self._answer_lengths(clips, "text_tokens")
         self._joined_tokens = self._first_tokens
         if any(source.join for source in sources):
-            self._joined_tokens = self._answer_lengths(clips, "joined_tokens", prefix=" ")
+            self._joined_tokens = self._answer_lengths(clips, "joined_tokens")
         self._check_fit(clips)
         self._text_vectors = [
             semantic.tf_idf([utterance.text for utterance in index])
@@ -145,11 +145,12 @@ class PackedRows:
     def _prompt_length(self, utterance: Utterance) -> int:
         return len(self.prompt_tokenizer.prompt_ids(utterance.task, utterance.instruction))
 
-    def _answer_lengths(self, clips: Sequence[Utterance], field: str, prefix: str) -> np.ndarray:
+    def _answer_lengths(self, clips: Sequence[Utterance], field: str) -> np.ndarray:
         """Tokens of every answer: the counts stored by the import, or counted now if missing."""
+        written = prompts.joined if field == "joined_tokens" else str
         lengths = [getattr(utterance, field) for utterance in clips]
         unknown = [i for i, length in enumerate(lengths) if length is None]
-        counted = self.prompt_tokenizer.answer_lengths([prefix + clips[i].answer for i in unknown])
+        counted = self.prompt_tokenizer.answer_lengths([written(clips[i].answer) for i in unknown])
         for i, length in zip(unknown, counted, strict=True):
             lengths[i] = length
         return np.array(lengths, np.int64)
@@ -252,8 +253,15 @@ class PackedRows:
         gaps = np.array([sum(example.gaps) for example in examples], np.int64)
         windows = self.spec.count(np.add.reduceat(self._samples[clips], starts) + gaps)
         first = clips[starts]
-        joined = np.add.reduceat(self._joined_tokens[clips], starts) - self._joined_tokens[first]
-        labels = self._first_tokens[first] + joined + 1  # the end-of-turn token
+        # The first answer of an example that is not empty has no space before it.
+        answers = np.cumsum(self._first_tokens[clips] > 0)
+        earlier = np.repeat(
+            answers[starts] - (self._first_tokens[first] > 0), np.diff([*starts, len(clips)])
+        )
+        answer_tokens = np.where(
+            answers - earlier <= 1, self._first_tokens[clips], self._joined_tokens[clips]
+        )
+        labels = np.add.reduceat(answer_tokens, starts) + 1  # the end-of-turn token
         # The prompt's <|AUDIO|> is replaced by the speech tokens.
         tokens = self._prompt_tokens[first] - 1 + windows * self.tokens_per_window + labels
         return np.stack([windows, tokens, labels], axis=1)
@@ -295,7 +303,7 @@ class PackedRows:
 
     def answer(self, example: longform.Example) -> str:
         """The text that the model learns to generate for an example."""
-        return " ".join(utterance.answer for utterance in self.utterances(example))
+        return " ".join(u.answer for u in self.utterances(example) if u.answer)
 
     def segments(self, example: longform.Example) -> list[Segment]:
         """Timed transcript of an example's recording; a clip without segments is one segment."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from fastslm_jax import cli, devices
+from fastslm_jax import cli, devices, outputs
 from fastslm_jax.demo import report
 from fastslm_jax.errors import UserError
 
@@ -46,7 +46,7 @@ class Phases:
         self.out, self.file = out, out / "phases.json"
         self.state: dict[str, dict] = {}
         if self.file.exists():
-            self.state = json.loads(self.file.read_text())
+            self.state = json.loads(self.file.read_text(encoding="utf-8"))
 
     def run(self, name: str, command: list[str]) -> None:
         """Runs `python COMMAND` as the phase `name`.
@@ -74,6 +74,9 @@ class Phases:
                 code = process.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 code = None
+            except KeyboardInterrupt:  # the phase received it too, and saves its state
+                process.wait()
+                raise
             phase["seconds"] = before + time.time() - started
             if code is not None:
                 break
@@ -89,9 +92,7 @@ class Phases:
             )
 
     def _write(self) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=1))
-        temporary.replace(self.file)
+        outputs.write_text(self.file, json.dumps(self.state, indent=1))
 
 
 def _die_with_parent() -> None:
@@ -101,8 +102,7 @@ def _die_with_parent() -> None:
 
 
 def main(_: Sequence[str]) -> None:
-    out = pathlib.Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = outputs.check_folder(FLAGS.out, "--out")
     phases, seed = Phases(out), FLAGS.seed
     corpus = [
         "-m",

@@ -33,11 +33,12 @@ from absl import flags
 from fastslm_jax import cli
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.tasks import TASKS
-from fastslm_jax.demo import espeak, examples
-from fastslm_jax.demo.augment import CLEAN, Augmentation
+from fastslm_jax.demo import examples
 from fastslm_jax.demo.recordings import SyntheticRecording, render, render_long
 from fastslm_jax.demo.voices import voices
 from fastslm_jax.errors import UserError
+from fastslm_jax.synthesis import espeak
+from fastslm_jax.synthesis.augment import CLEAN, Augmentation
 
 Row = dict[str, object]  # one line of a manifest
 Counts = Mapping[str, Mapping[str, int]]  # set -> task -> number of examples

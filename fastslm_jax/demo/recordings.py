@@ -11,8 +11,8 @@ import numpy as np
 
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.demo import voices
-from fastslm_jax.demo.augment import CLEAN, Augmentation, augment, insert_hesitations
 from fastslm_jax.demo.examples import SpokenExample, draw_example
+from fastslm_jax.synthesis.augment import CLEAN, Augmentation, augment, insert_hesitations
 
 # Maximum seconds. One window of the demo's encoder is 6 s; summaries may take two.
 MAX_SECONDS = {"asr": 5.6, "ast": 5.6, "ssum": 11.5, "sqqa": 5.9}

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from fastslm_jax import audio, devices
 from fastslm_jax.demo import corpus
-from fastslm_jax.demo.augment import Augmentation
 from fastslm_jax.demo.recordings import SyntheticRecording, word_times
+from fastslm_jax.synthesis.augment import Augmentation
 
 FEATURE_SAMPLES = 320  # audio samples per encoder feature: 50 features per second
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz"

@@ -7,10 +7,8 @@ import numpy as np
 import soxr
 
 from fastslm_jax.audio import SAMPLE_RATE
-from fastslm_jax.demo import espeak
-
-ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
-VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5")
+from fastslm_jax.synthesis import espeak
+from fastslm_jax.synthesis.espeak import ACCENTS, VARIANTS
 
 WordStarts = list[tuple[int, float]]  # (character index in the text, start in seconds) of words
 

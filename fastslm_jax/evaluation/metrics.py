@@ -8,27 +8,50 @@ SQQA  exact match and word F1; accuracy if all references are options A to D.
 
 import collections
 import functools
-import json
+import math
 import re
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jiwer
 import numpy as np
 from rouge_score import rouge_scorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
+from fastslm_jax.data import languages
 from fastslm_jax.data.tasks import TASKS
 
-# Languages with loose or no word boundaries, for which papers report CER.
-CER_LANGUAGES = ("ko", "ja", "zh")
-WITHOUT_SPACES = ("ja", "zh")
-BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}  # default: 13a
 RESAMPLES = 1000
+_Result = TypeVar("_Result")
 OPTION = re.compile(r"\(?\s*([A-D])\s*(?:[).:]|$)")
 ARTICLES = ("a", "an", "the")
+
+
+# The conventions of a language. Any form of its code is allowed: "zh-CN" and "cmn" are "zh".
+
+
+def is_english(lang: str) -> bool:
+    return languages.parse(lang) == "en"
+
+
+def is_spaceless(lang: str) -> bool:
+    return languages.is_spaceless(languages.parse(lang))
+
+
+def is_scored_by_characters(lang: str) -> bool:
+    """Whether a language has loose or no word boundaries, so that papers report CER."""
+    return is_spaceless(lang) or languages.parse(lang) == "ko"
+
+
+def bleu_tokenizer(lang: str) -> str:
+    """Name of sacrebleu's tokenizer."""
+    if languages.script(languages.parse(lang)) in ("Hans", "Hant"):
+        return "zh"
+    return "char" if is_scored_by_characters(lang) else "13a"
 
 
 @functools.cache
@@ -37,9 +60,9 @@ def normalizer(lang: str) -> Callable[[str], str]:
 
     Languages without spaces are split into characters.
     """
-    if lang == "en":
+    if is_english(lang):
         return EnglishTextNormalizer()
-    return BasicTextNormalizer(remove_diacritics=False, split_letters=lang in WITHOUT_SPACES)
+    return BasicTextNormalizer(remove_diacritics=False, split_letters=is_spaceless(lang))
 
 
 def normalize(text: str, lang: str) -> str:
@@ -91,11 +114,15 @@ def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
 def asr(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
-    """Corpus-level WER and CER in percent, and the error counts."""
+    """Corpus-level WER and CER in percent, and the error counts.
+
+    If some references have no words: the number of these clips, how many of them got an answer with
+    words, and the number of these words, which are insertions. Without any words, WER is 100 times
+    the insertions.
+    """
     references, hypotheses = _normalized(references, lang), _normalized(hypotheses, lang)
     spaceless = [
-        text.replace(" ", "") if lang in WITHOUT_SPACES else text
-        for text in (*references, *hypotheses)
+        text.replace(" ", "") if is_spaceless(lang) else text for text in (*references, *hypotheses)
     ]
     characters = spaceless[: len(references)], spaceless[len(references) :]
     words, letters = (
@@ -110,6 +137,12 @@ def asr(
         "deletions": words.deletions,
         "words": words.hits + words.substitutions + words.deletions,
     }
+    if without_words := [h for r, h in zip(references, hypotheses, strict=True) if not r]:
+        scores |= {
+            "no_speech_clips": len(without_words),
+            "no_speech_answered": sum(map(bool, without_words)),
+            "no_speech_words": sum(len(hypothesis.split()) for hypothesis in without_words),
+        }
     if intervals:
         counts = np.array(
             [error_counts(*pair) for pair in zip(references, hypotheses, strict=True)]
@@ -133,23 +166,26 @@ def asr(
 def ast(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "ko", intervals: bool = False
 ) -> dict:
-    """BLEU, chrF++ and chrF from 0 to 100, with their signatures.
+    """BLEU, chrF++ and chrF from 0 to 100, with their signatures; `failed` as in `score`.
 
     The target language determines the tokenizer of BLEU.
     """
-    scores, found = {}, {}
+    scores, found, failed = {}, {}, {}
     makers = {
         "chrf": lambda: CHRF(),
         "chrf_pp": lambda: CHRF(word_order=2),
-        "bleu": lambda: BLEU(tokenize=BLEU_TOKENIZERS.get(lang, "13a")),
+        "bleu": lambda: BLEU(tokenize=bleu_tokenizer(lang)),
     }
     for name, make in makers.items():
         metric = make()
-        scores[name] = metric.corpus_score(hypotheses, [references]).score
-        scores[f"{name}_signature"] = str(metric.get_signature())
+        score = _attempt(failed, name, metric.corpus_score, hypotheses, [references])
+        if score is None:
+            continue
+        scores[name], scores[f"{name}_signature"] = score.score, str(metric.get_signature())
         if intervals:
-            found[name] = _sacrebleu_interval(make(), references, hypotheses)
-    return scores | ({"intervals": found} if intervals else {})
+            key = f"{name} interval"
+            found[name] = _attempt(failed, key, _sacrebleu_interval, make(), references, hypotheses)
+    return scores | ({"intervals": found} if intervals else {}) | {"failed": failed}
 
 
 def _sacrebleu_interval(
@@ -157,11 +193,11 @@ def _sacrebleu_interval(
 ) -> list[float] | None:
     if len(references) < 2:
         return None
-    score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
-    told = json.loads(score.format(width=4, is_json=True, signature="of:bootstrap"))
-    if "confidence_mean" not in told:  # the score is zero
-        return [0.0, 0.0]
-    return [round(told["confidence_mean"] + sign * told["confidence_var"], 4) for sign in (-1, 1)]
+    # Not corpus_score(n_bootstrap=…): it cannot average scores of which some are zero.
+    test = PairedTest([("", hypotheses)], {"": metric}, [references], "bs", RESAMPLES)
+    _, scores = test()
+    (found,) = [value[0] for name, value in scores.items() if name != "System"]
+    return [round(float(found.mean + sign * found.ci), 4) for sign in (-1, 1)]
 
 
 class _Whitespace:
@@ -176,7 +212,7 @@ def ssum(
 ) -> dict:
     """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measures from 0 to 1, without stemming."""
     names = ("rouge1", "rouge2", "rougeL")
-    tokenizer = DefaultTokenizer(use_stemmer=False) if lang == "en" else _Whitespace()
+    tokenizer = DefaultTokenizer(use_stemmer=False) if is_english(lang) else _Whitespace()
     scorer = rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
     each = [
         scorer.score(reference, hypothesis)
@@ -196,7 +232,7 @@ def word_f1(reference: str, hypothesis: str, lang: str = "en") -> float:
 
     English articles are ignored.
     """
-    skip = ARTICLES if lang == "en" else ()
+    skip = ARTICLES if is_english(lang) else ()
     ours, theirs = (
         [word for word in text.split() if word not in skip] for text in (hypothesis, reference)
     )
@@ -243,19 +279,39 @@ SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
 
 def main_metric(task: str, lang: str) -> str:
     """The main score of a task, which is shown first and tracked on dev sets."""
-    return "cer" if task == "asr" and lang in CER_LANGUAGES else TASKS[task].metric
+    return "cer" if task == "asr" and is_scored_by_characters(lang) else TASKS[task].metric
 
 
 def score(predictions: Sequence[dict], intervals: bool = False) -> dict:
-    """Scores of predictions (task, lang, reference, hypothesis) of one task and language."""
-    task, lang = predictions[0]["task"], predictions[0]["lang"]
-    scores = SCORERS[task](
-        [p["reference"] for p in predictions],
-        [p["hypothesis"] for p in predictions],
-        lang,
-        intervals,
-    )
-    return {
-        name: round(value, 4) if isinstance(value, float) else value
-        for name, value in scores.items()
-    }
+    """Scores of predictions (task, lang, reference, hypothesis) of one task and language.
+
+    What cannot be computed is missing; `failed` then has {its name: the reason}.
+    """
+    task, lang = predictions[0]["task"], languages.parse(predictions[0]["lang"])
+    texts = [[p[name] for p in predictions] for name in ("reference", "hypothesis")]
+    failed: dict[str, str] = {}
+    found = _attempt(failed, "intervals", SCORERS[task], *texts, lang, True) if intervals else None
+    if found is None:
+        found = _attempt(failed, "scores", SCORERS[task], *texts, lang) or {}
+    scores = {}
+    for name, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            failed[name] = f"is {value}"
+        else:
+            scores[name] = round(value, 4) if isinstance(value, float) else value
+    failed |= scores.pop("failed", {})
+    return scores | ({"failed": failed} if failed else {})
+
+
+def _attempt(
+    failed: dict[str, str], name: str, compute: Callable[..., _Result], *arguments: object
+) -> _Result | None:
+    """What a function returns, or None if it raises: one score must not cost the others.
+
+    The reason is added to `failed` under the given name.
+    """
+    try:
+        return compute(*arguments)
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {error}"
+        return None

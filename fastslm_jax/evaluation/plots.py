@@ -21,8 +21,7 @@ def table(rows: Rows) -> str:
     """A line per set and task: its scores, the main one first and with its interval."""
     lines = []
     for name, label, scores in rows:
-        task, _, lang = label.partition("-")
-        main = metrics.main_metric(task, lang or scores.get("lang", "en"))
+        main = metrics.main_metric(scores["task"], scores["lang"])
         cells = []
         for key in [main, *(key for key in SHOWN if key != main)]:
             if key not in scores:
@@ -30,6 +29,7 @@ def table(rows: Rows) -> str:
             interval = scores.get("intervals", {}).get(key) if key == main else None
             suffix = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
             cells.append(f"{key} {scores[key]:.3f}{suffix}")
+        cells += [f"{key} failed" for key in scores.get("failed", {})]
         count = scores["utterances"]
         lines.append(f"{name:>20} {label:>7}  {count:>5} utterances  " + "  ".join(cells))
     return "\n".join(lines)

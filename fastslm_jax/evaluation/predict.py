@@ -131,8 +131,8 @@ def wer_by_duration(
     buckets = []
     for low, high in itertools.pairwise([*edges, float("inf")]):
         inside = [p for p in predictions if low <= p["seconds"] < high]
-        if inside:
-            scores = metrics.score(inside)
+        scores = metrics.score(inside) if inside else {}
+        if "wer" in scores:
             buckets.append(
                 {
                     "from": low,
@@ -146,7 +146,7 @@ def wer_by_duration(
 
 
 def summarize(predictions: Sequence[dict], *, intervals: bool = False) -> dict:
-    """Scores of predictions of one task and language, with coverage, stop reasons and speed.
+    """Scores of predictions of one task and language (see `metrics.score`), coverage and speed.
 
     rtfx is audio seconds per second of run time without compilation; first_token_seconds is the
     median. Both are omitted if they were not measured.
@@ -154,6 +154,8 @@ def summarize(predictions: Sequence[dict], *, intervals: bool = False) -> dict:
     seconds, count = sum(p["seconds"] for p in predictions), len(predictions)
     stopped = [p["stop_reason"] for p in predictions]
     summary = metrics.score(predictions, intervals) | {
+        "task": predictions[0]["task"],
+        "lang": predictions[0]["lang"],
         "utterances": count,
         "audio_seconds": round(seconds, 1),
         "out_of_budget": stopped.count("budget"),

@@ -78,6 +78,9 @@ class Generator:
         window_batch: int = WINDOW_BATCH,
         detect_repetition: bool = True,
     ):
+        if _platform_of(params) == "gpu" and model.llm.scan_layers:
+            model = dataclasses.replace(model, llm=model.llm.clone(scan_layers=False))
+            params = programs.separate_layers(params)
         self.model, self.params = model, params
         self.prompt_tokenizer, self.sampling = prompt_tokenizer, sampling
         self.detect_repetition = detect_repetition
@@ -216,3 +219,9 @@ def _mesh_of(params: dict) -> Mesh | None:
     leaf = jax.tree.leaves(params)[0]
     placed = leaf.sharding if isinstance(leaf, jax.Array) else None
     return placed.mesh if isinstance(placed, NamedSharding) and placed.mesh.size > 1 else None
+
+
+def _platform_of(params: dict) -> str:
+    """The platform of the parameters: "cpu", "gpu" or "tpu"."""
+    leaf = jax.tree.leaves(params)[0]
+    return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else "cpu"

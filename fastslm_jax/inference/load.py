@@ -6,6 +6,7 @@ import pathlib
 from absl import logging
 from ml_collections import ConfigDict
 
+from fastslm_jax import config as config_lib
 from fastslm_jax import sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference.generator import Generator
@@ -38,14 +39,18 @@ def saved_config(
     whisper: str | None = None,
     llm: str | None = None,
 ) -> ConfigDict:
-    """The config in a checkpoint.
+    """The config in a checkpoint, checked.
 
     Args:
         whisper, llm: pretrained folders or hub ids that replace the config's. By default a folder
             that no longer exists is replaced by WORKDIR/bases, which an import writes, so that
             working directories can be moved.
     """
-    config = ConfigDict(checkpoints.meta(step)["config"])
+    saved, where = checkpoints.meta(step).get("config"), f"{checkpoints.folder}/{step}: config"
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{where} is missing; use another checkpoint")
+    config_lib.check(saved, where)
+    config = ConfigDict(saved)
     for name, given in (("whisper", whisper), ("llm", llm)):
         local = pathlib.Path(workdir) / "bases" / name
         if given:
@@ -60,6 +65,7 @@ def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: obj
 
     Uses config.mesh if it fits the devices, otherwise puts them all on the data axis.
     """
+    config_lib.check(config)
     try:
         mesh = sharding.make_mesh(**config.mesh)
     except UserError:

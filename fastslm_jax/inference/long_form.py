@@ -104,6 +104,7 @@ def stream(
     batch_size: int | None = None,
     in_order: bool = False,
     partial: bool = False,
+    failed: Callable[[int, UserError], None] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Yields (index, result) of recordings; segments of several recordings share batches.
 
@@ -114,13 +115,25 @@ def stream(
         batch_size: see `Generator.stream`.
         in_order: keep the order of the recordings; by default they are grouped by cache length.
         partial: also yield a result every few tokens; segments are then decoded one by one.
+        failed: called with (index, error) for a recording that cannot be read, instead of raising
+            the error; the others are answered.
     """
     lengths = [cache_length(generator.capacity, recording) for recording in recordings]
     order = sorted(range(len(recordings)), key=lambda i: (lengths[i], recordings[i].seconds, i))
     if in_order:
         order, lengths = sorted(order), [max(lengths, default=0)] * len(lengths)
     for members in _groups(order, lengths, recordings):
-        plans = [Plan(recordings[i], generator.model.window) for i in members]
+        plans = []
+        for i in tuple(members):
+            try:
+                plans.append(Plan(recordings[i], generator.model.window))
+            except UserError as error:
+                if failed is None:
+                    raise
+                failed(i, error)
+                members.remove(i)
+        if not plans:
+            continue
         started, before = time.time(), devices.compiled_so_far()
         for number in _answer(generator, plans, batch_size, lengths[members[0]], partial):
             yield members[number], dataclasses.replace(plans[number].result(), stop_reason=None)
@@ -319,7 +332,7 @@ def with_segments(
         CapacityError: the recording does not fit; the message gives the fix.
     """
     is_splittable = TASKS[recording.task].is_splittable
-    length = _parse_choice(choice, recording.seconds, trained)
+    length = _segment_seconds(choice, recording.seconds, trained)
     length = length if is_splittable else None
     while True:
         recording = dataclasses.replace(recording, segment_seconds=length)
@@ -342,11 +355,21 @@ def with_segments(
             length = shorter
 
 
-def _parse_choice(choice: str, seconds: float, trained: float) -> float | None:
-    if choice == "none" or (choice == "auto" and seconds <= trained):
-        return None
-    if choice == "auto":
-        return trained / 2
+def _segment_seconds(choice: str, seconds: float, trained: float) -> float | None:
+    span = parse_span(choice)
+    if span == "auto":
+        return trained / 2 if seconds > trained else None
+    return span
+
+
+def parse_span(choice: str) -> float | str | None:
+    """The --span flag: "auto", None for one context, or seconds.
+
+    Raises:
+        UserError: it is invalid.
+    """
+    if choice in ("auto", "none"):
+        return choice if choice == "auto" else None
     try:
         length = float(choice)
     except ValueError:

@@ -162,7 +162,7 @@ def prefill(
             overwritten before attention reads them.
         speech: [r, t, d], replaces embeddings where is_speech [r, t]; None without audio.
     """
-    variables = {"params": params["llm"]}
+    variables = {"params": _stacked(params["llm"])}
     embeddings = model.llm.apply(variables, tokens, method="embed")
     if speech is not None:
         embeddings = jnp.where(is_speech[:, :, None], speech.astype(embeddings.dtype), embeddings)
@@ -171,9 +171,32 @@ def prefill(
     return _constrain_cache(cache.replace(rows=None), mesh)
 
 
-def _layers_of(stacked: dict, num_layers: int) -> list[dict]:
+def separate_layers(params: dict) -> dict:
+    """Parameters with one dict per layer of the decoder, for a model with scan_layers=False.
+
+    For GPUs: XLA would copy the weights of each layer out of the stack for every token, because
+    matrix products there read whole arrays. Once separate, they are read where they are.
+    """
+    layers = params["llm"]["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    by_name = {str(number): layer for number, layer in enumerate(_layers_of(layers, count))}
+    return {**params, "llm": {**params["llm"], "layers": by_name}}
+
+
+def _layers_of(layers: dict, num_layers: int) -> list[dict]:
     """The weights of each layer, sliced before the decode loop: inside it, XLA would copy them."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)]
+    if "0" in layers:
+        return [layers[str(i)] for i in range(num_layers)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(num_layers)]
+
+
+def _stacked(llm: dict, layers: list[dict] | None = None) -> dict:
+    """Parameters with stacked layers; XLA reduces the slices of an unrolled stack to its parts."""
+    if layers is None and "0" in llm["layers"]:
+        layers = _layers_of(llm["layers"], len(llm["layers"]))
+    if layers is None:
+        return llm
+    return {**llm, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "greedy", "mesh"), donate_argnames=("cache",))
@@ -207,10 +230,7 @@ def decode(
 
     def body(carry: Carry) -> Carry:
         step, cache, state, seen, out = carry
-        llm = params["llm"]
-        if not model.llm.scan_layers:  # XLA reduces slices of this stack to its parts
-            llm = {**llm, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
-        variables = {"params": llm}
+        variables = {"params": _stacked(params["llm"], None if model.llm.scan_layers else layers)}
         embedding = model.llm.apply(variables, state.token[:, None], method="embed")
         # Idle rows read position 0 only, so that they do not lengthen what attention reads.
         position = jnp.where(state.done, 0, state.position)

@@ -11,6 +11,8 @@ from flax import struct
 
 from fastslm_jax.errors import UserError
 
+_MAX_INT = 2**31 - 1  # of a program's int32 inputs
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -28,10 +30,11 @@ class SamplingParams:
 
     def __post_init__(self):
         limits = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
+            "top_k": (0 <= self.top_k <= _MAX_INT, f"at least 0, at most {_MAX_INT}"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "seed": (-_MAX_INT <= self.seed <= _MAX_INT, f"at most {_MAX_INT}"),
         }
         for name, (is_valid, needed) in limits.items():
             if not is_valid:

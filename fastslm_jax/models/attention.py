@@ -5,12 +5,20 @@
 | xla              | blockwise attention in plain XLA (`blockwise_attention`)        | everywhere  |
 | splash           | splash attention with segment ids (JAX's Pallas TPU kernel)     | TPU         |
 | cudnn            | `jax.nn.dot_product_attention(implementation="cudnn")`          | GPU, 16 bit |
+| triton           | flash attention with segment ids (JAX's Pallas GPU kernel)      | GPU, 16 bit |
 | splash_interpret | splash in Pallas interpret mode, for tests without a TPU        | everywhere  |
-| auto             | splash on TPU, cudnn on GPU in 16 bit, else xla                 | everywhere  |
+| triton_interpret | triton in Pallas interpret mode, for tests without a GPU        | everywhere  |
+| auto             | splash on TPU; cudnn and triton on GPU in 16 bit; else xla      | everywhere  |
 
 A named kernel raises an error for inputs that it does not support. "auto" falls back to xla, logs
 a warning once, and counts the fallback in CHOICES. Decoding from a key-value cache does not use
 these kernels (see `kv_cache`): they are not designed for single-token queries.
+
+On GPUs, "auto" uses cuDNN without segment ids and Pallas with them. The public interface of cuDNN
+takes segment ids only as a mask [b, 1, t, t], which is stored, and differentiated if b is 1: 75 MB
+per row of 6144 tokens, and as much for its gradient. The Pallas kernel reads the ids [b, t]. Not
+used: JAX's Mosaic GPU attention has no segment ids, and `tokamax.dot_product_attention` takes them
+only as a mask, too.
 
 Shapes: b batch, t query time, s key time, n query heads, k key-value heads (n is a multiple of k),
 h head dimension.
@@ -18,21 +26,30 @@ h head dimension.
 
 import collections
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.extend.core import Primitive
 from jax.sharding import Mesh, PartitionSpec
 
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import blockwise_attention
 
-NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn")
+NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn", "triton", "triton_interpret")
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}
 # Splash attention blocks; the largest one that divides the padded length is used.
 BLOCKS = (512, 384, 256, 128)
+# Triton blocks: the largest whose kernels fit the registers of an H100 with heads of 128 (ptxas
+# reports no spills for 8 warps).
+TRITON_BLOCKS = triton.BlockSizes(
+    block_q=128, block_k=64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
+)
+TRITON_WARPS = 8
 # Number of traced calls by "kernel: shapes (reason for a fallback)".
 CHOICES: collections.Counter[str] = collections.Counter()
 
@@ -56,8 +73,8 @@ class AttentionKernel:
     """Scaled dot-product attention with a chosen kernel.
 
     kernel: one of NAMES except "auto" (see `choose`).
-    fall_back: use xla for inputs that the kernel does not support, instead of raising.
-    mesh: mesh of the inputs. Splash attention needs it, since XLA cannot partition a Pallas kernel.
+    fall_back: use another kernel for inputs that this one does not support, instead of raising.
+    mesh: mesh of the inputs. Pallas kernels need it, since XLA cannot partition them.
     """
 
     kernel: str = "xla"
@@ -72,42 +89,51 @@ class AttentionKernel:
         Raises:
             KernelError: the kernel does not support these shapes or dtypes, and fall_back is off.
         """
-        kernel, reason = self.kernel, ""
-        if reason := self._refusal(query, key):
+        reasons = []
+        for kernel in self._candidates(mask):
+            attend = getattr(self, f"_{kernel.partition('_')[0]}")
+            reason = self._refusal(kernel, query, key, mask) or _trace_error(
+                kernel, attend, query, key, value, mask
+            )
+            if not reason:
+                break
             if not self.fall_back:
                 raise KernelError(f"config.model.attention={kernel}: {reason}; choose auto or xla")
-            kernel = "xla"
-        self._count(kernel, query, key, reason)
-        if kernel.startswith("splash"):
-            return self._splash(query, key, value, mask)
-        within = None if mask is None else mask.segment_ids
-        if kernel == "xla":
-            return blockwise_attention.attention(
-                query, key, value, is_causal=mask is not None, segment_ids=within
-            )
-        same = None if within is None else (within[:, None, :, None] == within[:, None, None, :])
-        out = jax.nn.dot_product_attention(
-            query, key, value, mask=same, is_causal=mask is not None, implementation="cudnn"
-        )
-        return checkpoint_name(out, "attention")
+            reasons.append(reason)
+        self._count(kernel, query, key, "; ".join(reasons))
+        return attend(query, key, value, mask)
 
-    def _refusal(self, query: jax.Array, key: jax.Array) -> str:
-        """Why the kernel does not support these arrays; "" if it does."""
+    def _candidates(self, mask: CausalSegments | None) -> tuple[str, ...]:
+        """Kernels to try, in this order."""
+        if not self.fall_back:
+            return (self.kernel,)
+        is_packed = mask is not None and mask.segment_ids is not None
+        is_placed = self.mesh is not None or jax.device_count() == 1
+        first = ("triton",) if self.kernel == "cudnn" and is_packed and is_placed else ()
+        return (*first, self.kernel, "xla")
+
+    def _refusal(
+        self, kernel: str, query: jax.Array, key: jax.Array, mask: CausalSegments | None
+    ) -> str:
+        """Why a kernel does not support these arrays; "" if it does."""
         head_dim, heads, kv_heads = query.shape[3], query.shape[2], key.shape[2]
-        if self.kernel.startswith("splash"):
-            if head_dim % 64 and self.kernel == "splash":
-                return f"head dimension {head_dim}; splash attention needs a multiple of 64"
+        if kernel == "splash" and head_dim % 64:
+            return f"head dimension {head_dim}; splash attention needs a multiple of 64"
+        if kernel.startswith(("splash", "triton")):
             shards = 1 if self.mesh is None else self.mesh.shape["tensor"]
             if heads % shards or kv_heads % shards:
                 return (
                     f"{heads} heads and {kv_heads} key-value heads are not divisible by "
                     f"config.mesh.tensor={shards}"
                 )
-        if self.kernel == "cudnn":
+        if kernel in ("cudnn", "triton"):
+            label = {"cudnn": "cuDNN", "triton": "the Triton kernel"}[kernel]
             if query.dtype not in (jnp.bfloat16, jnp.float16):
-                return f"dtype {query.dtype}; cuDNN needs bfloat16 or float16"
+                return f"dtype {query.dtype}; {label} needs bfloat16 or float16"
             if head_dim % 8 or head_dim > 128:
-                return f"head dimension {head_dim}; cuDNN needs a multiple of 8 up to 128"
+                return f"head dimension {head_dim}; {label} needs a multiple of 8 up to 128"
+        if kernel.startswith("triton") and mask is None:
+            return "no causal mask; the Triton kernel is used for the decoder only"
         return ""
 
     def _count(self, kernel: str, query: jax.Array, key: jax.Array, reason: str) -> None:
@@ -119,20 +145,71 @@ class AttentionKernel:
         if reason and CHOICES[choice] == 1:
             logging.warning("attention kernel: %s", choice)
 
+    # ------------------------------------------------------------------------------------ kernels
+
+    def _xla(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None
+    ) -> jax.Array:
+        within = None if mask is None else mask.segment_ids
+        return blockwise_attention.attention(
+            query, key, value, is_causal=mask is not None, segment_ids=within
+        )
+
+    def _cudnn(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None
+    ) -> jax.Array:
+        """cuDNN differentiates even lengths only, so odd ones are padded.
+
+        Padded keys are masked by their number, or by causality. Padded queries are cut off.
+        """
+        rows, length, keys = query.shape[0], query.shape[1], key.shape[1]
+        query, key, value = (_pad(x, 1, 2) for x in (query, key, value))
+        same = None
+        if mask is not None and mask.segment_ids is not None:
+            ids = _pad(mask.segment_ids, 1, 2, -1)
+            same = ids[:, None, :, None] == ids[:, None, None, :]
+        is_masked = mask is None and key.shape[1] > keys
+        out = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=same,
+            is_causal=mask is not None,
+            key_value_seq_lengths=jnp.full(rows, keys, jnp.int32) if is_masked else None,
+            implementation="cudnn",
+        )
+        return out[:, :length]
+
+    def _triton(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None
+    ) -> jax.Array:
+        length, groups = query.shape[1], query.shape[2] // key.shape[2]
+
+        def per_device(
+            query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
+        ) -> jax.Array:
+            return triton.mha(
+                query,
+                jnp.repeat(key, groups, axis=2),
+                jnp.repeat(value, groups, axis=2),
+                ids,
+                sm_scale=query.shape[3] ** -0.5,
+                causal=True,
+                block_sizes=TRITON_BLOCKS,
+                num_warps=TRITON_WARPS,
+                interpret=self.kernel == "triton_interpret",
+            )
+
+        arrays = (_pad(x, 1, TRITON_BLOCKS.block_q) for x in (query, key, value))
+        ids = _pad(_segment_ids(mask, query), 1, TRITON_BLOCKS.block_q, -1)
+        heads = (None, "tensor", None)
+        out = self._shard(per_device, (heads, heads, heads, ()), heads)(*arrays, ids)
+        return out[:, :length]
+
     def _splash(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None
     ) -> jax.Array:
-        length, kv_length = query.shape[1], key.shape[1]
-        padded, kv_padded = (-(-size // 128) * 128 for size in (length, kv_length))
-
-        def pad(x: jax.Array, size: int) -> jax.Array:  # → [b, n, size, h]
-            return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0)))
-
-        def pad_ids(size: int, total: int) -> jax.Array:
-            ids = None if mask is None else mask.segment_ids
-            ids = jnp.zeros((query.shape[0], size), jnp.int32) if ids is None else ids
-            # Padding gets a separate segment.
-            return jnp.pad(ids, ((0, 0), (0, total - size)), constant_values=-1)
+        length = query.shape[1]
 
         def per_device(
             query: jax.Array,
@@ -141,7 +218,7 @@ class AttentionKernel:
             q_ids: jax.Array,
             kv_ids: jax.Array,
         ) -> jax.Array:
-            shape = (padded, kv_padded)
+            shape = (query.shape[2], key.shape[2])
             head_mask = splash.FullMask(shape) if mask is None else splash.CausalMask(shape)
             block_q, block_kv = (
                 next(size for size in BLOCKS if total % size == 0) for total in shape
@@ -164,26 +241,82 @@ class AttentionKernel:
             return jax.vmap(kernel)(query, key, value, splash.SegmentIds(q_ids, kv_ids))
 
         scaled = query * jnp.asarray(query.shape[3] ** -0.5, query.dtype)
-        arrays = (
-            pad(scaled, padded),
-            pad(key, kv_padded),
-            pad(value, kv_padded),
-            pad_ids(length, padded),
-            pad_ids(kv_length, kv_padded),
-        )
-        if self.mesh is not None:
+        arrays = (_pad(x.swapaxes(1, 2), 2, 128) for x in (scaled, key, value))
+        ids = (_pad(_segment_ids(mask, x), 1, 128, -1) for x in (query, key))
+        heads = ("tensor",)
+        out = self._shard(per_device, (heads, heads, heads, (), ()), heads)(*arrays, *ids)
+        return out[:, :, :length].swapaxes(1, 2)
+
+    def _shard(
+        self,
+        function: Callable[..., jax.Array],
+        in_axes: tuple[tuple[str | None, ...], ...],
+        out_axes: tuple[str | None, ...],
+    ) -> Callable[..., jax.Array]:
+        """Runs a function per device. Axes: mesh axes of the dimensions after the rows."""
+        if self.mesh is None:
+            return function
+
+        def sharded(*arrays: jax.Array) -> jax.Array:
             shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
             # Batches that are not divisible, such as a small evaluation batch, are replicated.
-            rows = ("data", "fsdp") if query.shape[0] % shards == 0 else None
-            heads_spec, ids_spec = PartitionSpec(rows, "tensor"), PartitionSpec(rows)
-            per_device = jax.shard_map(
-                per_device,
+            rows = ("data", "fsdp") if arrays[0].shape[0] % shards == 0 else None
+            return jax.shard_map(
+                function,
                 mesh=self.mesh,
-                in_specs=(heads_spec, heads_spec, heads_spec, ids_spec, ids_spec),
-                out_specs=heads_spec,
+                in_specs=tuple(PartitionSpec(rows, *axes) for axes in in_axes),
+                out_specs=PartitionSpec(rows, *out_axes),
                 check_vma=False,
-            )
-        return per_device(*arrays)[:, :, :length].swapaxes(1, 2)
+            )(*arrays)
+
+        return sharded
+
+
+def is_saved(primitive: Primitive, *_: object, **params: object) -> bool:
+    """Rematerialization policy: save what the GPU kernels return, output and log-sum-exp.
+
+    The TPU and XLA kernels name both "attention". The log-sum-exp of the GPU kernels has no name,
+    and without it the backward pass would run the forward kernel again.
+    """
+    if primitive.name == "custom_vjp_call":
+        return "mha_forward" in str(params["call_jaxpr"])
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
+    """Pads an axis at its end to a multiple."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
+
+
+def _segment_ids(mask: CausalSegments | None, x: jax.Array) -> jax.Array:
+    """Segment ids [b, t] of an array [b, t, ...]. Pad them with -1: padding is a segment."""
+    ids = None if mask is None else mask.segment_ids
+    return jnp.zeros(x.shape[:2], jnp.int32) if ids is None else ids
+
+
+def _trace_error(
+    kernel: str,
+    attend: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: CausalSegments | None,
+) -> str:
+    """Why cuDNN refuses to be traced and differentiated, in its own words; "" if it does not."""
+    if kernel != "cudnn":
+        return ""
+
+    def gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        out, backward = jax.vjp(lambda *arrays: attend(*arrays, mask), *inputs)
+        return backward(out)
+
+    try:
+        jax.eval_shape(gradients, query, key, value)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return ""
 
 
 def choose(name: str, platform: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> AttentionKernel:
@@ -203,11 +336,11 @@ def choose(name: str, platform: str, dtype: jnp.dtype, mesh: Mesh | None = None)
         is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
         on_tpu = "splash" if mesh is not None or jax.device_count() == 1 else "xla"
         kernel = {"tpu": on_tpu, "gpu": "cudnn" if is_half else "xla"}.get(platform, "xla")
-        return AttentionKernel(kernel, fall_back=True, mesh=mesh if kernel == "splash" else None)
-    needs = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+        return AttentionKernel(kernel, fall_back=True, mesh=None if kernel == "xla" else mesh)
+    needs = PLATFORMS.get(name, platform)
     if needs != platform:
         raise UserError(
             f"config.model.attention={name} needs a {needs}, this platform is {platform}; "
             "choose auto or xla"
         )
-    return AttentionKernel(name, mesh=mesh if name.startswith("splash") else None)
+    return AttentionKernel(name, mesh=None if name in ("xla", "cudnn") else mesh)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fastslm_jax.errors import UserError
+from fastslm_jax.models import attention
 from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.lora import Projection
 
@@ -143,5 +144,10 @@ def remat(block: type[nn.Module], policy: str, *, scan_layers: bool) -> type[nn.
                 f"config.model.remat={policy}: unknown name {min(unknown)!r}; choose none, full, "
                 f"dots, or a comma-separated list of {', '.join(SAVEABLE)}"
             )
-        policies[policy] = jax.checkpoint_policies.save_only_these_names(*policy.split(","))
+        names = policy.split(",")
+        policies[policy] = jax.checkpoint_policies.save_only_these_names(*names)
+        if "attention" in names:
+            policies[policy] = jax.checkpoint_policies.save_from_both_policies(
+                policies[policy], attention.is_saved
+            )
     return nn.remat(block, prevent_cse=not scan_layers, policy=policies[policy])

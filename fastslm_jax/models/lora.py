@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+DECODING_ROWS = 128  # up to this many rows, a product takes as long as reading its kernel
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -50,7 +52,7 @@ class Projection(nn.Module):
         kernel = nn.with_logical_constraint(kernel, (inputs, columns))
         # Flatten to 2D: XLA's CPU matrix product is twice as slow on 3D operands.
         flat = x.reshape(-1, width).astype(self.dtype)
-        y = flat @ kernel.astype(self.dtype)
+        y = _matmul(flat, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.lora.rank:
@@ -67,3 +69,21 @@ class Projection(nn.Module):
         y = y.reshape(*x.shape[:-1], self.features)
         y = nn.with_logical_constraint(y, ("rows", *(None,) * (y.ndim - 2), columns))
         return checkpoint_name(y, self.name)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [rows, d_in], kernel [d_in, features] → [rows, features].
+
+    With the few rows of a decoding step, XLA's GPU compiler does two things that move the kernel
+    three times instead of once. It multiplies a single row element by element and stores the
+    products: two rows are multiplied as matrices. And for every token it joins the kernels of
+    products with the same x: behind a barrier, each product has an x of its own.
+    """
+
+    def on_gpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows = jnp.pad(x, ((0, max(0, 2 - len(x))), (0, 0)))
+        return (jax.lax.optimization_barrier(rows) @ kernel)[: len(x)]
+
+    if x.shape[0] > DECODING_ROWS:
+        return x @ kernel
+    return jax.lax.platform_dependent(x, kernel, cuda=on_gpu, rocm=on_gpu, default=jnp.matmul)

@@ -213,9 +213,7 @@ class Qwen3(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d] → float32 logits [..., v]."""
         table = self.embed_tokens if self.tied_embeddings else self.lm_head
-        return jnp.einsum(
-            "...d,vd->...v", hidden, table.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return _unembed(hidden, table.astype(self.dtype))
 
     def __call__(
         self,
@@ -251,3 +249,32 @@ class Qwen3(nn.Module):
         """Empty cache of `batch` rows; int8 needs half the memory of bfloat16."""
         heads, dtype = self.num_kv_heads, dtype or self.dtype
         return KVCache.empty(self.num_layers, batch, heads, cache_length, self.head_dim, dtype)
+
+
+@jax.custom_vjp
+def _unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """hidden [..., d], table [v, d] → float32 logits [..., v].
+
+    The backward pass rounds the gradient of the logits to the dtype of the table. Otherwise the
+    table would be converted to float32 for a product in float32.
+    """
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _unembed_forward(
+    hidden: jax.Array, table: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _unembed(hidden, table), (hidden, table)
+
+
+def _unembed_backward(
+    inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    hidden, table = inputs
+    gradient = gradient.astype(table.dtype)
+    d_hidden = jnp.einsum("...v,vd->...d", gradient, table, preferred_element_type=jnp.float32)
+    d_table = jnp.einsum("...v,...d->vd", gradient, hidden, preferred_element_type=jnp.float32)
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype)
+
+
+_unembed.defvjp(_unembed_forward, _unembed_backward)

@@ -2,31 +2,23 @@
 
     python -m fastslm_jax.plan --config=configs/stage2_longform.py --topology=v5e:4x4
     python -m fastslm_jax.plan --config=... --topology=v5e:16x16x2 --rows_per_chip=1    # two slices
+    python -m fastslm_jax.plan --config=... --topology=h100:8x4 --config.mesh.fsdp=8  # four nodes
     python -m fastslm_jax.plan --config=... --config.mesh.fsdp=1                 # local devices
     python -m fastslm_jax.plan --config=... --topology=v5p:4x4x4 --sweep
 
 For TPU topologies, the TPU compiler (pip install -e .[tpu]) compiles the step on any machine, with
-or without a TPU. Times are lower bounds from the peak figures of the chips: real steps take longer.
+or without a TPU, and for nodes of GPUs XLA's GPU compiler (pip install -e .[plan-gpu]). Times are
+lower bounds from the peak figures of the chips: real steps take longer.
 --sweep ranks meshes and rows per chip. --effort=O0 compiles several times faster and slightly
-overestimates (docs/performance.md).
+overestimates (docs/performance.md). --traffic lists the instructions that move most bytes.
 
 The last line of the output is a JSON object.
 """
 
-import json
-import pathlib
-import tempfile
-from collections.abc import Sequence
-
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from fastslm_jax import chips, cli
-from fastslm_jax.plan import published_configs
-from fastslm_jax.plan.compile import plan, set_rows
-from fastslm_jax.plan.sweep import sweep
-from fastslm_jax.plan.table import print_table
+from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
 
@@ -38,8 +30,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology",
         "",
-        "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; "
-        "default: the local devices.",
+        "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; or GPUs of a "
+        "node, and nodes: a100-80:8, h100:8, h100:8x32, h200:8, b200:8, gb200:72, …; default: the "
+        "local devices.",
     )
     flags.DEFINE_integer(
         "rows_per_chip",
@@ -58,12 +51,37 @@ def define_flags() -> None:
         ["default", "O0", "O1", "O2", "O3"],
         "Optimization level of the compiler.",
     )
+    flags.DEFINE_bool(
+        "traffic", False, "List the ten instructions that move the most bytes of HBM, per run."
+    )
     flags.DEFINE_string("hlo", "", "File to write the optimized HLO to.")
     flags.mark_flag_as_required("config")
 
 
+if __name__ == "__main__":
+    define_flags()
+    cli.parse_flags()  # before the imports below, which take seconds
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+import jax
+
+from fastslm_jax import chips, outputs
+from fastslm_jax import config as config_lib
+from fastslm_jax.plan import published_configs
+from fastslm_jax.plan.compile import plan, set_rows
+from fastslm_jax.plan.sweep import sweep
+from fastslm_jax.plan.table import print_table, print_traffic
+
+
 def main(_: Sequence[str]) -> None:
     config = FLAGS.config
+    config_lib.check(config)
+    if FLAGS.hlo:
+        outputs.check_file(FLAGS.hlo, "--hlo")
     jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct
     if FLAGS.effort != "default":
         jax.config.update("jax_optimization_level", FLAGS.effort)
@@ -85,9 +103,10 @@ def main(_: Sequence[str]) -> None:
             set_rows(config, devices, chip, FLAGS.rows_per_chip)
             result = plan(config, devices, chip, name, FLAGS.hlo)
             print_table(result)
+            if FLAGS.traffic:
+                print_traffic(result)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    define_flags()
     cli.run(main)

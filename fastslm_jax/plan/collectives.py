@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from fastslm_jax.chips import WRAPAROUND, Chip
+from fastslm_jax.chips import WRAPAROUND, Chip, node_of
 from fastslm_jax.plan import hlo
 
 BETWEEN_SLICES = "between slices"  # over DCN
@@ -160,28 +160,41 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
     return numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers
 
 
-def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -> dict[str, float]:
-    """Lower bound on the time of all executions in a step, as {"ici": ..., "dcn": ...}.
+def bytes_by_network(collective: Collective, devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Bytes that a chip sends in all executions of a step, as {"ici": ..., "dcn": ...}.
 
-    Within a slice, a group uses the ICI links of the torus axes it spans. An axis without
-    wraparound links has half the bandwidth of a ring. Across slices, the chips of a slice first
-    combine their data; then each chip sends its share over DCN.
+    "ici" is the network within a TPU slice, or the NVLink of a node of GPUs; "dcn" is the network
+    between slices or nodes. Across slices, the chips of a slice first combine their data; then each
+    chip sends its share over DCN.
     """
     sent = collective.bytes_per_step
     if collective.kind == BETWEEN_SLICES:
-        return {"ici": 0.0, "dcn": sent / chip.dcn_bandwidth}
+        return {"ici": 0.0, "dcn": sent}
     group = [devices[number] for number in max(collective.groups, key=len)]
     if len(group) == 1 or not sent:
         return {"ici": 0.0, "dcn": 0.0}
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in group})
+    slices = len(set(map(node_of, group)))
     per_slice = len(group) // slices
     # A hierarchical ring of n chips: first within a slice, then across slices on 1 / n of the data.
     within = (per_slice - 1) / per_slice
     across = (slices - 1) / slices / per_slice
     full = sent / (within + across)
+    return {"ici": full * within, "dcn": full * across}
+
+
+def seconds(collective: Collective, devices: Sequence[jax.Device], chip: Chip) -> dict[str, float]:
+    """Lower bound on the time of all executions in a step, as {"ici": ..., "dcn": ...}.
+
+    Within a slice, a group uses the ICI links of the torus axes it spans. An axis without
+    wraparound links has half the bandwidth of a ring.
+    """
+    sent = bytes_by_network(collective, devices)
+    if not sent["ici"]:
+        return {"ici": 0.0, "dcn": sent["dcn"] / chip.dcn_bandwidth}
+    group = [devices[number] for number in max(collective.groups, key=len)]
     return {
-        "ici": full * within / _ici_bandwidth(group, devices, chip) if within else 0.0,
-        "dcn": full * across / chip.dcn_bandwidth,
+        "ici": sent["ici"] / _ici_bandwidth(group, devices, chip),
+        "dcn": sent["dcn"] / chip.dcn_bandwidth,
     }
 
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fastslm_jax import chips, flops, memory, sharding
+from fastslm_jax import chips, compiler, flops, memory, sharding
 from fastslm_jax.memory import GIB
 from fastslm_jax.plan import collectives, hlo, traffic
 from fastslm_jax.plan.progress import progress
@@ -85,12 +85,14 @@ def plan(
     if hlo_file:
         pathlib.Path(hlo_file).write_text(text)
     program = hlo.Program(text)
+    # A program for several TPU slices numbers the devices of each slice from 0.
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     found = collectives.find(program, len(devices) // slices, slices)
     devices_per_chip = chip.devices if chip else 1
     num_chips = len(devices) // devices_per_chip
     minimum = flops.minimum(setup.model, setup.row, config.global_batch_size)
-    bounds = _bound_seconds(result.flops, program, found, mesh, chip) if chip else {}
+    networks = _networks(found, mesh, chip)
+    bounds = _bound_seconds(result.flops, program, networks, mesh, chip) if chip else {}
     bound = max(bounds.values(), default=None)
     mfu = sum(minimum.values()) / (bound * num_chips * chip.peak_flops) if chip else None
     hours = config.global_batch_size * config.data.row.windows * setup.model.window.seconds / 3600
@@ -106,11 +108,13 @@ def plan(
         "flops_minimum": sum(minimum.values()),
         "flops_minimum_by_term": minimum,
         **_collectives(found, devices_per_chip),
+        "networks": networks,
         "largest_layer_gib": _largest_layer(step) / GIB,
         "embedding_gib": _embedding(step) / GIB,
         "bound_seconds": bounds or None,
         "binds": max(bounds, key=bounds.get, default=None),
         "mfu_bound": mfu,
+        "traffic": _largest_traffic(program),
         "audio_hours_per_step": hours,
         "audio_hours_per_day": hours * 86_400 / bound if chip else None,
         "effort": jax.config.jax_optimization_level.replace("UNKNOWN", "default"),
@@ -127,6 +131,7 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
             step.train_step,
             in_shardings=step.in_shardings,
             out_shardings=step.out_shardings,
+            compiler_options=step.compiler_options,
             donate_argnums=0,
         )
         traced = train_step.trace(step.state, step.frozen, step.batch)
@@ -134,7 +139,7 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
         lowered = traced.lower()
         compile_start = time.monotonic()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=_options(mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
                 raise
@@ -143,6 +148,12 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
             ) from None
         end = time.monotonic()
     return CompiledStep(compiled, executed, compile_start - start, end - compile_start)
+
+
+def _options(mesh: Mesh) -> dict[str, bool]:
+    """Compiler options for devices that do not exist."""
+    is_absent = mesh.devices.flat[0] not in jax.local_devices()
+    return compiler.NO_GPU if mesh.devices.flat[0].platform == "gpu" and is_absent else {}
 
 
 def _reason(error: Exception) -> str:
@@ -210,6 +221,19 @@ def _collectives(found: list[collectives.Collective], devices_per_chip: int) -> 
     }
 
 
+def _largest_traffic(program: hlo.Program) -> list[dict]:
+    """JSON objects of the ten instructions that move the most bytes of HBM."""
+    return [
+        {
+            "name": entry.instruction.name,
+            "source": program.source(entry.instruction),
+            "gib": entry.bytes_moved / GIB,
+            "runs": entry.count,
+        }
+        for entry in traffic.by_instruction(program)[:10]
+    ]
+
+
 def _largest_layer(step: StepSpecs) -> int:
     """Bytes of the frozen weights of one layer, in the tower with the larger layers."""
     layers = {"encoder/layers/": 0, "llm/layers/": 0}
@@ -226,19 +250,32 @@ def _embedding(step: StepSpecs) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 
+def _networks(
+    found: list[collectives.Collective], mesh: Mesh, chip: chips.Chip | None
+) -> dict[str, dict[str, float | None]]:
+    """What a chip sends within a slice or node ("ici") and between them ("dcn"), and how long."""
+    devices = mesh.devices.ravel().tolist()
+    result = {}
+    for network in ("ici", "dcn"):
+        sent = sum(collectives.bytes_by_network(c, devices)[network] for c in found)
+        times = [collectives.seconds(c, devices, chip)[network] for c in found if chip]
+        seconds = sum(times) if chip else None
+        scale = chip.devices if chip else 1
+        result[network] = {"gib": scale * sent / GIB, "seconds": seconds}
+    return result
+
+
 def _bound_seconds(
     executed: int,
     program: hlo.Program,
-    found: list[collectives.Collective],
+    networks: dict[str, dict[str, float | None]],
     mesh: Mesh,
     chip: chips.Chip,
 ) -> dict[str, float]:
     """Lower bounds on the step time from the chip's peak figures, without any overlap."""
-    devices = mesh.devices.ravel().tolist()
-    num_chips = len(devices) // chip.devices
-    transfers = [collectives.seconds(collective, devices, chip) for collective in found]
+    num_chips = mesh.size // chip.devices
     return {
         "compute": executed / (num_chips * chip.peak_flops),
         "memory": chip.devices * traffic.hbm_traffic(program) / chip.hbm_bandwidth,
-        "interconnect": sum(transfer["ici"] + transfer["dcn"] for transfer in transfers),
+        "interconnect": sum(network["seconds"] for network in networks.values()),
     }

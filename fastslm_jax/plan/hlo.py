@@ -1,6 +1,7 @@
 """Parses the HLO text of a compiled program: computations, instructions and execution counts."""
 
 import collections
+import copy
 import dataclasses
 import math
 import re
@@ -23,6 +24,7 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TABLE_ROW = re.compile(r"(\d+) (\{.*\}|\".*\")")  # of the tables of source locations
 
 
 def shape_bytes(text: str) -> tuple[list[float], list[float]]:
@@ -72,8 +74,13 @@ class Program:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
-        current = None
+        self._tables: dict[str, dict[int, str]] = {}
+        current = table = None
         for line in text.splitlines():
+            if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+                table = self._tables[line] = {}
+            elif table is not None and (row := _TABLE_ROW.fullmatch(line)):
+                table[int(row[1])] = row[2]
             if line and not line[0].isspace() and line.rstrip().endswith("{") and "(" in line:
                 is_entry = line.startswith("ENTRY")
                 name = _NAME.match(line.removeprefix("ENTRY").strip())[1]
@@ -86,24 +93,50 @@ class Program:
         if not self.entry:
             raise ValueError("the text is not HLO: it has no ENTRY computation")
 
-    def execution_counts(self) -> dict[str, int]:
+    def execution_counts(self, unknown_trips: int | None = None) -> dict[str, int]:
         """Returns {computation: how often one execution of the program runs it}.
 
         A loop body is multiplied by its trip count. All branches of a conditional are counted,
         although only one of them runs.
 
+        Args:
+            unknown_trips: the trip count of loops whose trip count is unknown.
+
         Raises:
-            ValueError: the trip count of a loop is unknown.
+            ValueError: the trip count of a loop is unknown, and unknown_trips is None.
         """
         counts = collections.Counter({self.entry: 1})
         for name in self._topological_order():
             for instruction in self.computations[name]:
                 times = counts[name]
                 if instruction.opcode == "while":
-                    times *= self.trip_count(instruction, name)
+                    try:
+                        times *= self.trip_count(instruction, name)
+                    except ValueError:
+                        if unknown_trips is None:
+                            raise
+                        times *= unknown_trips
                 for called in instruction.called():
                     counts[called] += times
         return counts
+
+    def body(self, loop: Instruction) -> "Program":
+        """One iteration of a while loop, as a program of its own."""
+        body = copy.copy(self)
+        body.entry = _attribute(loop, "body")
+        return body
+
+    def source(self, instruction: Instruction) -> str:
+        """The line of this package that an instruction comes from: "models/qwen3.py:62", or ""."""
+        frame = _number(instruction.attributes, "stack_frame_id")
+        while frame:
+            entry = self._tables.get("StackFrames", {}).get(frame, "")
+            location = self._tables["FileLocations"].get(_number(entry, "file_location_id"), "")
+            name = self._tables["FileNames"].get(_number(location, "file_name_id"), "").strip('"')
+            if "/fastslm_jax/" in name:
+                return f"{name.rpartition('/fastslm_jax/')[2]}:{_number(location, 'line')}"
+            frame = _number(entry, "parent_frame_id") - 1  # printed with an offset of 1
+        return ""
 
     def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
         """Yields every instruction with its computation and its execution count."""
@@ -179,6 +212,12 @@ def _parse(line: str) -> Instruction | None:
         attributes=rest[close + 1 :],
         is_root=left.startswith("ROOT "),
     )
+
+
+def _number(text: str, name: str) -> int:
+    """The number after "name="; 0 if there is none."""
+    found = re.search(rf"\b{name}=(\d+)", text)
+    return int(found[1]) if found else 0
 
 
 def _attribute(instruction: Instruction, name: str) -> str:

@@ -12,6 +12,7 @@ RANKING = {  # column: width
     "MFU bound": 10,
     "audio h/day": 12,
 }
+NETWORKS = {"ici": "within a slice or node", "dcn": "between them"}
 
 
 def print_table(plan: dict) -> None:
@@ -39,6 +40,10 @@ def print_table(plan: dict) -> None:
     for kind, size in plan["collective_gib_by_kind"].items():
         if size:
             show(f"  {kind}", f"{size:.3f}")
+    for network, label in NETWORKS.items():
+        sent, seconds = plan["networks"][network].values()
+        if sent:
+            show(f"  {label}", f"{sent:.3f}" + (f", {seconds:.4f} s" if seconds else ""))
     sizes = f"largest layer {plan['largest_layer_gib']:.3f}, embedding {plan['embedding_gib']:.3f}"
     show("largest all-gather, GiB", f"{plan['largest_gather_gib']:.3f} ({sizes})")
     if bounds:
@@ -52,6 +57,14 @@ def print_table(plan: dict) -> None:
     if bounds:
         show("audio hours per day, bound", f"{plan['audio_hours_per_day']:,.0f}")
     show("trace + compile, s", f"{plan['trace_seconds']:.1f} + {plan['compile_seconds']:.1f}")
+
+
+def print_traffic(plan: dict) -> None:
+    """Prints the instructions that move the most bytes, and the line of code they come from."""
+    print(f"{'GiB':>9} {'times':>6}  instruction (source)")
+    for entry in plan["traffic"]:
+        source = f" ({entry['source']})" if entry["source"] else ""
+        print(f"{entry['gib']:>9.3f} {entry['runs']:>6}  {entry['name']}{source}")
 
 
 def print_ranking(plans: list[dict]) -> None:

@@ -20,7 +20,6 @@ from absl import flags, logging
 
 from fastslm_jax import cli
 from fastslm_jax.errors import UserError
-from fastslm_jax.inference import api
 
 # The packages of the extra [serve]; imported in `main`, where their absence is one line.
 EXTRA = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
@@ -117,6 +116,7 @@ def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
         )
     import uvicorn
 
+    from fastslm_jax.inference import api
     from fastslm_jax.serve.app import Server
     from fastslm_jax.serve.limits import Limits
     from fastslm_jax.serve.worker import Worker

@@ -2,15 +2,16 @@
 
 import base64
 import binascii
+import io
 import pathlib
-import tempfile
 from typing import Annotated, Any, BinaryIO, Literal
 
 import langcodes
 import numpy as np
 import pydantic
 
-from fastslm_jax import audio, schema
+from fastslm_jax import audio, audio_files, schema
+from fastslm_jax.audio import AudioError
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.serve.limits import ApiError, Limits
@@ -151,13 +152,11 @@ def decode_base64(given: InputAudio, limits: Limits) -> np.ndarray:
         data = base64.b64decode(given.data, validate=True)
     except binascii.Error as error:
         raise ApiError(400, f"input_audio.data: not base64 ({error})", "messages") from None
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        return decode(file, "input_audio", limits, "messages")
+    return decode(io.BytesIO(data), "input_audio", limits, "messages")
 
 
 def decode(file: BinaryIO, name: str, limits: Limits, param: str = "file") -> np.ndarray:
-    """Decodes an open file that has no name in the file system.
+    """Decodes an open file.
 
     Returns:
         int16 [n] at 16 kHz.
@@ -165,26 +164,22 @@ def decode(file: BinaryIO, name: str, limits: Limits, param: str = "file") -> np
     Raises:
         ApiError: it is not audio (400), or too long (413).
     """
-    file.flush()
-    path = f"/dev/fd/{file.fileno()}"
-    most = 60 * limits.max_minutes
+    blocks, count = [], 0
     try:
-        seconds = audio.probe(path)
-        if seconds <= most:  # as the header says; the samples are counted below
-            samples = audio.read_audio(path, 0.0, most + 1)
-            seconds = len(samples) / audio.SAMPLE_RATE
-    except audio.AudioError as error:
-        message = str(error).replace(path, name)
-        raise ApiError(400, message, param, "invalid_audio") from None
-    if seconds > most:
-        raise ApiError(
-            413,
-            f"{name}: {seconds / 60:.1f} minutes of audio; this server takes up to "
-            f"{limits.max_minutes:g}",
-            param,
-            "audio_too_long",
-        )
-    return samples
+        for block in audio.stream(audio_files.read_blocks(file)):
+            blocks.append(block)
+            count += len(block)
+            if count > 60 * limits.max_minutes * audio.SAMPLE_RATE:
+                raise ApiError(
+                    413,
+                    f"{name}: more than {limits.max_minutes:g} minutes of audio, the limit of this "
+                    "server",
+                    param,
+                    "audio_too_long",
+                )
+    except AudioError as error:
+        raise ApiError(400, f"{name}: {error}", param, "invalid_audio") from None
+    return np.concatenate(blocks)
 
 
 def display_name(filename: str | None) -> str:

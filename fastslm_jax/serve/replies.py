@@ -123,15 +123,16 @@ class TranscriptEvents:
                 )
             self._segments = len(done)
         if result.stop_reason is not None:
-            yield event(
-                {
-                    "type": "transcript.text.done",
-                    "text": result.text,
-                    "usage": _usage(progress, "input_tokens", "output_tokens", type="tokens"),
-                    "stop_reason": result.stop_reason,
-                    "duration": round(result.seconds, 3),
-                }
-            )
+            done = {
+                "type": "transcript.text.done",
+                "text": result.text,
+                "usage": _usage(progress, "input_tokens", "output_tokens", type="tokens"),
+                "stop_reason": result.stop_reason,
+            }
+            if self._with_segments:  # for the page
+                done["duration"] = round(result.seconds, 3)
+                done["srt"] = transcribe.subtitles(result.segments, "srt") + "\n"
+            yield event(done)
             yield DONE
 
 

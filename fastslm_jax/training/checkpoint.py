@@ -9,11 +9,9 @@ The config names the frozen pretrained weights, and a fingerprint verifies that 
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
@@ -25,53 +23,35 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from fastslm_jax import outputs
 from fastslm_jax.errors import UserError
-from fastslm_jax.training.checksums import changed, checksums
+from fastslm_jax.training import checkpoint_meta
+from fastslm_jax.training.checkpoint_meta import CheckpointError, TornCheckpointError
+from fastslm_jax.training.checksums import changed, checksums, leaf_paths
+from fastslm_jax.training.config_changes import differences
 
-FORMAT = 2
-DISK_ERRORS = (
+DISK_ERRORS = (  # of a sound checkpoint
     "No space left",
     "File too large",
     "quota exceeded",
     "Read-only",
     "Permission denied",
 )
-# Fields of a config that may change on resume without a warning: none of them affects training.
-FREE_FIELDS = (
-    "name",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh",
-    "max_skipped",
-    "eval",
-    "profile",
-)
 
 
-class CheckpointError(UserError):
-    """A checkpoint, or a folder of checkpoints, that cannot be used."""
-
-
-class TornCheckpointError(CheckpointError):
-    """A checkpoint that is damaged or incomplete."""
-
-
-def lock(workdir: str | os.PathLike) -> TextIO:
+def lock(workdir: str | os.PathLike, work: str = "training") -> TextIO:
     """Locks a working directory until this process ends or the returned file is closed.
 
     Raises:
-        UserError: another process trains there.
+        UserError: the folder cannot be written, or another process holds the lock.
     """
-    path = pathlib.Path(workdir) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115 (the lock lasts as long as the file is open)
+    path = outputs.check_folder(workdir, "--workdir") / ".lock"
+    file = open(path, "wb")  # noqa: SIM115 (the lock lasts as long as the file is open)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"{workdir}: another process is training there; wait for it, or use another --workdir"
+            f"{workdir}: another process is {work} there; wait for it, or use another --workdir"
         ) from None
     return file
 
@@ -100,6 +80,7 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(
                 [preservation_policy.LatestN(n=keep), best]
             ),
+            save_interval_steps=0 if read_only else 1,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # of saves that were interrupted by a kill
@@ -133,11 +114,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {"params": ocp.args.StandardSave(dict(params))}
-        meta = {"format": FORMAT, **meta, "checksums": {"params": checksums(dict(params))}}
+        meta = {**meta, "checksums": {"params": checksums(dict(params))}}
         if train:
             items["train"] = ocp.args.StandardSave(dict(train))
             meta["checksums"]["train"] = checksums(dict(train))
-        items["meta"] = ocp.args.JsonSave(meta | {"crc32": _crc32(meta)})
+        items["meta"] = ocp.args.JsonSave(checkpoint_meta.sealed(meta))
         if metrics is not None and _error_rate(metrics) is None:
             metrics = None
         with self._writing():
@@ -155,8 +136,8 @@ class Checkpoints:
             yield
         except Exception as error:  # storage layers raise many types
             self._failed = True
-            lines = (str(error) or type(error).__name__).splitlines()
-            reason = next((words for words in DISK_ERRORS if words in str(error)), lines[0][:300])
+            reason = next((words for words in DISK_ERRORS if words in str(error)), None)
+            reason = reason or _first_line(error)
             kept = [
                 int(folder.name) for folder in self.folder.glob("[0-9]*") if folder.name.isdigit()
             ]
@@ -167,8 +148,10 @@ class Checkpoints:
             ) from None
 
     def close(self) -> None:
+        """Waits for a running save and frees the threads. Raises CheckpointError like `save`."""
         if not self._failed:  # after a failed write, closing would wait for it
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
 
     # ------------------------------------------------------------------------------------- restore
 
@@ -179,21 +162,39 @@ class Checkpoints:
             TornCheckpointError: it is unreadable, or differs from what was written.
             CheckpointError: it was written by an incompatible version.
         """
+        with self._advising(step):
+            return self._meta(step)
+
+    def _meta(self, step: int) -> dict:
+        return checkpoint_meta.read(self.folder / str(step))
+
+    @contextlib.contextmanager
+    def _advising(self, step: int) -> Iterator[None]:
+        """Adds to the error of a damaged checkpoint which other step can be used."""
         try:
-            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
-            expected = meta.pop("crc32")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            yield
+        except TornCheckpointError as error:
+            others = [other for other in reversed(self.steps()) if other != step]
+            intact = next(filter(self._is_intact, others), None)
+            if intact is None:
+                raise TornCheckpointError(f"{error}; no other step is intact") from None
             raise TornCheckpointError(
-                f"{self.folder / str(step)}: unreadable meta ({error})"
+                f"{error}; step {intact} is intact: choose it (--step={intact}; in eval.py "
+                f"--checkpoint={intact}), or move the damaged folder away"
             ) from None
-        if expected != _crc32(meta):
-            raise TornCheckpointError(f"{self.folder / str(step)}: meta does not match its crc32")
-        if meta["format"] != FORMAT:
-            raise CheckpointError(
-                f"{self.folder / str(step)}: has format {meta['format']}, this version reads "
-                f"{FORMAT}; use the version that wrote it"
-            )
-        return meta
+
+    def _is_intact(self, step: int) -> bool:
+        """Whether a checkpoint's parameters can be read, in the shapes in which they were saved."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            shapes = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+                for path, leaf in self._saved_arrays(step).items()
+            }
+            self._restore(step, {"params": shapes})
+        except CheckpointError:
+            return False
+        return True
 
     def check_bases(self, step: int, fingerprints: Mapping[str, str]) -> None:
         """Checks that the config's pretrained weights are those of the checkpoint.
@@ -210,8 +211,14 @@ class Checkpoints:
                 )
 
     def restore_params(self, step: int, abstract: Mapping) -> dict[str, jax.Array]:
-        """{path: array} in the shapes, dtypes and shardings of `abstract`."""
-        return self._restore(step, {"params": dict(abstract)})["params"]
+        """{path: array} in the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+            TornCheckpointError: the checkpoint is damaged; the message names an intact step.
+            CheckpointError: it does not fit.
+        """
+        with self._advising(step):
+            return self._restore(step, {"params": dict(abstract)})["params"]
 
     def restore(self, step: int, params: Mapping, train: Mapping) -> tuple[dict, dict]:
         """Parameters and training state in the given shapes, dtypes and shardings.
@@ -219,18 +226,21 @@ class Checkpoints:
         The training state of an imported checkpoint is {}.
         """
         items = {"params": dict(params)}
-        if "imported" not in self.meta(step):
+        if "imported" not in self._meta(step):
             items["train"] = dict(train)
         restored = self._restore(step, items)
         return restored["params"], restored.get("train", {})
 
     def restore_latest(
-        self, params: Mapping, train: Mapping
+        self, params: Mapping, train: Mapping, config: ConfigDict | None = None
     ) -> tuple[int, dict, dict, dict] | None:
         """(step, params, train, meta) of the newest intact checkpoint; None if there are none.
 
         Damaged checkpoints are skipped with an error message and renamed to STEP.torn, so that
         their steps can be saved again.
+
+        Args:
+            config: of the run, to name what has changed if the checkpoint does not fit it.
 
         Raises:
             CheckpointError: a checkpoint does not fit the config, or all of them are damaged.
@@ -239,13 +249,17 @@ class Checkpoints:
         for step in reversed(self.steps()):
             restored, error = None, None
             try:
-                restored = step, *self.restore(step, params, train), self.meta(step)
-            except Exception as raised:  # storage layers raise many types for a damaged file
-                if isinstance(raised, CheckpointError) and not isinstance(
-                    raised, TornCheckpointError
-                ):
+                restored = step, *self.restore(step, params, train), self._meta(step)
+            except TornCheckpointError as torn:
+                error = str(torn)
+            except CheckpointError as other:
+                changes = differences(self._meta(step)["config"], config) if config else []
+                if not changes:
                     raise
-                error = (str(raised) or type(raised).__name__).splitlines()[0]
+                raise CheckpointError(
+                    f"{self.folder}: {'; '.join(changes)}; use the former values, or a new "
+                    f"--workdir ({other})"
+                ) from None
             if _on_every_process(restored is not None):
                 self._set_aside(list(errors))
                 return restored
@@ -264,33 +278,66 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: Mapping[str, Mapping]) -> dict[str, dict]:
-        self._check_shapes(step, abstract["params"])
+        """Reads items of a checkpoint.
+
+        Raises:
+            TornCheckpointError: it is damaged.
+            CheckpointError: it has other arrays than `abstract`, or the storage fails.
+        """
+        where, sums = self.folder / str(step), self._meta(step)["checksums"]
+        self._check_fit(step, abstract, sums)
         items = ocp.args.Composite(
             **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         )
-        restored = self._manager.restore(step, args=items)
-        saved = self.meta(step)["checksums"]
+        with self._reading(step):
+            restored = self._manager.restore(step, args=items)
         for name in abstract:
-            if wrong := changed(restored[name], saved[name]):
+            if wrong := changed(restored[name], sums[name]):
                 raise TornCheckpointError(
-                    f"{self.folder / str(step)}: {name} {wrong[0]} does not match its checksum "
+                    f"{where}: {name} {wrong[0]} does not match its checksum "
                     f"({len(wrong)} such arrays): the file is damaged"
                 )
         return restored
 
-    def _check_shapes(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns any error of the storage into a CheckpointError."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # too large for this machine
+            raise
+        except Exception as error:  # storage layers raise many types for a damaged file
+            where, reason = self.folder / str(step), _first_line(error)
+            if any(words in str(error) for words in DISK_ERRORS):
+                raise CheckpointError(f"{where}: could not be read ({reason})") from None
+            raise TornCheckpointError(f"{where}: could not be read ({reason})") from None
+
+    def _saved_arrays(self, step: int) -> Mapping[str, ocp.metadata.value.ArrayMetadata]:
+        """{path: metadata} of a checkpoint's parameters."""
+        with self._reading(step):
+            saved = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params")
+            return dict(saved)
+
+    def _check_fit(
+        self, step: int, abstract: Mapping[str, Mapping], sums: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Raises CheckpointError if the arrays of a sound checkpoint are others than `abstract`."""
         where = self.folder / str(step)
-        saved = ocp.StandardCheckpointer().metadata(where / "params").item_metadata
-        saved = {name: tuple(leaf.shape) for name, leaf in dict(saved).items()}
-        for path in sorted(set(saved) ^ set(abstract)):
-            side = "is not in this config's model" if path in saved else "is missing"
-            raise CheckpointError(
-                f"{where}: parameter {path} {side}; is it a checkpoint of this config?"
-            )
-        for path, leaf in abstract.items():
-            if tuple(leaf.shape) != saved[path]:
+        for item, tree in abstract.items():
+            kind = "parameter" if item == "params" else "training state"
+            expected = leaf_paths(tree)
+            for path in sorted(set(sums.get(item, ())) ^ set(expected)):
+                side = "is not in this config's model" if path not in expected else "is missing"
                 raise CheckpointError(
-                    f"{where}: parameter {path} is {saved[path]}, this config's is "
+                    f"{where}: {kind} {path} {side}; is it a checkpoint of this config?"
+                )
+        saved = self._saved_arrays(step)
+        if damaged := sorted(set(saved) ^ set(abstract["params"])):
+            raise TornCheckpointError(f"{where}: the file of parameter {damaged[0]} is damaged")
+        for path, leaf in abstract["params"].items():
+            if tuple(leaf.shape) != tuple(saved[path].shape):
+                raise CheckpointError(
+                    f"{where}: parameter {path} is {tuple(saved[path].shape)}, this config's is "
                     f"{tuple(leaf.shape)}"
                 )
 
@@ -307,54 +354,15 @@ class Checkpoints:
 
 def _error_rate(metrics: Mapping[str, float]) -> float | None:
     """The dev score that the best checkpoint minimizes."""
-    return metrics.get("wer", metrics.get("cer"))
+    rate = metrics.get("wer", metrics.get("cer"))
+    return None if rate is None or np.isnan(rate) else rate  # NaN: it could not be computed
 
 
-def _crc32(meta: Mapping) -> int:
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _on_every_process(is_true: bool) -> bool:
     if jax.process_count() == 1:
         return is_true
     return bool(np.all(multihost_utils.process_allgather(np.array(is_true))))
-
-
-# ------------------------------------------------------------------------------------------ resume
-
-
-def warn_of_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) -> None:
-    """Warns about what has changed between a checkpoint and the run that resumes from it.
-
-    Args:
-        meta: of the checkpoint.
-        config: of the run.
-        data: {source: fingerprint of its manifest} of the run.
-    """
-    before, now = _flatten(meta["config"]), _flatten(json.loads(config.to_json_best_effort()))
-    for field in sorted(set(before) | set(now)):
-        if not field.startswith(FREE_FIELDS) and before.get(field) != now.get(field):
-            logging.warning(
-                "config.%s was %r before the resume and is now %r",
-                field,
-                before.get(field),
-                now.get(field),
-            )
-    for name, fingerprint in data.items():
-        if meta.get("data", {}).get(name, fingerprint) != fingerprint:
-            logging.warning(
-                "config.data.train.%s: the manifest has changed since the checkpoint was saved, "
-                "so the rows from here on differ",
-                name,
-            )
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Example: {"a": {"b": 1}} → {"a.b": 1}."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

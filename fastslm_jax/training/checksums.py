@@ -30,14 +30,19 @@ def _sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
+def leaf_paths(tree: Mapping) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """{path: leaf}, for example {"opt_state/0/count": …}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def checksums(tree: Mapping) -> dict[str, str]:
     """{path of a leaf: "dtype:sum"}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = jax.device_get(_sums([jnp.asarray(leaf) for _, leaf in leaves]))
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    leaves = leaf_paths(tree)
+    sums = jax.device_get(_sums([jnp.asarray(leaf) for leaf in leaves.values()]))
     return {
         path: f"{leaf.dtype}:{int(total)}"
-        for path, (_, leaf), total in zip(paths, leaves, sums, strict=True)
+        for (path, leaf), total in zip(leaves.items(), sums, strict=True)
     }
 
 

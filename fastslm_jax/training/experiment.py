@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fastslm_jax import audio, sharding
+from fastslm_jax import config as config_lib
+from fastslm_jax import sharding
 from fastslm_jax.data import longform, packing, prompts
 from fastslm_jax.data.rows import MixtureSource, PackedRows
 from fastslm_jax.errors import UserError
@@ -88,6 +89,14 @@ def build(
     Raises:
         UserError: a field of the config, or a pretrained folder, cannot be used.
     """
+    config_lib.check(config)
+    windows, group = config.data.row.windows, config.model.window_batch
+    if group and windows % group:
+        nearest = sharding.nearest_divisors(windows, group)
+        raise UserError(
+            f"config.model.window_batch={group} does not divide the {windows} windows of "
+            f"config.data.row; choose {' or '.join(map(str, nearest))}"
+        )
     whisper_folder = pretrained.resolve(config.base.whisper, weights=weights)
     llm_folder = pretrained.resolve(config.base.llm, weights=weights)
     row = packing.RowShape(**config.data.row)
@@ -95,8 +104,17 @@ def build(
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     kernel = attention.choose(config.model.attention, platform, jnp.dtype(config.model.dtype), mesh)
     schedule, optimizer = _make_optimizer(config.optimizer, config.steps)
+    model = make_model(
+        config.model,
+        pretrained.read_config(whisper_folder),
+        pretrained.read_config(llm_folder),
+        whisper_origin=str(whisper_folder),
+        llm_origin=str(llm_folder),
+        kernel=kernel,
+        dtype=jnp.dtype(config.model.dtype),
+    )
     return Experiment(
-        model=_make_model(config.model, whisper_folder, llm_folder, kernel, row.windows),
+        model=model,
         whisper_folder=whisper_folder,
         llm_folder=llm_folder,
         base_dtype=jnp.dtype(config.model.base_dtype),
@@ -115,26 +133,32 @@ def build(
     )
 
 
-def _make_model(
+def make_model(
     options: ConfigDict,
-    whisper_folder: pathlib.Path,
-    llm_folder: pathlib.Path,
-    kernel: attention.AttentionKernel,
-    windows: int,
+    whisper_config: dict,
+    llm_config: dict,
+    *,
+    whisper_origin: str,
+    llm_origin: str,
+    kernel: attention.AttentionKernel = attention.AttentionKernel(),
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> FastSLM:
-    dtype = jnp.dtype(options.dtype)
-    llm = pretrained.qwen3_from_config(
-        pretrained.read_config(llm_folder),
-        lora=LoRA(**options.lora),
-        dtype=dtype,
-        remat=options.remat,
-        origin=str(llm_folder),
-    ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
+    """The modules.
+
+    Args:
+        options: config.model.
+        whisper_config, llm_config: config.json of the pretrained models.
+        whisper_origin, llm_origin: where these come from, for error messages.
+        dtype: of activations.
+
+    Raises:
+        UserError: the models cannot be combined, or a field is not supported.
+    """
     encoder = pretrained.whisper_from_config(
-        pretrained.read_config(whisper_folder),
-        dtype=dtype,
-        remat=options.remat,
-        origin=str(whisper_folder),
+        whisper_config, dtype=dtype, remat=options.remat, origin=whisper_origin
+    ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
+    llm = pretrained.qwen3_from_config(
+        llm_config, lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=llm_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
         llm.width,
@@ -144,16 +168,10 @@ def _make_model(
         attention_kernel=kernel,
         dtype=dtype,
     )
-    if options.query_init not in ("normal", "temporal"):
+    if encoder.width % hfq_former.head_dim:
         raise UserError(
-            f"config.model.query_init={options.query_init!r} is neither normal nor temporal"
-        )
-    audio.WindowSpec(padding=options.audio_padding)  # raises if the padding is unknown
-    if options.window_batch and windows % options.window_batch:
-        nearest = sharding.nearest_divisors(windows, options.window_batch)
-        raise UserError(
-            f"config.model.window_batch={options.window_batch} does not divide the {windows} "
-            f"windows of config.data.row; choose {' or '.join(map(str, nearest))}"
+            f"{whisper_origin}: the encoder width {encoder.width} is not a multiple of "
+            f"{hfq_former.head_dim}, the HFQ-Former's head dimension"
         )
     return FastSLM(
         encoder,
@@ -279,7 +297,7 @@ def make_rows(
         join = fields.pop("join", None)
         try:
             source = MixtureSource(**fields, join=longform.LongForm(**join) if join else None)
-        except TypeError as error:
+        except (TypeError, UserError) as error:
             raise UserError(f"config.data.train.{name}: {error}") from None
         if source.weight > 0:
             mixture.append(source)

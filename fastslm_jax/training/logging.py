@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import optax
 from absl import logging
-from clu.metric_writers import MetricWriter
+from clu import metric_writers
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from fastslm_jax import chips, devices
+from fastslm_jax import chips, devices, outputs
 from fastslm_jax.audio import HOP, SAMPLE_RATE
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
@@ -35,12 +35,12 @@ class JsonLinesWriter:
 
     def __init__(self, path: str | os.PathLike, resume_step: int = 0) -> None:
         self.path = pathlib.Path(path)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.path)
-        self._file = open(self.path, "a")  # noqa: SIM115 (closed in close())
+        text = ""
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in text.split("\n") if _step_of(line) <= resume_step]
+        outputs.write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._write({"step": step} | {name: float(value) for name, value in scalars.items()})
@@ -61,9 +61,23 @@ class JsonLinesWriter:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # truncated when the run was killed
+
+
+def make_writer(
+    workdir: pathlib.Path, resume_step: int, is_first_process: bool
+) -> metric_writers.MetricWriter:
+    """Writes metrics.jsonl and TensorBoard events; processes other than the first write nothing."""
+    writers = [
+        metric_writers.create_default_writer(
+            workdir, just_logging=not is_first_process, asynchronous=False
+        )
+    ]
+    if is_first_process:
+        writers.append(JsonLinesWriter(workdir / "metrics.jsonl", resume_step))
+    return metric_writers.MultiWriter(writers)
 
 
 class Timer:
@@ -190,14 +204,15 @@ class StepLog:
     Attributes:
         bar: progress bar.
         first_step, last_step: the steps of this run.
+        first_row: the number of the first row of `first_step`.
         log_every: steps between lines of metrics; the first and last steps are logged too.
         max_skipped: consecutive non-finite steps that end the run.
-        global_batch_size: rows per step, to name the rows of non-finite steps.
+        global_batch_size: rows per step.
         flops_per_step: minimum FLOPs of a step (see `flops.minimum`).
         dev_scores: shown in the progress bar.
     """
 
-    writer: MetricWriter
+    writer: metric_writers.MetricWriter
     bar: tqdm
     timer: Timer
     profile: Profile
@@ -209,6 +224,7 @@ class StepLog:
     max_skipped: int
     global_batch_size: int
     flops_per_step: float
+    first_row: int = 0
     dev_scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -240,8 +256,9 @@ class StepLog:
             self.timer.finished()
         if step == self.first_step:
             self._first_programs = self._compiled.programs
-            for choice, count in sorted(attention.CHOICES.items()):
-                logging.info("attention kernel %s (traced %d times)", choice, count)
+            kernels = collections.Counter(choice.split(":")[0] for choice in attention.CHOICES)
+            for kernel, shapes in sorted(kernels.items()):
+                logging.info("attention kernel %s for %d shapes", kernel, shapes)
         if is_logged:
             self._write(step, {name: float(x) for name, x in jax.device_get(metrics).items()})
 
@@ -254,12 +271,19 @@ class StepLog:
             "step %d: loss or gradients are not finite, step skipped (%d in a row)", step, skipped
         )
         if skipped >= self.max_skipped:
-            rows = (step - skipped) * self.global_batch_size, step * self.global_batch_size - 1
+            first = max(self.first_step, step - skipped + 1)
             raise UserError(
                 f"{skipped} steps in a row (up to step {step}) had a non-finite loss or gradients: "
-                f"check rows {rows[0]} to {rows[1]} of the data, or lower "
+                f"check rows {self.rows(first - 1)} to {self.rows(step) - 1} of the data, or lower "
                 "config.optimizer.learning_rate"
             )
+
+    def rows(self, step: int) -> int:
+        """The number of rows that the run has used after a step: the number of the next row.
+
+        It depends on the batch sizes of all resumes, so it is not `step` times the batch size.
+        """
+        return self.first_row + (step - self.first_step + 1) * self.global_batch_size
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         rates = self.timer.rates()
@@ -268,6 +292,7 @@ class StepLog:
             "compile_seconds": self._compiled.seconds,
             "recompilations": self._compiled.programs - self._first_programs,
             "skipped_total": self._skipped_total,
+            "rows": self.rows(step),
         }
         learning_rate = float(self.schedule(step - 1))
         self.writer.write_scalars(step, {**metrics, "learning_rate": learning_rate, **rates})

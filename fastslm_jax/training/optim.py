@@ -1,7 +1,7 @@
 """Which parameters are trained, and the optimizer: one regex table and one optax chain."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import optax
@@ -10,6 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fastslm_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
+_LORA_PATHS = [
+    f"llm/layers/{name}/lora_{factor}"
+    for name in ("query", "key", "value", "out", "gate", "up", "down")
+    for factor in "ab"
+]
 
 
 class TrainableError(UserError):
@@ -32,14 +37,23 @@ def trainable_mask(paths: Sequence[str], table: Sequence[tuple[str, bool]]) -> d
             )
         used.add(hit)
         mask[path] = bool(dict(table)[hit])
-    unused = [pattern for pattern, _ in table if pattern not in used]
-    if unused:
+    if unused := _unused(table, used, paths):
         raise TrainableError(
             f"pattern {unused[0]!r} of config.trainable decides no parameter; remove or correct it"
         )
     if not any(mask.values()):
         raise TrainableError("config.trainable trains nothing")
     return mask
+
+
+def _unused(table: Sequence[tuple], used: set[str], paths: Iterable[str]) -> list[str]:
+    """The patterns that decide nothing. Without LoRA parameters, those for LoRA may."""
+    absent = () if any("/lora_" in path for path in paths) else _LORA_PATHS
+    return [
+        pattern
+        for pattern, _ in table
+        if pattern not in used and not any(re.fullmatch(pattern, path) for path in absent)
+    ]
 
 
 def split(params: Mapping, mask: Mapping[str, bool]) -> tuple[dict, dict]:
@@ -153,8 +167,8 @@ def _scale_by_path(
     deciding = {
         path: next((row for row in table if re.fullmatch(row[0], path)), None) for path in updates
     }
-    unused = [row[0] for row in table if row not in deciding.values()]
-    if unused:
+    used = {row[0] for row in deciding.values() if row}
+    if unused := _unused(table, used, updates):
         raise TrainableError(
             f"pattern {unused[0]!r} of config.optimizer.learning_rate_ratios decides no trained "
             "parameter; remove or correct it"

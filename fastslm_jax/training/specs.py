@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fastslm_jax import audio, memory, sharding
+from fastslm_jax import audio, compiler, memory, sharding
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
@@ -27,7 +27,8 @@ class StepSpecs:
 
     Attributes:
         train_step: (state, frozen, batch) → (state, metrics). Jit it with `in_shardings`,
-            `out_shardings` and donate_argnums=0: the new state replaces the old one.
+            `out_shardings`, `compiler_options` and donate_argnums=0: the new state replaces the
+            old one.
         mask: {path: whether the parameter is trained}.
         params: {path: shape} of all parameters.
         state: shapes of the train state.
@@ -65,6 +66,10 @@ class StepSpecs:
     def out_shardings(self) -> tuple:
         """Of (state, metrics); metrics are replicated."""
         return self.in_shardings[0], NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        return compiler.train_options(self.mesh.devices.ravel().tolist())
 
 
 def build(experiment: Experiment, mesh: Mesh) -> StepSpecs:

@@ -13,7 +13,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax.weights.tensors import DTYPES, FLOATS, ConversionError, Tensor, TensorSource
+from fastslm_jax.weights.tensors import (
+    DTYPES,
+    FLOATS,
+    ConversionError,
+    Tensor,
+    TensorSource,
+    check_finite,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +175,8 @@ def open_leaves(
         sizes_from: where the expected shapes come from, for error messages.
 
     Raises:
-        ConversionError: a tensor is missing, unexpected, misshapen or not floating-point.
+        ConversionError: a tensor is missing, unexpected, misshapen or not floating-point; or, when
+            it is read, has NaN or infinite values.
     """
     entries = _entries(leaves, layout)
     _check(source, entries, ignore, sizes_from)
@@ -184,7 +192,11 @@ def open_leaves(
 def _tensor(source: TensorSource, key: str, rule: Rule) -> Tensor:
     """A tensor of the checkpoint with the axes of its leaf."""
     shape, dtype = rule.to_leaf(source.shape(key)), DTYPES[source.dtype(key)]
-    return Tensor(key, shape, dtype, lambda: rule.arrange(source.read(key)))
+
+    def read() -> np.ndarray:
+        return rule.arrange(check_finite(source.read(key), source.path, key))
+
+    return Tensor(key, shape, dtype, read)
 
 
 def match_tensors(source: TensorSource, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
@@ -274,7 +286,7 @@ def _reader(
             out = np.empty((last - first, *shape), leaf.dtype)
             for position, key in enumerate(keys[first:last]):
                 value = source.read(key, (slice(0, 1),) * rule.lead + in_tensor)
-                out[position] = value.reshape(shape)
+                out[position] = check_finite(value, source.path, key).reshape(shape)
             out = out.transpose(0, *(1 + axis for axis in permute))
             cache[bounds] = out if is_stacked else out[0]
         return cache[bounds]

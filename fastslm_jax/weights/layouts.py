@@ -10,7 +10,7 @@ _TRANSPOSE, _CONV = (1, 0), (2, 1, 0)
 
 HF_WHISPER_IGNORED = (r"(model\.)?decoder\..*", r"proj_out\.weight")
 RELEASED_LLM = "llm.base_model.model."  # PEFT's prefix inside the authors' module
-HF_LLM = "llm."
+HF_DECODER = "model.language_model."  # the decoder inside an exported PyTorch model
 
 _QKVO = ("query", "key", "value", "out")
 _QWEN3_PROJECTIONS = {
@@ -22,6 +22,7 @@ _QWEN3_PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+LORA_TARGETS = tuple(name.split(".")[1] for name in _QWEN3_PROJECTIONS.values())
 
 
 def _linear(path: str, key: str, bias: bool = True) -> dict[str, Rule]:
@@ -64,17 +65,18 @@ def hf_whisper(prefix: str = "model.encoder.") -> Layout:
     }
 
 
-def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
+def hf_qwen3(prefix: str = "", base: str = "", decoder: str = "model.") -> Layout:
     """Hugging Face's Qwen3, Qwen2 or Llama for causal language modeling.
 
-    PEFT appends `base` (".base_layer") to the names of adapted layers. Norms of queries and keys
-    and biases are in the files of some of these models only.
+    The decoder without its head is the submodule `decoder`. PEFT appends `base` (".base_layer") to
+    the names of adapted layers. Norms of queries and keys and biases are in the files of some of
+    these models only.
     """
-    block = f"{prefix}model.layers.{{layer}}."
+    block = f"{prefix}{decoder}layers.{{layer}}."
     rules = {
-        "embed_tokens": Rule(f"{prefix}model.embed_tokens.weight"),
+        "embed_tokens": Rule(f"{prefix}{decoder}embed_tokens.weight"),
         "lm_head": Rule(f"{prefix}lm_head.weight"),
-        "final_norm/scale": Rule(f"{prefix}model.norm.weight"),
+        "final_norm/scale": Rule(f"{prefix}{decoder}norm.weight"),
         "layers/attention_norm/scale": Rule(f"{block}input_layernorm.weight"),
         "layers/mlp_norm/scale": Rule(f"{block}post_attention_layernorm.weight"),
         "layers/query_norm/scale": Rule(f"{block}self_attn.q_norm.weight"),
@@ -86,11 +88,13 @@ def hf_qwen3(prefix: str = "", base: str = "") -> Layout:
     return rules
 
 
-def peft_lora(prefix: str = "base_model.model.", adapter: str = "") -> Layout:
+def peft_lora(
+    prefix: str = "base_model.model.", adapter: str = "", decoder: str = "model."
+) -> Layout:
     """PEFT's LoRA. Names include `adapter` (".default") in a loaded model, but not in files."""
     rules = {}
     for ours, theirs in _QWEN3_PROJECTIONS.items():
-        key = f"{prefix}model.layers.{{layer}}.{theirs}"
+        key = f"{prefix}{decoder}layers.{{layer}}.{theirs}"
         rules[f"layers/{ours}/lora_a"] = Rule(f"{key}.lora_A{adapter}.weight", _TRANSPOSE)
         rules[f"layers/{ours}/lora_b"] = Rule(f"{key}.lora_B{adapter}.weight", _TRANSPOSE)
     return rules
@@ -156,26 +160,32 @@ def released(num_stages: int, detail_recovery_layers: int) -> Layout:
 
 
 def hf_fastslm(num_stages: int, detail_recovery_layers: int) -> Layout:
-    """The PyTorch model of `convert/modeling_fastslm.py`, for the whole parameter tree."""
+    """The PyTorch model of `convert/modeling_fastslm.py`, for the whole parameter tree.
+
+    LoRA is in the folder's PEFT adapter, all else in the model's weights.
+    """
     names = ("query", "query_positions", "context_positions", "query_norm", "context_norm", "out")
+    hfq_former = "model.hfq_former"
+    llm = {**hf_qwen3(decoder=HF_DECODER), **peft_lora(decoder=HF_DECODER)}
     rules = {
-        **{f"encoder/{path}": rule for path, rule in hf_whisper("encoder.").items()},
-        **{f"llm/{path}": rule for path, rule in {**hf_qwen3(HF_LLM), **peft_lora(HF_LLM)}.items()},
+        **{f"encoder/{path}": rule for path, rule in hf_whisper("model.audio_tower.").items()},
+        **{f"llm/{path}": rule for path, rule in llm.items()},
         **_compressor(
-            "hfq_former/semantic_distillation", "hfq_former.semantic_distillation", names, lead=0
+            "hfq_former/semantic_distillation", f"{hfq_former}.semantic_distillation", names, lead=0
         ),
-        **_linear("hfq_former/projection", "hfq_former.projection"),
+        **_linear("hfq_former/projection", f"{hfq_former}.projection"),
     }
     for stage in range(num_stages):
         rules |= _compressor(
-            f"hfq_former/compressor_{stage + 1}", f"hfq_former.compressors.{stage}", names, lead=0
+            f"hfq_former/compressor_{stage + 1}", f"{hfq_former}.compressors.{stage}", names, lead=0
         )
     for level in range(num_stages - 1):
         rules |= _downsampler(
-            f"hfq_former/downsampler_{level + 1}", f"hfq_former.downsamplers.{level}", "norm"
+            f"hfq_former/downsampler_{level + 1}", f"{hfq_former}.downsamplers.{level}", "norm"
         )
     for layer in range(detail_recovery_layers):
-        ours, theirs = f"hfq_former/detail_recovery_{layer}", f"hfq_former.detail_recovery.{layer}"
+        ours = f"hfq_former/detail_recovery_{layer}"
+        theirs = f"{hfq_former}.detail_recovery.{layer}"
         for part in ("self", "cross"):
             rules |= _attention(f"{ours}/{part}_attention", f"{theirs}.{part}_attention", _QKVO)
             rules |= _norm(f"{ours}/{part}_norm", f"{theirs}.{part}_norm")

@@ -5,7 +5,6 @@ read from config.json.
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -14,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fastslm_jax.errors import UserError
+from fastslm_jax import schema
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3, RoPE
+from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
+from fastslm_jax.weights.model_configs import (
+    PretrainedError,
+    Qwen3Config,
+    WhisperConfig,
+    check_config,
+)
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource, TensorSource
-
-
-class PretrainedError(UserError):
-    """An unusable pretrained model. Names the folder, the problem and the fix."""
 
 
 def resolve(name: str, *, weights: bool = True) -> pathlib.Path:
@@ -55,30 +56,23 @@ def resolve(name: str, *, weights: bool = True) -> pathlib.Path:
 
 
 def read_config(folder: str | os.PathLike) -> dict:
-    """The folder's config.json."""
+    """The folder's config.json.
+
+    Raises:
+        PretrainedError: there is none, or it is not a JSON object.
+    """
     path = pathlib.Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+        config = schema.parse_json(path.read_bytes())
+    except OSError as error:
         raise PretrainedError(
-            f"{path}: no such file; the folder of a pretrained model must contain it"
+            f"{path}: {error.strerror}; the folder of a pretrained model must contain it"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PretrainedError(f"{path}: invalid JSON ({error})") from None
+    except ValueError as error:
+        raise PretrainedError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise PretrainedError(f"{path}: not a JSON object")
     return config
-
-
-def _sizes(config: dict, keys: tuple[str, ...], origin: str) -> list[int]:
-    for key in keys:
-        if config.get(key) is None:
-            raise PretrainedError(f"{origin}: config.json has no {key!r}")
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise PretrainedError(
-                f"{origin}: config.json has {key} {config[key]!r}, expected a positive integer"
-            )
-    return [config[key] for key in keys]
 
 
 def whisper_from_config(
@@ -88,61 +82,26 @@ def whisper_from_config(
 
     Args:
         origin: where the config comes from, for error messages.
+
+    Raises:
+        PretrainedError: a field is missing, unknown, or has a value that is not supported.
     """
-    keys = (
-        "d_model",
-        "encoder_layers",
-        "encoder_attention_heads",
-        "encoder_ffn_dim",
-        "num_mel_bins",
-        "max_source_positions",
-    )
-    width, num_layers, num_heads, mlp_dim, num_mels, max_positions = _sizes(config, keys, origin)
-    if width % num_heads:
+    where = f"{origin}/config.json"
+    fields = check_config(WhisperConfig, config, where)
+    if fields.d_model % fields.encoder_attention_heads:
         raise PretrainedError(
-            f"{origin}: config.json has d_model {width}, which is not divisible by its "
-            f"{num_heads} heads"
-        )
-    if config.get("activation_function", "gelu") != "gelu":
-        raise PretrainedError(
-            f"{origin}: activation {config['activation_function']!r} is not supported, "
-            "expected gelu"
+            f"{where}: d_model is {fields.d_model}, which is not divisible by its "
+            f"{fields.encoder_attention_heads} heads"
         )
     return WhisperEncoder(
-        width, num_layers, num_heads, mlp_dim, num_mels, max_positions, remat=remat, dtype=dtype
-    )
-
-
-def _rope_from_config(config: dict, origin: str) -> RoPE:
-    # transformers 5 has rope_parameters, including theta; transformers 4 has rope_theta and
-    # rope_scaling.
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise PretrainedError(f"{origin}: partial rotary embeddings are not supported")
-    if rope_type == "default":
-        return RoPE(theta=theta)
-    if rope_type != "yarn":
-        raise PretrainedError(
-            f"{origin}: RoPE type {rope_type!r} is not supported, expected default or yarn"
-        )
-    if parameters.get("mscale") or parameters.get("truncate") is False:
-        raise PretrainedError(f"{origin}: YaRN with mscale or without truncation is not supported")
-    longest = config.get("max_position_embeddings")
-    original = parameters.get("original_max_position_embeddings") or longest
-    factor = parameters.get("factor") or (original and longest and longest / original)
-    if not original or not factor:
-        raise PretrainedError(
-            f"{origin}: config.json has no YaRN factor or no original_max_position_embeddings"
-        )
-    return RoPE(
-        theta=theta,
-        factor=float(factor),
-        original_max_positions=int(original),
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        attention_factor=parameters.get("attention_factor"),
+        fields.d_model,
+        fields.encoder_layers,
+        fields.encoder_attention_heads,
+        fields.encoder_ffn_dim,
+        fields.num_mel_bins,
+        fields.max_source_positions,
+        remat=remat,
+        dtype=dtype,
     )
 
 
@@ -158,46 +117,33 @@ def qwen3_from_config(
 
     Args:
         origin: where the config comes from, for error messages.
+
+    Raises:
+        PretrainedError: a field is missing, unknown, or has a value that is not supported.
     """
-    if config.get("model_type") != "qwen3":
+    where = f"{origin}/config.json"
+    fields = check_config(Qwen3Config, config, where)
+    if fields.num_attention_heads % fields.num_key_value_heads:
         raise PretrainedError(
-            f"{origin}: model_type is {config.get('model_type')!r}, expected 'qwen3' (dense Qwen3)"
+            f"{where}: {fields.num_attention_heads} heads, which is not divisible by its "
+            f"{fields.num_key_value_heads} key-value heads"
         )
-    keys = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-    )
-    sizes = _sizes(config, keys, origin)
-    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    if num_heads % num_kv_heads:
+    if fields.layer_types and len(fields.layer_types) != fields.num_hidden_layers:
         raise PretrainedError(
-            f"{origin}: config.json has {num_heads} heads, which is not divisible by its "
-            f"{num_kv_heads} key-value heads"
-        )
-    layer_types = set(config.get("layer_types") or ["full_attention"])
-    if (
-        config.get("use_sliding_window")
-        or config.get("attention_bias")
-        or layer_types != {"full_attention"}
-    ):
-        raise PretrainedError(
-            f"{origin}: sliding windows and attention biases are not supported; "
-            "no released dense Qwen3 has them"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise PretrainedError(
-            f"{origin}: activation {config['hidden_act']!r} is not supported, expected silu"
+            f"{where}: layer_types has {len(fields.layer_types)} entries, num_hidden_layers is "
+            f"{fields.num_hidden_layers}"
         )
     return Qwen3(
-        *sizes,
-        rope=_rope_from_config(config, origin),
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        fields.vocab_size,
+        fields.hidden_size,
+        fields.num_hidden_layers,
+        fields.num_attention_heads,
+        fields.num_key_value_heads,
+        fields.head_dim,
+        fields.intermediate_size,
+        rope=fields.rope(where),
+        epsilon=fields.rms_norm_eps,
+        tied_embeddings=fields.tie_word_embeddings,
         lora=lora,
         remat=remat,
         dtype=dtype,
@@ -245,15 +191,15 @@ def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:
     """Patterns of tensors to ignore with tied embeddings: the copy of them that some files contain.
 
     Raises:
-        ConversionError: the first or last 256 rows differ from the embeddings.
+        ConversionError: the copy differs from the embeddings.
     """
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if {head, embedding} <= source.keys():
-        rows = (slice(0, 256), slice(-256, None))
         same = source.shape(head) == source.shape(embedding)
+        rows = source.shape(head)[0] if same and source.shape(head) else 0
         if not same or not all(
-            np.array_equal(source.read(head, (part,)), source.read(embedding, (part,)))
-            for part in rows
+            np.array_equal(source.read(head, part), source.read(embedding, part))
+            for part in ((slice(first, first + 4096),) for first in range(0, rows, 4096))
         ):
             raise ConversionError(
                 f"{source.path}: tensor {head} differs from the embeddings, "

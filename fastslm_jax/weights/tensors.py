@@ -12,12 +12,14 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from fastslm_jax import schema
 from fastslm_jax.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -38,6 +40,7 @@ DTYPES = {  # safetensors name → NumPy dtype
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's name
 
 
 class ConversionError(UserError):
@@ -64,14 +67,15 @@ class SafetensorsSource:
     """Tensors of one .safetensors file or of a folder of them, sharded or not.
 
     In a folder, model.safetensors takes precedence, then the shards named by the index, then every
-    .safetensors file.
+    .safetensors file. With `adapter`, the folder's PEFT adapter is read too.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, adapter: bool = False) -> None:
         self.path = pathlib.Path(path)
         self._views: dict[str, Callable[[], np.ndarray]] = {}
         self._entries: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in _safetensors_files(self.path):
+        files = _safetensors_files(self.path)
+        for file in [*files, self.path / ADAPTER] if adapter else files:
             for key, (shape, dtype, view) in _map_file(file).items():
                 if key in self._views:
                     raise ConversionError(
@@ -91,6 +95,7 @@ class SafetensorsSource:
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A read-only view of the mapped file; only the accessed part is loaded."""
+        _check_dtype(self, key)
         return self._views[key]()[index]
 
 
@@ -103,16 +108,13 @@ class TorchSource:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                try:
-                    state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # files written before PyTorch 1.6 cannot be memory-mapped
-                    state = torch.load(self.path, map_location="cpu", weights_only=True)
+                state = _load_torch(torch, self.path)
         except pickle.UnpicklingError:
             raise ConversionError(
                 f"{self.path}: is damaged or contains code besides tensors, and is not loaded; "
                 "use a state_dict of tensors only"
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file can raise almost any type
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(
                 f"{self.path}: not a complete PyTorch file ({reason}); download it again"
@@ -126,6 +128,12 @@ class TorchSource:
                 raise ConversionError(
                     f"{self.path}: entry {key!r} is of type {type(value).__name__}, expected a "
                     "tensor; use a state_dict of tensors only"
+                )
+            is_dense = value.layout == torch.strided and not value.is_nested
+            if not is_dense or value.is_quantized or value.is_meta:
+                kind = "without values" if value.is_meta else "sparse, nested or quantized"
+                raise ConversionError(
+                    f"{self.path}: tensor {key} is {kind}; save the state_dict with dense tensors"
                 )
         self._tensors, self._bfloat16, self._int16 = dict(state), torch.bfloat16, torch.int16
 
@@ -144,6 +152,7 @@ class TorchSource:
             return name
 
     def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        _check_dtype(self, key)
         tensor = self._tensors[key].detach()
         if tensor.dtype == self._bfloat16:  # torch cannot convert bfloat16 to NumPy directly
             return tensor.view(self._int16).numpy().view(ml_dtypes.bfloat16)[index]
@@ -153,11 +162,63 @@ class TorchSource:
 TensorSource = SafetensorsSource | TorchSource
 
 
+def _load_torch(torch: types.ModuleType, path: pathlib.Path) -> object:
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path, mmap=True, **options)
+    except pickle.UnpicklingError:
+        raise
+    except Exception:  # written before PyTorch 1.6, or named .safetensors: read as a stream
+        with open(path, "rb") as stream:
+            return torch.load(stream, **options)
+
+
+def _check_dtype(source: TensorSource, key: str) -> None:
+    if source.dtype(key) not in DTYPES:
+        raise ConversionError(
+            f"{source.path}: tensor {key} has dtype {source.dtype(key)}, which cannot be read; "
+            f"expected one of {', '.join(FLOATS)}"
+        )
+
+
+def file_format(path: str | os.PathLike) -> str:
+    """ "safetensors" or "torch" by the first bytes of a file, whatever its name; "" for others."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as stream:
+        start = stream.read(16)
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle
+        return "torch"
+    return "safetensors" if start[8:9] == b"{" else ""
+
+
 def open_file(path: str | os.PathLike) -> TensorSource:
-    """Opens a .safetensors file, a folder of them, or a PyTorch file (.pt, .pth, .bin)."""
-    path = pathlib.Path(path)
-    is_torch = path.is_file() and path.suffix in (".pt", ".pth", ".bin")
-    return TorchSource(path) if is_torch else SafetensorsSource(path)
+    """Opens a safetensors file, a folder of them, or a PyTorch file, whatever its name."""
+    kind = file_format(path)
+    if os.path.isfile(path) and not kind:
+        raise ConversionError(f"{path}: neither a safetensors nor a PyTorch file")
+    return TorchSource(path) if kind == "torch" else SafetensorsSource(path)
+
+
+def check_finite(values: np.ndarray, source: object, key: str) -> np.ndarray:
+    """Returns the values of a tensor as they are, if they are numbers.
+
+    The bits are compared as integers, without a copy: infinities and NaN are the largest.
+
+    Args:
+        source, key: the file and the tensor's name, for the error message.
+
+    Raises:
+        ConversionError: a value is NaN or infinite.
+    """
+    if NAMES[values.dtype] not in FLOATS or not values.size:
+        return values
+    size = values.dtype.itemsize
+    for sign, kind in ((1, "i"), (-1, "u")):  # negative numbers are the largest unsigned integers
+        infinity = int(np.array(sign * np.inf).astype(values.dtype).view(f"u{size}"))
+        if int(values.view(f"{kind}{size}").max()) >= infinity:
+            raise ConversionError(f"{source}: tensor {key} contains NaN or infinite values")
+    return values
 
 
 def import_torch(purpose: str) -> types.ModuleType:
@@ -199,7 +260,7 @@ def _map_file(
 
     def view_of(entry: dict) -> Callable[[], np.ndarray]:
         first, last = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
         return lambda: (
             data[start + first : start + last].view(dtype).reshape(shape).view(np.ndarray)
         )
@@ -209,7 +270,7 @@ def _map_file(
         key: (
             tuple(entry["shape"]),
             entry["dtype"],
-            view_of(entry) if entry["dtype"] in DTYPES else lambda: None,
+            view_of(entry),
         )
         for key, entry in header.items()
     }
@@ -230,22 +291,26 @@ def _safetensors_files(path: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+class _Index(schema.Schema):
+    """model.safetensors.index.json: {name of a tensor: file in the same folder}."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 def _indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
     """The shards named by a model.safetensors.index.json."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ConversionError(
-            f"{index}: not a safetensors index (no weight_map); download it again"
-        ) from None
+        fields = schema.parse_json(index.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{index}: cannot be read ({error}); download it again") from None
+    names = sorted(set(schema.check(_Index, fields, index, ConversionError).weight_map.values()))
     for name in names:
-        is_file_name = isinstance(name, str) and pathlib.PurePath(name).name == name
-        if not is_file_name or name in ("", ".", ".."):
+        if pathlib.PurePath(name).name != name or name in ("", ".", ".."):
             raise ConversionError(
                 f"{index}: shard {name!r} is outside the folder of the index; "
                 "shards must be in the same folder"
             )
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise ConversionError(f"{index}: shard {name} is missing; download it again")
     return [index.parent / name for name in names]
 

@@ -174,6 +174,16 @@ def merged_folder(workdir, tmp_path_factory):
 def load_hf():
     """load_hf(folder) → the PyTorch model, from the code in the folder."""
     pytest.importorskip("torch")
-    from transformers import AutoModel
+    pytest.importorskip("peft")
+    from transformers import AutoModelForSpeechSeq2Seq
 
-    return functools.partial(AutoModel.from_pretrained, trust_remote_code=True)
+    return functools.partial(AutoModelForSpeechSeq2Seq.from_pretrained, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def load_processor():
+    """load_processor(folder) → the processor, from the code in the folder."""
+    pytest.importorskip("torch")
+    from transformers import AutoProcessor
+
+    return functools.partial(AutoProcessor.from_pretrained, trust_remote_code=True)

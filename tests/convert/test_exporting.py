@@ -4,6 +4,7 @@ import json
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from fastslm_jax.convert import exporting
@@ -27,22 +28,28 @@ def test_released_names_shapes_and_dtypes(released):
 
 def test_hf_folder_is_complete(hf_folder):
     """Config, weights, tokenizer, processor, model card, and code that does not import JAX."""
+    pytest.importorskip("torch")
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     names = {path.name for path in hf_folder.iterdir()}
     assert names >= {
         "config.json",
         "model.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "tokenizer.json",
         "preprocessor_config.json",
+        "processor_config.json",
         "generation_config.json",
+        "modeling_fastslm.py",
     }
-    assert "jax" not in (hf_folder / "modeling_fastslm.py").read_text()
+    assert not any("jax" in file.read_text() for file in hf_folder.glob("*.py"))
     tokenizer = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=True)
     assert tokenizer.convert_ids_to_tokens(list(range(300, 309)))[0] == "<|AUDIO|>"
-    extractor = AutoFeatureExtractor.from_pretrained(hf_folder)
+    extractor = AutoFeatureExtractor.from_pretrained(hf_folder, trust_remote_code=True)
     sizes = (extractor.feature_size, extractor.hop_length, extractor.sampling_rate)
     assert sizes == (16, 160, 16_000)
+    assert extractor.chunk_length == 1.0
     card = (hf_folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "3 tokens per window of 1 s" in card
@@ -65,8 +72,9 @@ def test_hf_shards_with_an_index(workdir, hf_folder, load_hf, tmp_path, monkeypa
     assert all((tmp_path / "hf" / name).stat().st_size < 220_000 for name in files)
     source = SafetensorsSource(tmp_path / "hf")
     assert all(np.array_equal(source.read(key), value) for key, value in whole.items())
-    weights = load_hf(tmp_path / "hf").hfq_former.projection.weight
-    np.testing.assert_array_equal(weights.detach().numpy(), whole["hfq_former.projection.weight"])
+    name = "model.hfq_former.projection.weight"
+    weights = load_hf(tmp_path / "hf").get_parameter(name)
+    np.testing.assert_array_equal(weights.detach().numpy(), whole[name])
 
 
 def test_only_hf_exports_without_lora(make_workdir, convert, tmp_path):

@@ -96,6 +96,12 @@ def test_pytorch_folder(name, convert, request, tmp_path):
     assert done.json["layout"] == "hf"
     convert("export", f"--workdir={imported}", "--layout=hf", f"--out={tmp_path / 'out'}")
     assert_same_file(folder / "model.safetensors", tmp_path / "out/model.safetensors")
+    for file in ("adapter_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        if (folder / file).exists():
+            assert (folder / file).read_text() == (tmp_path / "out" / file).read_text()
+    if name == "hf_folder":
+        adapter = "adapter_model.safetensors"
+        assert_same_file(folder / adapter, tmp_path / "out" / adapter)
 
 
 def test_an_imported_checkpoint_generates_the_same_tokens(convert, workdir, released, tmp_path):

@@ -57,6 +57,29 @@ def untied_head(tensors):
     tensors["llm.base_model.model.lm_head.weight"] = -tensors["llm.base_model.model.lm_head.weight"]
 
 
+def not_a_number(tensors):
+    tensors["encoder.llm_proj.bias"][3] = np.nan
+
+
+def infinite_lora(tensors):
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.lora_B.default.weight"))
+    tensors[key][0, 0] = -np.inf
+
+
+def head_differs_in_one_number(tensors):
+    head = tensors["llm.base_model.model.lm_head.weight"].copy()
+    head[160, 7] += 1
+    tensors["llm.base_model.model.lm_head.weight"] = head
+
+
+def endless_layers(tensors):
+    tensors["encoder.out_attn.9999998.norm1.bias"] = np.zeros(64, np.float32)
+
+
+def narrow_encoder(tensors):
+    tensors["encoder.whisper.conv1.weight"] = np.zeros((96, 16, 3), np.float32)
+
+
 def changed_config(field, value):
     def write(folder, tensors):
         save_file(tensors, folder / "model.safetensors")
@@ -98,6 +121,14 @@ def truncated_pytorch_file(folder, tensors):
     torch.save({key: torch.zeros(100) for key in tensors}, folder / "model.pt")
     data = (folder / "model.pt").read_bytes()
     (folder / "model.pt").write_bytes(data[: len(data) // 2])
+
+
+def sparse_pytorch_file(folder, tensors):
+    import torch
+
+    state = {key: torch.zeros(value.shape) for key, value in tensors.items()}
+    state["encoder.llm_proj.weight"] = state["encoder.llm_proj.weight"].to_sparse()
+    torch.save(state, folder / "weights")
 
 
 def training_checkpoint(folder, tensors):
@@ -151,6 +182,28 @@ CORRUPT = {
         with_tensors(untied_head),
         "lm_head.weight differs from the embeddings",
     ),
+    "untied head in one number": (
+        with_tensors(head_differs_in_one_number),
+        "lm_head.weight differs from the embeddings",
+    ),
+    "NaN": (with_tensors(not_a_number), "tensor encoder.llm_proj.bias contains NaN or infinite"),
+    "infinity": (with_tensors(infinite_lora), "lora_B.default.weight contains NaN or infinite"),
+    "endless layers": (with_tensors(endless_layers), "unexpected tensor encoder.out_attn.9999998"),
+    "width of the encoder": (with_tensors(narrow_encoder), "encoder width 96 is not a multiple"),
+    "sparse tensor": (sparse_pytorch_file, "tensor encoder.llm_proj.weight is sparse"),
+    "alpha that is no number": (
+        changed_config("lora", {"r": 4, "alpha": float("nan")}),
+        "config.json: lora.alpha is NaN",
+    ),
+    "LoRA of text": (changed_config("lora", "yes"), 'config.json: lora is "yes"'),
+    "unknown dtype": (changed_config("dtype", "float7"), 'config.json: dtype is "float7"'),
+    "heads of text": (changed_config("encoder_heads", "2"), 'encoder_heads is "2"'),
+    "heads that do not divide": (changed_config("encoder_heads", 3), "not divisible by its 3"),
+    "endless layers in config.json": (
+        changed_config("detail_recovery_layers", 10**7),
+        "detail_recovery_layers",
+    ),
+    "vocabulary of null": (changed_config("vocab_size", None), "vocab_size is null"),
     "config.json of another encoder": (changed_config("encoder_layers", 3), "config.json has 3"),
     "config.json of another decoder": (
         changed_config("num_key_value_heads", 4),
@@ -191,3 +244,23 @@ def test_corrupt_files_are_rejected(name, convert, broken, tmp_path):
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]  # no partial output
     assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "-8"])
+def test_alpha_is_a_number(alpha, convert, released, tmp_path):
+    arguments = (f"--from={released}", f"--out={tmp_path / 'in'}", f"--lora_alpha={alpha}")
+    done = convert("import", *arguments, fails=True)
+    assert done.stderr.startswith(f"error: --lora_alpha={float(alpha)}: expected a finite number")
+
+
+def test_a_pytorch_file_of_any_name_in_a_folder(convert, released, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = load_file(released / "model.safetensors")
+    folder = tmp_path / "download"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer"):
+        (folder / name).symlink_to(released / name)
+    state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}
+    torch.save(state, folder / "stage3-epoch2.ckpt")
+    done = convert("import", f"--from={folder}", f"--out={tmp_path / 'in'}")
+    assert done.json["tensors"] == len(tensors)

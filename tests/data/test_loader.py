@@ -25,6 +25,7 @@ from fastslm_jax.data.ingest.shards import Settings
 from fastslm_jax.data.longform import LongForm
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.data.rows import MixtureSource, PackedRows
+from fastslm_jax.errors import UserError
 
 
 def take(count, batches):
@@ -74,15 +75,26 @@ def test_worker_processes_give_the_same_batches(make_rows):
         assert_equal(batch, expected)
 
 
-def test_rows_must_divide_over_the_processes_and_batches(make_rows):
-    with pytest.raises(
-        ValueError, match="batches of 4 rows from row 6 do not divide over 1 processes"
-    ):
-        loader.batches(make_rows(), 4, start_row=6)
-    with pytest.raises(
-        ValueError, match="batches of 3 rows from row 0 do not divide over 2 processes"
-    ):
-        loader.batches(make_rows(), 3, process_count=2)
+def test_a_batch_must_divide_over_the_processes(make_rows):
+    message = "a batch of 4 rows does not divide into 3 equal parts, one for each process"
+    with pytest.raises(UserError, match=message):
+        loader.batches(make_rows(), 4, process_count=3)
+
+
+def test_any_row_may_be_the_first(make_rows):
+    """A run may go on with batches of another size: every row is used once."""
+    rows = make_rows()
+    (first,) = take(1, loader.batches(rows, 4))
+    second = take(2, loader.batches(rows, 3, start_row=4))
+    parts = [
+        take(1, loader.batches(rows, 4, start_row=10, process_index=i, process_count=2))[0]
+        for i in range(2)
+    ]
+    joined = {
+        name: np.concatenate([batch[name] for batch in (first, *second, *parts)]) for name in first
+    }
+    for number in range(14):
+        assert_equal({name: value[number] for name, value in joined.items()}, rows[number])
 
 
 def test_batches_are_put_on_devices_one_step_ahead():

@@ -216,3 +216,6 @@ def test_a_long_recording_is_split_at_its_segments():
     assert longform.split(without_segments, lambda piece: True) == []
     translation = dataclasses.replace(whole, task="ast", answer="eins")
     assert longform.split(translation, lambda piece: True) == []
+    lost = dataclasses.replace(whole, text=f"{text} five", answer=f"{text} five")
+    with pytest.raises(UserError, match=r"^tape: .* its segments do not contain the words of its"):
+        longform.split(lost, lambda piece: piece.seconds <= 45)

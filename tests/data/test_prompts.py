@@ -1,5 +1,8 @@
 """Prompts and labels: added tokens, chat template, positions of speech tokens, and loss mask."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -67,6 +70,17 @@ def test_default_instructions(prompt_tokenizer, task, content):
     assert prompt_tokenizer.user_turn(task) == content
 
 
+def test_the_answer_of_a_clip_without_speech_is_the_end_of_turn(prompt_tokenizer):
+    """Joined with other answers, it adds nothing, also no space."""
+    assert prompt_tokenizer.answer_ids("") == [prompt_tokenizer.end_id]
+    assert prompt_tokenizer.encode("asr", None, "", num_speech=3).loss_mask.sum() == 1
+    both = prompt_tokenizer.answer_ids(["one", "two"])
+    assert prompt_tokenizer.decode(both) == "one two"
+    for answers in (["", "one", "two"], ["one", "", "", "two"], ["one", "two", ""]):
+        assert prompt_tokenizer.answer_ids(answers) == both
+    assert (prompts.joined("two"), prompts.joined("")) == (" two", "")
+
+
 def test_prompts_without_an_answer_or_without_audio(prompt_tokenizer):
     prompt = prompt_tokenizer.encode("asr", "write", None, num_speech=6)
     assert len(prompt.tokens) == len(prompt_tokenizer.prompt_ids("asr", "write")) + 5
@@ -107,6 +121,116 @@ def test_unusable_tokenizers(tokenizer_folder, tmp_path):
     (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(prompts.PromptError, match="the tokenizer has no chat template"):
         prompts.load_tokenizer(tmp_path / "plain")
+
+
+TEMPLATES = {
+    "broken": ("{% for m in messages %}{{ m.content }", "the chat template fails"),
+    "raises": ("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
+    "undefined": ("{{ messages[0].content }}{{ rag.documents }}", "'rag' is undefined"),
+    "too long": ("{% for i in range(10**9) %}a{% endfor %}", "the chat template fails"),
+    "no words": ("hello", "drops or changes the user's words"),
+    "other words": ("{{ messages[0].content | upper }}", "drops or changes the user's words"),
+    "first words": ("{{ messages[0].content[:20] }}", "drops or changes the user's words"),
+    "no audio": (
+        "{{ messages[0].content }}{% if '<|AUDIO|>' in messages[0].content %}<|AUDIO|>{% endif %}",
+        r"does not keep <\|AUDIO\|> as one token",
+    ),
+    "several": (
+        [{"name": "rag", "template": "x"}, {"name": "tools", "template": "y"}],
+        "multiple chat templates with no default",
+    ),
+    "number": (5, "the chat template fails"),
+    "empty": ("", "the tokenizer has no chat template"),
+}
+
+
+@pytest.fixture
+def tokenizer_copy(tokenizer_folder, tmp_path):
+    """A copy of the tokenizer without its chat template."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_unusable_chat_templates(name, tokenizer_copy):
+    template, message = TEMPLATES[name]
+    change_json(tokenizer_copy / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(prompts.PromptError, match=f"{tokenizer_copy}: .*{message}") as raised:
+        prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_copy)).prompt_ids("asr")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_template_that_trims_and_a_default_among_several(tokenizer_copy):
+    trims = "<|im_start|>{{ messages[0].content | trim }}"
+    templates = [{"name": "tools", "template": "x"}, {"name": "default", "template": trims}]
+    change_json(tokenizer_copy / "tokenizer_config.json", chat_template=templates)
+    tokenizer = prompts.PromptTokenizer(prompts.load_tokenizer(tokenizer_copy))
+    ids = tokenizer.prompt_ids(None, " user\n")
+    assert tokenizer.tokenizer.decode(ids) == "<|im_start|>user"
+
+
+def without_end_of_turn(tokenizer):
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace("im_end", "im_stop")
+    vocab = tokenizer["model"]["vocab"]
+    vocab["<|im_stop|>"] = vocab.pop("<|im_end|>")
+
+
+def words_only(tokenizer):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    tokenizer["model"] = model
+    tokenizer["added_tokens"] = []
+
+
+def unknown_model(tokenizer):
+    tokenizer["model"]["type"] = "Syllables"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_end_of_turn, r"has no token <\|im_end\|>"),
+        (words_only, r"has no token <\|im_end\|>|turns 'Hello, 12 lamps.' into"),
+        (unknown_model, "cannot load a tokenizer"),
+        (dict.clear, "cannot load a tokenizer"),
+    ],
+)
+def test_unusable_tokenizer_files(change, message, tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    fields = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    change(fields)
+    (tmp_path / "copy/tokenizer.json").write_text(json.dumps(fields))
+    config = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.endswith("_token")}
+    (tmp_path / "copy/tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(prompts.PromptError, match=message):
+        prompts.load_tokenizer(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\xfa"])
+def test_damaged_tokenizer_files(file, content, tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    (tmp_path / "copy" / file).write_bytes(content)
+    with pytest.raises(prompts.PromptError, match="cannot load a tokenizer") as raised:
+        prompts.load_tokenizer(tmp_path / "copy")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_vocabulary_beyond_the_embeddings(tokenizer_folder, tmp_path):
+    """The added tokens have small ids, but others are too large."""
+    tokenizer = prompts.load_tokenizer(tokenizer_folder)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(prompts.PromptError, match="id 309, but the model has only 309 embedding"):
+        prompts.load_tokenizer(tmp_path, vocab_rows=309)
+    assert len(prompts.load_tokenizer(tmp_path, vocab_rows=310)) == 310
 
 
 def test_a_joined_answer_has_the_ids_of_the_whole_text(prompt_tokenizer):

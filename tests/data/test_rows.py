@@ -179,6 +179,42 @@ def test_planned_sizes_match_the_arrays(make_rows, prompt_tokenizer):
             assert prompt_tokenizer.decode(row["labels"][is_label]) == rows.answer(example)
 
 
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_clips_without_speech_add_no_text(
+    make_rows, prompt_tokenizer, tokenizer_folder, tmp_path, is_imported
+):
+    """Alone, their answer is the end-of-turn token; joined, they add their audio only."""
+    texts, lines = ["", "one", "", "two three", ""], []
+    for number, text in enumerate(texts):
+        soundfile.write(tmp_path / f"{number}.wav", noise(1.0, number), 16_000)
+        line = {"audio_filepath": f"{number}.wav", "duration": 1.0, "text": text}
+        lines.append(line | {"no_speech": not text, "id": str(number), "recording": "tape"})
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if is_imported:
+        settings = Settings(tokenizer=str(tokenizer_folder))
+        import_corpus(f"jsonl:{path}", tmp_path / "imported", settings)
+        path = tmp_path / "imported"
+    assert [u.no_speech for u in read_manifest(path)] == [not text for text in texts]
+
+    single = make_rows(MixtureSource(str(path)))
+    empty = next(example for example in first_examples(single, 5) if not single.answer(example))
+    assert single.sizes([empty])[0, 2] == 1
+
+    for grouping, answers in (
+        ("recording", {"one two three"}),
+        ("semantic", {"one two three", "two three one"}),
+    ):
+        join = LongForm(30.0, 30.0, grouping, gap_seconds=(0.0, 0.0))
+        rows = make_rows(MixtureSource(str(path), ("asr",), join=join))
+        (example,) = first_examples(rows, 1)
+        assert len(rows.samples(example)) == 5 * 16_000
+        assert rows.answer(example) in answers
+        labels = rows[0]["labels"][rows[0]["loss_mask"] == 1]
+        assert prompt_tokenizer.decode(labels) == rows.answer(example)
+        assert len(labels) == rows.sizes([example])[0, 2]
+
+
 def test_an_imported_folder_gives_the_same_rows_as_its_manifest(
     make_rows, corpus, tokenizer_folder, tmp_path
 ):
@@ -208,10 +244,10 @@ def test_a_clip_that_does_not_fit_is_named(make_rows):
 
 
 def test_a_manifest_with_a_wrong_duration_is_named(tmp_path, make_rows):
-    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16_000)
     line = {"audio_filepath": "a.wav", "duration": 1.5, "text": "hello"}
     (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
     rows = make_rows(MixtureSource(str(tmp_path / "train.jsonl")))
-    message = r"a.wav: the audio is 1.00 s long, the manifest says 1.50 s"
+    message = r"a.wav: the file is 1.00 s long, the manifest says 1.50 s"
     with pytest.raises(AudioError, match=message):
         rows[0]

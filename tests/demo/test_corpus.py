@@ -12,8 +12,8 @@ import soundfile
 
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import examples, recordings, voices
-from fastslm_jax.demo.augment import Augmentation
 from fastslm_jax.demo.corpus import DEFAULT_COUNTS, TRANSCRIPTS, build_corpus
+from fastslm_jax.synthesis.augment import Augmentation
 
 COUNTS = {
     "train": {"asr": 12, "ast": 14, "ssum": 6, "sqqa": 6},

@@ -7,7 +7,7 @@ import pytest
 
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.demo import examples, recordings
-from fastslm_jax.demo.augment import Augmentation
+from fastslm_jax.synthesis.augment import Augmentation
 
 
 def test_word_times_cover_the_recording_in_order():

@@ -54,6 +54,19 @@ def test_silence_in_reference_or_hypothesis():
     assert (scores["insertions"], scores["words"], scores["wer"]) == (2, 2, 100)
 
 
+def test_words_in_clips_without_speech_are_insertions():
+    """Two of three clips without speech have an answer, of three words together."""
+    scores = metrics.asr(["", "anna left", "", ""], ["you", "anna left", "Thank you.", "."])
+    assert (scores["insertions"], scores["words"], scores["wer"]) == (3, 2, 150)
+    names = ("no_speech_clips", "no_speech_answered", "no_speech_words")
+    assert [scores[name] for name in names] == [3, 2, 3]
+    assert metrics.asr(["anna"], ["anna"]).keys().isdisjoint(names)
+    silent = {"task": "asr", "lang": "en", "reference": "", "hypothesis": "you"}
+    scores = metrics.score([silent, silent], intervals=True)
+    assert (scores["wer"], scores["words"], scores["no_speech_words"]) == (200, 0, 2)
+    assert "failed" not in scores
+
+
 def test_chrf():
     """abc against abd: 2 of 3 characters, 1 of 2 pairs, 0 of 1 triples: (2/3 + 1/2 + 0) / 3."""
     assert metrics.ast(["abc"], ["abd"])["chrf"] == pytest.approx(100 * 7 / 18)
@@ -117,7 +130,9 @@ def test_scores_by_task(task, names):
 
 
 def test_signatures_name_the_tokenizer_of_the_language():
-    for lang, tokenizer in (("ko", "char"), ("ja", "char"), ("zh", "zh"), ("de", "13a")):
+    tokenizers = {"zh": ("zh", "zh-CN", "zh_TW", "cmn_hant", "yue"), "13a": ("de", "de-AT", "EN")}
+    tokenizers["char"] = ("ko", "ko_kr", "ja-JP", "th")
+    for lang, tokenizer in ((lang, name) for name in tokenizers for lang in tokenizers[name]):
         scores = metrics.ast(["a b c d"], ["a b c d"], lang)
         assert f"|tok:{tokenizer}|" in scores["bleu_signature"]
         assert "|nw:2|" in scores["chrf_pp_signature"]
@@ -201,3 +216,74 @@ def test_bootstrap_interval_of_bleu():
     for name in ("bleu", "chrf", "chrf_pp"):
         low, high = scores["intervals"][name]
         assert low < scores[name] < high
+
+
+@pytest.mark.parametrize(
+    ("lang", "codes"),
+    [("en", ("en-US", "EN", "en_gb", "eng")), ("zh", ("zh-CN", "zh-Hant-TW", "cmn_hans_cn"))],
+)
+def test_all_codes_of_a_language_give_its_scores(lang, codes):
+    texts = {"en": ("it's 20 dollars", "it is $20"), "zh": ("宋朝末年定居粉岭", "宋朝末年定居分岭")}
+    reference, hypothesis = texts[lang]
+
+    def score(code, task):
+        row = {"task": task, "lang": code, "reference": reference, "hypothesis": hypothesis}
+        return metrics.score([row])
+
+    assert score("en", "asr")["wer"] == (0.0 if lang == "en" else 100.0)
+    assert score(lang, "asr")["wer"] == (0.0 if lang == "en" else 12.5)
+    for task in metrics.SCORERS:
+        assert all(score(code, task) == score(lang, task) for code in codes)
+    assert {metrics.main_metric("asr", code) for code in codes} == {
+        "wer" if lang == "en" else "cer"
+    }
+
+
+def test_an_unknown_language_is_an_error():
+    row = {"task": "asr", "lang": "english", "reference": "a", "hypothesis": "a"}
+    with pytest.raises(ValueError, match="should be a language code"):
+        metrics.score([row])
+
+
+def test_thai_errors_are_characters():
+    """One of seven letters; Whisper's normalizer removes vowel marks."""
+    assert metrics.asr(["ผมรักไทย"], ["ผมรัดไทย"], "th-TH")["wer"] == pytest.approx(100 / 7)
+
+
+WEAK = {
+    "reference": ["안나는 금요일에 빈에서 빨간 램프 두 개를 샀다"] * 3 + ["나는 집에 간다"] * 3,
+    "hypothesis": ["x", "", "q", "나는 집에 간다", "", "z"],
+}
+
+
+def weak(task: str, **fields) -> list[dict]:
+    pairs = zip(WEAK["reference"], WEAK["hypothesis"], strict=True)
+    return [
+        {"task": task, "lang": "ko", "reference": r, "hypothesis": h} | fields for r, h in pairs
+    ]
+
+
+@pytest.mark.parametrize("lang", ["ko", "de"])
+def test_a_weak_translation_model_has_scores_and_intervals(lang):
+    """Of the resampled scores, some are zero."""
+    scores = metrics.score(weak("ast", lang=lang), intervals=True)
+    assert "failed" not in scores
+    for name in ("bleu", "chrf", "chrf_pp"):
+        low, high = scores["intervals"][name]
+        assert low <= scores[name] <= high
+
+
+def test_a_score_that_fails_does_not_cost_the_others(monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr(metrics.BLEU, "corpus_score", fail)
+    scores = metrics.score(weak("ast"), intervals=True)
+    assert scores["failed"] == {"bleu": "TypeError: no such thing"}
+    assert set(scores["intervals"]) == {"chrf", "chrf_pp"}
+    monkeypatch.setattr(metrics, "bootstrap", fail)
+    scores = metrics.score(weak("asr"), intervals=True)
+    assert scores["failed"] == {"intervals": "TypeError: no such thing"}
+    assert scores["wer"] > 80
+    monkeypatch.setattr(metrics.jiwer, "process_words", fail)
+    assert metrics.score(weak("asr")) == {"failed": {"scores": "TypeError: no such thing"}}

@@ -134,6 +134,8 @@ def test_summary():
     assert predict.summarize([prediction(), cut]) == {
         "em": 50.0,
         "f1": 50.0,
+        "task": "sqqa",
+        "lang": "en",
         "utterances": 2,
         "audio_seconds": 2.5,
         "out_of_budget": 1,

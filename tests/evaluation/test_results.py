@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.evaluation import results
+from fastslm_jax.evaluation import judge, plots, results
 
 ROOT = pathlib.Path(__file__).parents[2]
 HAND_CHECKED = ROOT / "tests/evaluation/predictions/hand_checked.jsonl"
@@ -61,6 +61,14 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+GOOD = {
+    "task": "asr",
+    "lang": "en",
+    "seconds": 2.0,
+    "reference": "one",
+    "hypothesis": "one",
+    "stop_reason": "eos",
+}
 PREDICTIONS = results.read_predictions(HAND_CHECKED)[7:]
 
 
@@ -71,6 +79,7 @@ def test_a_stopped_run_resumes(tmp_path):
         first.add(prediction)
     with open(tmp_path / "predictions.part.jsonl", "a") as file:
         file.write('{"id": "to')  # killed during a write
+    first.close()
     again = results.PredictionLog(tmp_path, run)
     assert again.known == {p["id"]: p for p in PREDICTIONS[:2]}
     for prediction in PREDICTIONS[2:]:
@@ -120,18 +129,151 @@ def test_scoring_again_keeps_measurements(tmp_path):
     [
         (None, "no such file of predictions"),
         ("", "contains no predictions"),
-        (
-            '{"task": "asr"}\n',
-            "x.jsonl:1: not a prediction; a line is a JSON object with task, lang",
-        ),
-        ("[]\n", "x.jsonl:1: not a prediction"),
+        ('{"task": "asr"}\n', "x.jsonl:1: 'lang' is missing"),
+        ("\n[]\n", r"x.jsonl:2: the content is \[\], should be a valid dictionary"),
+        ("{", "x.jsonl:1: not JSON"),
+        (b"\xff", "x.jsonl:1: not UTF-8 text"),
+        ({"hypothesis": None}, "x.jsonl:1: hypothesis is null, should be a valid string"),
+        ({"hypothesis": 5}, "x.jsonl:1: hypothesis is 5, should be a valid string"),
+        ({"reference": ["a"]}, "x.jsonl:1: reference is .*, should be a valid string"),
+        ({"seconds": None}, "x.jsonl:1: seconds is null, should be a valid number"),
+        ({"seconds": "2"}, 'x.jsonl:1: seconds is "2", should be a valid number'),
+        ({"seconds": 0}, "x.jsonl:1: seconds is 0, should be greater than"),
+        ({"covered_seconds": -1}, "x.jsonl:1: covered_seconds is -1, should be greater than"),
+        ({"task": "stt"}, "x.jsonl:1: task is .*, should be 'asr', 'ast', 'ssum' or 'sqqa'"),
+        ({"task": ["asr"]}, "x.jsonl:1: task is .*, should be 'asr'"),
+        ({"lang": "../../x"}, "x.jsonl:1: lang is .*, should be a language code"),
+        ({"id": [1]}, "x.jsonl:1: id is .*, should be a valid string"),
     ],
 )
 def test_files_without_predictions(tmp_path, content, message):
+    if isinstance(content, dict):
+        content = json.dumps(GOOD | content)
     if content is not None:
-        (tmp_path / "x.jsonl").write_text(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         results.read_predictions(tmp_path / "x.jsonl")
+
+
+def test_null_is_absent_and_other_fields_are_kept(tmp_path):
+    line = GOOD | {"id": 7, "lang": "zh-CN", "covered_seconds": None, "model": {"name": "other"}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    (read,) = results.read_predictions(tmp_path / "x.jsonl")
+    assert read == GOOD | {"id": "7", "lang": "zh", "model": {"name": "other"}}
+
+
+def test_ids_of_predictions_differ(tmp_path):
+    lines = [GOOD | {"id": "a"}, GOOD, GOOD, GOOD | {"id": "a"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"x.jsonl:4: the id 'a' is already used in line 1"):
+        results.read_predictions(tmp_path / "x.jsonl")
+
+
+# ---- Predictions are not lost
+
+
+def finished(folder, run, count=3):
+    log = results.PredictionLog(folder, run)
+    log.finish(PREDICTIONS[:count], {"run": run}, None)
+
+
+IDS = [p["id"] for p in PREDICTIONS]
+RUN = {"checkpoint": 3, "manifest_sha256": "a"}
+
+
+@pytest.mark.parametrize(
+    ("run", "ids", "lost"),
+    [
+        (RUN | {"manifest_sha256": "b"}, IDS, 3),
+        (RUN | {"manifest_sha256": "b"}, None, 3),
+        ({"checkpoint": 3}, IDS, 3),
+        (RUN, IDS[:1], 2),  # --limit=1
+        (RUN | {"checkpoint": 4}, IDS[:1], 2),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_predictions_of_another_manifest_are_kept(tmp_path, run, ids, lost, is_finished):
+    if is_finished:
+        finished(tmp_path, RUN)
+    else:
+        log = results.PredictionLog(tmp_path, RUN)
+        for prediction in PREDICTIONS:
+            log.add(prediction)
+        log.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"has 3 predictions, .* remove {lost}: .* --overwrite$"):
+        results.PredictionLog(tmp_path, run, ids)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    log = results.PredictionLog(tmp_path, run, ids, overwrite=True)
+    assert log.known == ({p["id"]: p for p in PREDICTIONS} if run == RUN else {})
+    log.finish(PREDICTIONS[:1], {"run": run}, None)
+    assert lines_of(tmp_path / "predictions.jsonl") == PREDICTIONS[:1]
+
+
+def test_more_utterances_and_other_checkpoints_are_no_loss(tmp_path):
+    finished(tmp_path, RUN, count=2)
+    more = results.PredictionLog(tmp_path, RUN, IDS)
+    assert list(more.known) == IDS[:2]
+    more.finish(PREDICTIONS, {"run": RUN}, None)
+    assert results.PredictionLog(tmp_path, RUN | {"checkpoint": 4}, IDS).known == {}
+
+
+def test_a_stop_before_the_first_prediction_keeps_measurements(tmp_path):
+    log = results.PredictionLog(tmp_path, RUN)
+    scores = log.finish(PREDICTIONS, {"run_seconds": 2.5, "run": RUN}, None)
+    for run in (RUN, RUN | {"checkpoint": 4}, RUN):
+        results.PredictionLog(tmp_path, run, IDS).close()
+    again = results.PredictionLog(tmp_path, RUN, IDS)
+    assert again.finish(PREDICTIONS, {"run_seconds": 0.1, "run": RUN}, None) == scores
+
+
+def test_one_evaluation_at_a_time(tmp_path):
+    first = results.PredictionLog(tmp_path, RUN)
+    with pytest.raises(UserError, match="another process is evaluating there; wait for it"):
+        results.PredictionLog(tmp_path, RUN)
+    first.finish(PREDICTIONS, {"run": RUN}, None)
+    assert list(results.PredictionLog(tmp_path, RUN).known) == IDS
+
+
+def test_a_file_does_not_take_the_name_of_an_evaluated_set(tmp_path):
+    finished(tmp_path / "eval/test/sqqa", RUN)
+    (tmp_path / "test.jsonl").write_text(json.dumps(GOOD | {"task": "sqqa"}))
+    with pytest.raises(UserError, match="test/sqqa: has the predictions of an evaluated set"):
+        results.score_file(tmp_path / "eval", tmp_path / "test.jsonl")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "a\0", "a\n"])
+def test_names_of_sets_are_names_of_folders(tmp_path, name):
+    with pytest.raises(UserError, match="a name of a set is the name of a folder"):
+        results.set_folder(tmp_path, name)
+
+
+def test_a_set_name(tmp_path):
+    assert results.set_folder(tmp_path, "안녕 1.0") == tmp_path / "안녕 1.0"
+
+
+class SilentJudge(judge.Judge):
+    def score(self, predictions):
+        raise judge.JudgeError("http://x: answered 500")
+
+
+def test_a_judge_that_fails_does_not_cost_scores(tmp_path, caplog):
+    log = results.PredictionLog(tmp_path, RUN)
+    scores = log.finish(PREDICTIONS, {"run": RUN}, SilentJudge("http://x", "m"))
+    assert scores["failed"] == {"judge": "http://x: answered 500"}
+    assert scores["em"] == 66.6667
+    assert json.loads((tmp_path / "metrics.json").read_text()) == scores
+    assert f"{tmp_path}: no judge (http://x: answered 500)" in caplog.text
+    assert "judge failed" in plots.table([("test", "sqqa", scores)])
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"run": 5}', "\0"])
+def test_damaged_metrics(tmp_path, content):
+    finished(tmp_path / "test/sqqa", RUN)
+    (tmp_path / "test/sqqa/metrics.json").write_text(content)
+    with pytest.raises(UserError, match=r"test/sqqa/metrics.json: "):
+        results.score_again(tmp_path)
 
 
 def test_nothing_to_score(tmp_path):

@@ -40,6 +40,16 @@ def answers(generator):
     return generator.answer(REQUESTS)
 
 
+def test_separate_layers_give_the_same_answers(model, params, prompt_tokenizer, answers):
+    """As on GPUs, also without LoRA (no audio)."""
+    unrolled = dataclasses.replace(model, llm=model.llm.clone(scan_layers=False))
+    other = Generator(unrolled, programs.separate_layers(params), prompt_tokenizer)
+    assert [a.token_ids for a in other.answer(REQUESTS)] == [a.token_ids for a in answers]
+    text = [Request(None, "sqqa", "repeat after me", max_new_tokens=4)]
+    expected = Generator(model, params, prompt_tokenizer).answer(text)
+    assert other.answer(text)[0].token_ids == expected[0].token_ids
+
+
 def test_tokens_are_those_of_plain_forward_passes(model, params, prompt_tokenizer, answers):
     """Greedy decoding without a cache, by one full forward pass per token."""
     length = 160

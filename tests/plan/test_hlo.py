@@ -33,6 +33,41 @@ def test_an_unknown_trip_count_is_an_error(hlo_text):
     program = hlo.Program(hlo_text.replace("direction=LT", "direction=NE"))
     with pytest.raises(ValueError, match="the trip count of the HLO loop loop is unknown"):
         program.execution_counts()
+    assert program.execution_counts(unknown_trips=5)["body"] == 5
+
+
+def test_the_source_of_an_instruction_is_the_innermost_line_of_the_package():
+    """Frame 3 is in JAX; frame 2, which called it, is ours. Parents are printed plus one."""
+    text = """\
+HloModule step
+
+FileNames
+1 "/home/me/train.py"
+2 "/home/me/fastslm_jax/models/lora.py"
+3 "/venv/jax/lax.py"
+
+FunctionNames
+1 "main"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=9 end_line=9 column=1 end_column=1}
+2 {file_name_id=2 function_name_id=1 line=53 end_line=53 column=1 end_column=1}
+3 {file_name_id=3 function_name_id=1 line=7 end_line=7 column=1 end_column=1}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} negate(%p), metadata={op_name="a" stack_frame_id=3}
+  ROOT %b = f32[8]{0} negate(%a), metadata={op_name="b" stack_frame_id=1}
+}
+"""
+    program = hlo.Program(text)
+    sources = [program.source(instruction) for instruction in program.computations["main"]]
+    assert sources == ["", "models/lora.py:53", ""]
 
 
 def test_text_without_an_entry_is_an_error():

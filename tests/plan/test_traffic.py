@@ -1,5 +1,7 @@
 """HBM traffic of a compiled program."""
 
+import pytest
+
 from fastslm_jax.plan import hlo, traffic
 
 TEXT = """\
@@ -41,3 +43,53 @@ def test_hbm_traffic():
     loop = 4 * (400 + 400 + counter)
     negate = 1600  # read from HBM, written on chip
     assert traffic.hbm_traffic(hlo.Program(TEXT)) == loop + negate
+
+
+def test_instructions_are_sorted_by_what_they_move():
+    entries = traffic.by_instruction(hlo.Program(TEXT))
+    found = [(entry.instruction.name, entry.count, entry.bytes_moved) for entry in entries]
+    assert found == [("updated", 4, 804), ("near", 1, 1600)]
+
+
+def test_static_slices_and_workspaces():
+    """A slice reads what it returns; a cuBLAS product does not write its workspace."""
+    text = """\
+ENTRY %main (w: bf16[36,64,64], x: bf16[8,64]) -> bf16[8,64] {
+  %w = bf16[36,64,64]{2,1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %layer = bf16[1,64,64]{2,1,0} slice(%w), slice={[3:4], [0:64], [0:64]}
+  %y = (bf16[8,64]{1,0}, s8[4194304]{0}) custom-call(%x, %layer), custom_call_target="__cublas$gemm"
+  ROOT %out = bf16[8,64]{1,0} get-tuple-element(%y), index=0
+}
+"""
+    layer, rows = 64 * 64 * 2, 8 * 64 * 2
+    assert traffic.hbm_traffic(hlo.Program(text)) == 2 * layer + (rows + layer + rows)
+
+
+@pytest.mark.parametrize(
+    ("array", "moved"),
+    [
+        ("%a = f32[16,100]{1,0} parameter(0)", 2 * 400 + 4),  # in place: the rows and their index
+        ("%a = f32[16,100]{1,0} broadcast(%zero), dimensions={}", 6400 + 400 + 4),
+    ],
+    ids=["stored", "computed"],
+)
+def test_a_scatter_writes_its_rows_in_place(array, moved):
+    text = f"""\
+%rows (p: f32[16,100], u: f32[1,100], i: s32[1,1]) -> f32[16,100] {{
+  %p = f32[16,100]{{1,0}} parameter(0)
+  %zero = f32[] constant(0)
+  {array}
+  %u = f32[1,100]{{1,0}} parameter(1)
+  %i = s32[1,1]{{1,0}} parameter(2)
+  ROOT %out = f32[16,100]{{1,0}} scatter(%a, %i, %u), to_apply=%second
+}}
+
+ENTRY %main (p: f32[16,100], u: f32[1,100], i: s32[1,1]) -> f32[16,100] {{
+  %p = f32[16,100]{{1,0}} parameter(0)
+  %u = f32[1,100]{{1,0}} parameter(1)
+  %i = s32[1,1]{{1,0}} parameter(2)
+  ROOT %out = f32[16,100]{{1,0}} fusion(%p, %u, %i), kind=kInput, calls=%rows
+}}
+"""
+    assert traffic.hbm_traffic(hlo.Program(text)) == moved

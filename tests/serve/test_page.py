@@ -126,7 +126,7 @@ def test_a_file_gives_segments_to_play_and_subtitles(page, file, loaded):
     shown = page.js("return [...document.querySelectorAll('ol span')].map(e => e.textContent)")
     segments = [segment for segment in result.segments if segment.text]
     assert shown == [" ".join(s.text.split("\0")) for s in segments]
-    assert page.js("return srt()").rstrip("\n") == transcribe.subtitles(result.segments, "srt")
+    assert page.js("return job.srt").rstrip("\n") == transcribe.subtitles(result.segments, "srt")
     assert page.js("return job.text") == result.text
     times = page.js("return [...document.querySelectorAll('ol time')].map(e => e.textContent)")
     assert times[0].startswith("0:00 – 0:0")

@@ -1,6 +1,7 @@
 """Checkpoints on disk: round trips, which are kept, errors, damage, locks and resume warnings."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -12,8 +13,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.training import checkpoint, checksums, optim
-from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints
+from fastslm_jax.training import checkpoint, checksums, config_changes, optim
+from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints, TornCheckpointError
 
 BASES = {"whisper": "aaaa", "llm": "bbbb"}
 
@@ -210,6 +211,107 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(tmp_path, damage):
     checkpoints.close()
 
 
+def garble(folder):
+    """Replaces the content of every file by random bytes."""
+    rng = np.random.default_rng(0)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(rng.bytes(file.stat().st_size))
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+READ_DAMAGES = {
+    **{name: damage for name, damage in DAMAGES.items() if "optimizer" not in name},
+    "parameters garbled": lambda folder: garble(folder / "params"),
+    "meta garbled": lambda folder: garble(folder / "meta"),
+    "meta is a list": lambda folder: (folder / "meta" / "metadata").write_text("[1]"),
+    "row is a text": lambda folder: (folder / "meta" / "metadata").write_text(
+        re.sub(r'"row": (\d+)', r'"row": "\1"', (folder / "meta" / "metadata").read_text())
+    ),
+    "everything gone": empty,
+}
+
+
+def read(reader, step):
+    reader.meta(step)
+    return reader.restore_params(step, ABSTRACT[0])
+
+
+@pytest.mark.parametrize("damage", READ_DAMAGES.values(), ids=READ_DAMAGES)
+def test_a_reader_of_a_damaged_checkpoint_is_told_an_intact_one(tmp_path, damage):
+    """eval, transcribe and export choose a step; they do not set damaged checkpoints aside."""
+    writer = Checkpoints(tmp_path)
+    save(writer, 10, 20)
+    writer.close()
+    damage(tmp_path / "checkpoints" / "20")
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.steps() == [10, 20]
+    with pytest.raises(TornCheckpointError) as raised:
+        read(reader, 20)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path}/checkpoints/20: ")
+    assert message.endswith(
+        "; step 10 is intact: choose it (--step=10; in eval.py --checkpoint=10), or move the "
+        "damaged folder away"
+    )
+    assert "\n" not in message
+    assert_same(read(reader, 10), state_at(10)[0])
+
+    damage(tmp_path / "checkpoints" / "10")
+    with pytest.raises(TornCheckpointError, match="; no other step is intact"):
+        read(reader, 20)
+
+
+@pytest.mark.parametrize("make", ["nothing", "a file", "an empty folder", "checkpoints is a file"])
+def test_a_reader_needs_a_folder_with_checkpoints(tmp_path, make):
+    workdir = tmp_path / "run"
+    if make == "a file":
+        workdir.write_text("")
+    elif make != "nothing":
+        workdir.mkdir()
+    if make == "checkpoints is a file":
+        (workdir / "checkpoints").write_text("")
+    message = f"{workdir}: no checkpoints; train there first, or use another --workdir"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(workdir, read_only=True)
+
+
+def test_a_file_in_place_of_a_checkpoint_is_ignored(tmp_path):
+    writer = Checkpoints(tmp_path)
+    save(writer, 10)
+    writer.close()
+    (tmp_path / "checkpoints" / "20").write_text("no folder")
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.steps() == [10]
+
+
+def test_another_optimizer_is_named(tmp_path):
+    """The checkpoint is sound: it must not be called damaged."""
+    params, _ = state_at(0)
+    writer = Checkpoints(tmp_path)
+    writer.save(
+        10, *state_at(10), {"row": 0, "bases": BASES, "config": {"optimizer": {"name": "adamw"}}}
+    )
+    writer.close()
+    muon = optim.make_optimizer("muon", optax.constant_schedule(0.1)).init(params)
+    train = ABSTRACT[1] | {"opt_state": abstract(muon)}
+    config = ConfigDict({"optimizer": {"name": "muon"}})
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.restore_latest(ABSTRACT[0], train, config)
+    assert str(raised.value).startswith(
+        f"{tmp_path}/checkpoints: config.optimizer.name was 'adamw' before the resume and is now "
+        "'muon'; use the former values, or a new --workdir ("
+    )
+    assert "remove" not in str(raised.value)
+    assert checkpoints.steps() == [10]
+    checkpoints.close()
+
+
 def test_only_damaged_checkpoints_are_an_error(tmp_path):
     writer = Checkpoints(tmp_path)
     save(writer, 10, 20)
@@ -334,17 +436,25 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
     monkeypatch.setattr(
         absl_logging, "warning", lambda text, *values: messages.append(text % values)
     )
-    before = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 0.1}, "gone": 1}
+    before = {
+        "steps": 10,
+        "log_every": 5,
+        "profile_memory": 1,
+        "eval": {"batch_size": 3},
+        "optimizer": {"learning_rate": 0.1},
+        "gone": 1,
+    }
     now = ConfigDict(
         {
             "steps": 10,
             "log_every": 1,
             "optimizer": {"learning_rate": 0.2},
             "mesh": {"data": 8},
+            "profile_memory": 2,
             "seed": 3,
         }
     )
-    checkpoint.warn_of_changes(
+    config_changes.warn_of_changes(
         {"config": before, "data": {"asr": "aaaa", "ast": "bbbb"}},
         now,
         {"asr": "aaaa", "ast": "cccc", "new": "d"},
@@ -352,6 +462,8 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
     assert messages == [
         "config.gone was 1 before the resume and is now None",
         "config.optimizer.learning_rate was 0.1 before the resume and is now 0.2",
+        # Only `profile` itself may change freely, not every field whose name begins so.
+        "config.profile_memory was 1 before the resume and is now 2",
         "config.seed was None before the resume and is now 3",
         "config.data.train.ast: the manifest has changed since the checkpoint was saved, so the "
         "rows from here on differ",

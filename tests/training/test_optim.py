@@ -209,3 +209,22 @@ def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
             leaves,
             leaves,
         )
+
+
+def test_patterns_for_lora_may_decide_nothing_with_rank_0():
+    """The default tables also fit a model without LoRA; other patterns are still checked."""
+    leaves = {"hfq_former/out/kernel": jnp.zeros((8, 4))}
+    paths = [*leaves, "encoder/positions", "llm/embed_tokens"]
+    assert optim.trainable_mask(paths, config_lib.TRAINABLE) == {
+        "hfq_former/out/kernel": True,
+        "encoder/positions": False,
+        "llm/embed_tokens": False,
+    }
+    with pytest.raises(optim.TrainableError, match="lora_c"):
+        optim.trainable_mask(paths, (*config_lib.TRAINABLE, (".*/lora_c", True)))
+    table = (*config_lib.TRAINABLE, (".*/lora_a", False))
+    with pytest.raises(optim.TrainableError, match="lora_a"):  # decided by an earlier pattern
+        optim.trainable_mask([*paths, "llm/layers/query/lora_a"], table)
+    table = [("llm/.*", 0.1)]
+    adamw = optim.make_optimizer("adamw", optax.constant_schedule(0.1), learning_rate_ratios=table)
+    one_step(adamw, leaves, leaves)

@@ -1,6 +1,7 @@
 """Specs of a train step: donation, the memory check, and the full-size stages by shape."""
 
 import importlib
+import json
 
 import jax
 import pytest
@@ -66,6 +67,33 @@ def test_the_error_names_a_mesh_that_would_fit(config):
     advice = "no mesh of these devices fits: use more devices, or fewer rows or labels$"
     with pytest.raises(UserError, match=advice):
         specs.check_capacity(built, needed // 100)
+
+
+def test_without_lora_the_default_tables_fit(config):
+    """--config.model.lora.rank=0 trains the HFQ-Former alone."""
+    config = config.copy_and_resolve_references()
+    config.model.lora.rank = 0
+    config.optimizer.learning_rate_ratios = (("llm/.*", 0.1),)
+    built = build(config, 1)
+    assert {path.split("/")[0] for path in built.trained} == {"hfq_former"}
+    assert not any("lora" in path for path in built.params)
+
+
+def test_the_encoder_must_fit_the_hfq_former(config, tmp_path):
+    """A valid Whisper of width 96, whose heads of 48 the HFQ-Former cannot use."""
+    config = config.copy_and_resolve_references()
+    fields = tiny_experiment.WHISPER | {"d_model": 96, "encoder_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config.base.whisper = str(tmp_path)
+    with pytest.raises(UserError, match="encoder width 96 is not a multiple of 64"):
+        experiment.build(config, weights=False)
+
+
+def test_the_config_is_checked_before_any_work(config):
+    config = config.copy_and_resolve_references()
+    config.base.llm, config.max_skipped = "/no/such/folder", 0
+    with pytest.raises(UserError, match=r"^config.max_skipped=0: should be greater than"):
+        experiment.build(config)
 
 
 @pytest.mark.parametrize("stage", ["stage1_shortform", "stage2_longform", "stage3_instruct"])

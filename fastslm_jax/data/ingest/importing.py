@@ -19,8 +19,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
+from fastslm_jax import schema
+from fastslm_jax.data import languages
 from fastslm_jax.data.ingest import sources, store
 from fastslm_jax.data.ingest.shards import VERSION, ImportJob, Settings, make_shard
+from fastslm_jax.data.manifest import Segment, do_not_cover
 from fastslm_jax.errors import UserError
 
 _job: ImportJob  # of a worker process
@@ -61,6 +64,17 @@ def run_processes(job: ImportJob, numbers: Iterable[int], workers: int) -> Itera
             yield future.result()
 
 
+class _Settings(schema.Schema):
+    """settings.json: every value is compared with those of the command."""
+
+
+class _Part(schema.Schema):
+    """The index lines and rejections of a shard."""
+
+    clips: list[dict]
+    rejected: list[dict]
+
+
 def _claim_folder(job: ImportJob, spec: str) -> dict:
     """Creates the folder, or checks that it has an import with the same settings.
 
@@ -77,7 +91,7 @@ def _claim_folder(job: ImportJob, spec: str) -> dict:
     }
     path = job.out / "settings.json"
     if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = store.read_json(path, _Settings)
         changed = [key for key in settings if previous.get(key) != settings[key]]
         if changed:
             raise UserError(
@@ -95,7 +109,7 @@ def _claim_folder(job: ImportJob, spec: str) -> dict:
 
 
 def _read_part(job: ImportJob, number: int) -> dict:
-    return json.loads(job.part(number).read_text(encoding="utf-8"))
+    return store.read_json(job.part(number), _Part)
 
 
 def _write_index(job: ImportJob) -> tuple[dict, list[dict]]:
@@ -106,7 +120,7 @@ def _write_index(job: ImportJob) -> tuple[dict, list[dict]]:
     """
     first_use: dict[str, int] = {}  # id → entry
     rejections: list[dict] = []
-    shards, seconds, windows = set(), 0.0, 0
+    shards, seconds, windows, uncovered = set(), 0.0, 0, 0
     with store.atomic_writer(job.out / store.INDEX) as file:
         for number in range(job.num_shards()):
             part = _read_part(job, number)
@@ -124,6 +138,8 @@ def _write_index(job: ImportJob) -> tuple[dict, list[dict]]:
                 first_use[name] = at
                 shards.add(line["shard"])
                 seconds, windows = seconds + line["seconds"], windows + line["windows"]
+                segments = [Segment(**segment) for segment in line["segments"]]
+                uncovered += do_not_cover(line["text"], line["seconds"], segments)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             rejections += sorted(rejected, key=lambda line: line["at"])
     totals = {
@@ -131,7 +147,9 @@ def _write_index(job: ImportJob) -> tuple[dict, list[dict]]:
         "seconds": round(seconds, 3),
         "windows": windows,
         "rejected": dict(collections.Counter(line["kind"] for line in rejections).most_common()),
+        "uncovered": uncovered,
         "shards": sorted(shards),
+        "index_sha256": store.checksum(job.out / store.INDEX),
     }
     return totals, rejections
 
@@ -152,6 +170,8 @@ def summary(out: str | os.PathLike, dataset: dict) -> str:
         f"{out}: {dataset['clips']} clips, {dataset['seconds'] / 3600:.2f} h, "
         f"{len(dataset['shards'])} shards; "
     )
+    if count := dataset.get("uncovered"):
+        text += f"{count} have segments that do not cover them; "
     if not kinds:
         return text + "none rejected"
     return (
@@ -188,6 +208,10 @@ def import_corpus(
     Raises:
         UserError: the source or the folder cannot be used, or too many entries were rejected.
     """
+    try:
+        lang = languages.parse(lang) if lang else ""
+    except ValueError as error:
+        raise UserError(f"--lang={lang}: {error}") from None
     source, out = sources.open_source(spec, data_dir, lang), pathlib.Path(out)
     job = ImportJob(source, settings, out)
     if not len(source):

@@ -15,6 +15,7 @@ from fastslm_jax.audio import SAMPLE_RATE, WindowSpec
 from fastslm_jax.data import prompts
 from fastslm_jax.data.ingest import sources, store
 from fastslm_jax.data.ingest.decoding import Rejected
+from fastslm_jax.data.manifest import Utterance, within
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import pretrained
 
@@ -78,11 +79,16 @@ class ImportJob:
         return self.out / "parts" / f"{number:05d}.json"
 
 
-def _check_text(text: str, answer: str, task: str, seconds: float, settings: Settings) -> None:
-    if not answer.strip() or (task == "asr" and not text.strip()):
+def _check_text(u: Utterance, seconds: float, settings: Settings) -> None:
+    if u.no_speech:
+        return
+    if not u.answer.strip() or (u.task == "asr" and not u.text.strip()):
         raise Rejected("empty_text", "the text is empty")
-    rate = len(text.strip()) / seconds
-    if text.strip() and not settings.min_chars_per_second <= rate <= settings.max_chars_per_second:
+    rate = len(u.text.strip()) / seconds
+    if (
+        u.text.strip()
+        and not settings.min_chars_per_second <= rate <= settings.max_chars_per_second
+    ):
         raise Rejected(
             "text_rate",
             f"{rate:.2f} characters per second; allowed: {settings.min_chars_per_second} to "
@@ -101,7 +107,7 @@ def encode_clip(entry: sources.Entry, settings: Settings) -> tuple[dict, bytes]:
     """
     u, samples = entry.utterance, entry.samples(settings.duration_tolerance)
     seconds = len(samples) / SAMPLE_RATE
-    _check_text(u.text, u.answer, u.task, seconds, settings)
+    _check_text(u, seconds, settings)
     tokenizer = settings.prompt_tokenizer()
     line = {
         "id": u.id,
@@ -109,7 +115,7 @@ def encode_clip(entry: sources.Entry, settings: Settings) -> tuple[dict, bytes]:
         "seconds": seconds,
         "windows": settings.window.count(len(samples)),
         "text_tokens": tokenizer.answer_length(u.answer) if tokenizer else None,
-        "joined_tokens": tokenizer.answer_length(f" {u.answer}") if tokenizer else None,
+        "joined_tokens": tokenizer.answer_length(prompts.joined(u.answer)) if tokenizer else None,
         "task": u.task,
         "lang": u.lang,
         "speaker": u.speaker,
@@ -117,7 +123,8 @@ def encode_clip(entry: sources.Entry, settings: Settings) -> tuple[dict, bytes]:
         "text": u.text,
         "prompt": u.instruction,
         "answer": u.answer,
-        "segments": [dataclasses.asdict(segment) for segment in u.segments],
+        "segments": [dataclasses.asdict(segment) for segment in within(u.segments, seconds)],
+        "no_speech": u.no_speech,
     }
     return line, store.encode({key: line[key] for key in ("id", "task", "text", "answer")}, samples)
 
@@ -139,8 +146,7 @@ def make_shard(job: ImportJob, number: int) -> None:
                 continue
             except UserError:
                 raise
-            except (OSError, ValueError, OverflowError, RuntimeError) as error:
-                # For example, no read permission, or an offset of 1e308.
+            except Exception as error:  # for example, no read permission
                 reason = f"{type(error).__name__}: {error}"
                 rejected.append(known | {"kind": "unreadable", "reason": reason})
                 continue

@@ -8,14 +8,24 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import pydantic
 
-from fastslm_jax.data.ingest import decoding
+from fastslm_jax import schema
+from fastslm_jax.data import fields
+from fastslm_jax.data.ingest import decoding, store
 from fastslm_jax.data.ingest.decoding import Rejected
-from fastslm_jax.data.manifest import ManifestError, Utterance, parse_json, parse_utterance
+from fastslm_jax.data.manifest import (
+    ManifestError,
+    Utterance,
+    numbered_lines,
+    parse_json,
+    parse_utterance,
+)
 from fastslm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +83,7 @@ class CorpusSource(Protocol):
 class JsonLines:
     """A manifest with NeMo's keys (see `data.manifest`).
 
-    Only the byte offset of every line is kept in memory.
+    Only the place of every line is kept in memory.
     """
 
     def __init__(self, path: str) -> None:
@@ -81,16 +91,9 @@ class JsonLines:
         if not self.path.is_file():
             raise UserError(f"jsonl:{path}: no such manifest")
         self.root = self.path.parent.resolve()
-        digest, starts, lines, at = hashlib.sha256(), [], [], 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                if line.strip():
-                    starts.append(at)
-                    lines.append(number)
-                at += len(line)
-        self.starts, self.lines = np.array(starts, np.int64), np.array(lines, np.int64)
-        self._fingerprint = digest.hexdigest()
+        found = [(number, at, len(line)) for number, at, line in numbered_lines(self.path)]
+        self.lines, self.starts, self.sizes = np.array(found, np.int64).reshape(-1, 3).T
+        self._fingerprint = store.checksum(self.path)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -104,62 +107,74 @@ class JsonLines:
     def entry(self, number: int) -> Entry:
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
-            line = file.readline()
+            content = file.read(self.sizes[number])
         where = "{}:{}".format(*self.place(number))
         try:
-            fields = parse_json(line.decode(), where)
-            utterance = parse_utterance(fields, self.root, where)
-        except UnicodeDecodeError as error:
-            raise Rejected(
-                "broken_json", f"not UTF-8 ({error.reason} at byte {error.start})"
-            ) from None
+            line = parse_json(content, where)
+            utterance = parse_utterance(line, self.root, where)
         except ManifestError as error:
             raise Rejected(error.kind, error.reason) from None
-        return Entry(utterance, utterance.path, is_whole="offset" not in fields)
+        return Entry(utterance, utterance.path, is_whole=line.get("offset") is None)
 
 
-def _transcribed(
-    text: str, *, id: str, speaker: str, recording: str, path: str = "", lang: str = "en"
-) -> Utterance:
-    """An utterance of a source without tasks; it extends to the end of its audio."""
+class _Transcribed(schema.Schema):
+    """An entry of a source without tasks."""
+
+    id: fields.Name
+    text: fields.Text
+    speaker: fields.Name = ""
+    recording: fields.Name
+    lang: fields.Language = "en"
+
+
+def _transcribed(entry: dict, path: str = "") -> Utterance:
+    """An utterance of a source without tasks; it extends to the end of its audio.
+
+    Raises:
+        Rejected: a field is invalid.
+    """
+    try:
+        known = _Transcribed.model_validate(entry)
+    except pydantic.ValidationError as error:
+        raise Rejected("bad_field", schema.describe(error)) from None
     return Utterance(
+        **known.model_dump(),
         path=path,
         offset=0.0,
         seconds=0.0,
         task="asr",
         instruction=None,
-        answer=text,
-        text=text,
-        lang=lang,
-        speaker=speaker,
-        recording=recording,
-        id=id,
+        answer=known.text,
     )
+
+
+_TRANSCRIPTS = ".trans.txt"
 
 
 class LibriSpeech:
     """LibriSpeech's folders: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt next to the flac files.
 
-    Transcripts are converted to lower case.
+    Transcripts are converted to lower case. Hidden files, which some systems add, are ignored.
     """
 
     def __init__(self, root: str) -> None:
         self.root = pathlib.Path(root)
-        files = sorted(self.root.rglob("*.trans.txt"))
+        files = sorted(
+            file
+            for file in self.root.rglob(f"*{_TRANSCRIPTS}")
+            if file.is_file() and not file.name.startswith(".")
+        )
         if not files:
             raise UserError(
-                f"librispeech:{root}: no *.trans.txt files; give the folder of the unpacked archive"
+                f"librispeech:{root}: no *{_TRANSCRIPTS} files; give the folder of the unpacked "
+                "archive"
             )
         digest = hashlib.sha256()
-        self.entries: list[tuple[str, int, str]] = []  # file, line, text
+        self.entries: list[tuple[str, int, bytes]] = []  # file, line, content
         for file in files:
-            text, name = file.read_text(encoding="utf-8"), file.relative_to(self.root).as_posix()
-            digest.update(f"{name}\n{text}".encode())
-            self.entries += [
-                (name, number, line)
-                for number, line in enumerate(text.splitlines(), 1)
-                if line.strip()
-            ]
+            name = file.relative_to(self.root).as_posix()
+            digest.update(os.fsencode(f"{name}\n") + file.read_bytes())
+            self.entries += [(name, number, line) for number, _, line in numbered_lines(file)]
         self._fingerprint = digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -173,15 +188,16 @@ class LibriSpeech:
 
     def entry(self, number: int) -> Entry:
         file, _, line = self.entries[number]
-        name, _, text = line.strip().partition(" ")
-        parts = name.split("-")
-        if len(parts) != 3:
-            raise Rejected("bad_field", f"{name!r} is not SPEAKER-CHAPTER-NUMBER")
+        try:
+            name, _, text = line.decode().partition(" ")
+        except UnicodeDecodeError as error:
+            raise Rejected("bad_field", f"not UTF-8 text ({error.reason})") from None
+        chapter = pathlib.PurePath(file).name.removesuffix(_TRANSCRIPTS)
+        if not re.fullmatch(rf"{re.escape(chapter)}-\w+", name):
+            raise Rejected("bad_field", f"{name!r} is not {chapter}-NUMBER")
         path = str((self.root / file).parent / f"{name}.flac")
-        utterance = _transcribed(
-            text.lower(), id=name, speaker=parts[0], recording="-".join(parts[:2]), path=path
-        )
-        return Entry(utterance, path)
+        fields = {"id": name, "text": text.lower(), "speaker": chapter.partition("-")[0]}
+        return Entry(_transcribed(fields | {"recording": chapter}, path), path)
 
 
 # Field names of public datasets; the first that exists is used.
@@ -192,9 +208,10 @@ _RECORDING = ("chapter_id", "recording", "recording_id", "audio_id")
 _LANGUAGE = ("lang", "locale", "language")
 
 
-def _first(fields: dict, names: Sequence[str], default: str | None = None) -> object:
-    """The value of the first field that exists, bytes decoded as text."""
-    value = next((fields[name] for name in names if fields.get(name) is not None), default)
+def _first(row: dict, names: Sequence[str], default: str | None = None) -> object:
+    """The value of the first field that exists; bytes as text, and NumPy scalars as Python's."""
+    value = next((row[name] for name in names if row.get(name) is not None), default)
+    value = value.item() if isinstance(value, np.generic) else value
     return value.decode() if isinstance(value, bytes) else value
 
 
@@ -212,23 +229,21 @@ class _Table:
     def place(self, number: int) -> tuple[str, int]:
         return self.name, number + 1
 
-    def _entry(self, number: int, fields: dict, audio: bytes | tuple[np.ndarray, int]) -> Entry:
-        text = _first(fields, _TEXT)
-        if not isinstance(text, str):
+    def _entry(self, number: int, row: dict, audio: bytes | tuple[np.ndarray, int]) -> Entry:
+        if _first(row, _TEXT) is None:
             raise Rejected(
                 "bad_field",
-                f"no text field among {', '.join(sorted(fields))}; expected one of "
-                f"{', '.join(_TEXT)}",
+                f"no text field among {', '.join(sorted(row))}; expected one of {', '.join(_TEXT)}",
             )
         name = f"{self.name}:{number + 1}"
-        utterance = _transcribed(
-            text,
-            id=name,
-            speaker=str(_first(fields, _SPEAKER, "")),
-            recording=str(_first(fields, _RECORDING, name)),
-            lang=self.lang or str(_first(fields, _LANGUAGE, "en")),
-        )
-        return Entry(utterance, audio)
+        entry = {
+            "id": name,
+            "text": _first(row, _TEXT),
+            "speaker": _first(row, _SPEAKER),
+            "recording": _first(row, _RECORDING, name),
+            "lang": self.lang or _first(row, _LANGUAGE),
+        }
+        return Entry(_transcribed(entry), audio)
 
 
 class TensorFlowDatasets(_Table):
@@ -267,16 +282,16 @@ class TensorFlowDatasets(_Table):
 
     def entry(self, number: int) -> Entry:
         source = self._open()
-        fields, features = source[number], source.dataset_info.features
-        key = next((name for name in _AUDIO if name in fields), None)
+        row, features = source[number], source.dataset_info.features
+        key = next((name for name in _AUDIO if name in row), None)
         if key is None:
-            raise Rejected("bad_field", f"no audio field among {', '.join(sorted(fields))}")
-        samples = np.asarray(fields[key])
+            raise Rejected("bad_field", f"no audio field among {', '.join(sorted(row))}")
+        samples = np.asarray(row[key])
         rate = getattr(features[key], "sample_rate", None) or 16_000
         samples = samples if samples.ndim == 1 else samples.mean(axis=-1)
         if not np.issubdtype(samples.dtype, np.floating) or np.abs(samples).max(initial=0) > 1.5:
             samples = samples / 32768.0  # the audio feature has the range of int16 in any dtype
-        return self._entry(number, fields, (samples.astype(np.float32), rate))
+        return self._entry(number, row, (samples.astype(np.float32), rate))
 
 
 class HuggingFace(_Table):
@@ -307,7 +322,7 @@ class HuggingFace(_Table):
                 ) from None
             try:
                 source = datasets.load_dataset(self.path, self.config, split=self.split)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
                 raise UserError(f"{self.name}: {str(error).splitlines()[0]}") from None
             self.key = next((name for name in _AUDIO if name in source.features), None)
             if self.key is None:
@@ -326,12 +341,14 @@ class HuggingFace(_Table):
         return len(self._open())
 
     def entry(self, number: int) -> Entry:
-        fields = self._open()[number]
-        audio = fields.pop(self.key)
+        row = self._open()[number]
+        audio = row.pop(self.key)
+        if audio is None:
+            raise Rejected("missing_file", "the audio field is empty")
         if audio["bytes"] is None and not os.path.isfile(audio["path"] or ""):
             raise Rejected("missing_file", f"{audio['path']}: no such audio file")
         content = audio["bytes"] or pathlib.Path(audio["path"]).read_bytes()
-        return self._entry(number, fields, content)
+        return self._entry(number, row, content)
 
 
 def open_source(spec: str, data_dir: str | None = None, lang: str = "") -> CorpusSource:
@@ -346,6 +363,8 @@ def open_source(spec: str, data_dir: str | None = None, lang: str = "") -> Corpu
         UserError: there is no such source.
     """
     kind, _, rest = spec.partition(":")
+    if lang and kind in ("jsonl", "librispeech"):
+        raise UserError(f"--lang={lang}: only for tfds: and hf:; a manifest names it in each line")
     if rest and kind == "jsonl":
         return JsonLines(os.path.expanduser(rest))
     if rest and kind == "librispeech":

@@ -4,35 +4,97 @@ DIR/shard-00000.array_record …  ArrayRecord shards, one clip per record: a 4-b
                                 JSON header, and FLAC audio (16 kHz, mono)
 DIR/index.jsonl                 one line per clip, in the source's order
 DIR/rejected.jsonl              one line per rejected clip: file, line, id, kind, reason
-DIR/dataset.json                settings and totals; written last: without it, the import is not
-                                finished
+DIR/dataset.json                settings, totals and the index's checksum; written last: without it,
+                                the import is not finished
 """
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Annotated, TextIO, TypeVar
 
 import numpy as np
+import pydantic
 import soundfile
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from fastslm_jax import schema
 from fastslm_jax.audio import SAMPLE_RATE
+from fastslm_jax.data import fields
 from fastslm_jax.errors import UserError
 
 INDEX, REJECTED, DATASET = "index.jsonl", "rejected.jsonl", "dataset.json"
 # One clip per chunk, for random access; uncompressed, since FLAC is already compressed.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _OPEN_READERS = 64
+_DAMAGED = "the import is damaged: remove its folder and import it again"
 
 
 class StoreError(UserError):
     """An imported folder or one of its shards cannot be read."""
+
+
+_ShardName = Annotated[str, pydantic.Field(pattern=r"^shard-\d{5,}\.array_record$")]
+
+
+class Dataset(schema.Schema):
+    """dataset.json: what other code reads of it."""
+
+    tokenizer: str | None = None
+    clips: fields.Count
+    seconds: float
+    windows: fields.Count
+    rejected: dict[str, int]
+    shards: list[_ShardName]
+    index_sha256: str | None = None  # missing in folders of earlier versions
+
+
+class IndexLine(schema.Schema):
+    """A line of index.jsonl: a clip, and where it is stored."""
+
+    id: str
+    offset: fields.Seconds
+    seconds: fields.Length
+    windows: fields.Count
+    text_tokens: fields.Count | None = None
+    joined_tokens: fields.Count | None = None
+    task: fields.Task
+    lang: fields.Language
+    speaker: str
+    recording: str
+    text: str
+    prompt: str | None = None
+    answer: str
+    segments: fields.Segments = ()
+    no_speech: bool = False
+    shard: _ShardName
+    record: fields.Count
+
+
+_Checked = TypeVar("_Checked", bound=schema.Schema)
+
+
+def read_json(path: pathlib.Path, content: type[_Checked]) -> dict:
+    """Reads a JSON file of an imported folder.
+
+    Args:
+        content: what it must contain.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        read = schema.parse_json(path.read_bytes())
+    except ValueError as error:
+        raise StoreError(f"{path}: {error}; {_DAMAGED}") from None
+    schema.check(content, read, path, lambda message: StoreError(f"{message}; {_DAMAGED}"))
+    return read
 
 
 def encode(fields: dict, samples: np.ndarray) -> bytes:
@@ -112,7 +174,7 @@ def description(folder: str | os.PathLike) -> dict:
     """Reads dataset.json of a finished import.
 
     Raises:
-        StoreError: there is none.
+        StoreError: there is none, or it is damaged.
     """
     path = pathlib.Path(folder) / DATASET
     if not path.is_file():
@@ -120,11 +182,40 @@ def description(folder: str | os.PathLike) -> dict:
             f"{folder}: not a finished import ({DATASET} is missing); run python -m "
             "fastslm_jax.data.ingest again"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, Dataset)
 
 
-def index_lines(folder: str | os.PathLike) -> Iterator[dict]:
-    """Yields the lines of the index in order."""
-    with open(pathlib.Path(folder) / INDEX, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_lines(folder: str | os.PathLike) -> Iterator[IndexLine]:
+    """Yields the lines of the index in order.
+
+    Raises:
+        StoreError: the index is missing or damaged.
+    """
+    dataset, path = description(folder), pathlib.Path(folder) / INDEX
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file; {_DAMAGED}")
+    known = dataset.get("index_sha256")
+    if known and checksum(path) != known:
+        raise StoreError(f"{path}: is not the index that the import wrote; {_DAMAGED}")
+    count, first_use = 0, {}
+    with open(path, "rb") as file:
+        for count, content in enumerate(file, 1):
+            where = f"{path}:{count}"
+            try:
+                read = schema.parse_json(content)
+            except ValueError as error:
+                raise StoreError(f"{where}: {error}; {_DAMAGED}") from None
+            line = schema.check(IndexLine, read, where, StoreError)
+            if first_use.setdefault(line.id, count) != count:
+                raise StoreError(f"{where}: the id {line.id!r} occurs twice; {_DAMAGED}")
+            yield line
+    if count != dataset["clips"]:
+        raise StoreError(
+            f"{path}: has {count} clips, {DATASET} says {dataset['clips']}; {_DAMAGED}"
+        )

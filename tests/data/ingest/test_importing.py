@@ -108,6 +108,8 @@ def write_bad_files(folder: pathlib.Path) -> None:
     with_nan = np.append(noise(1.99), np.full(160, np.nan))
     soundfile.write(folder / "nan.wav", with_nan, SECOND, subtype="FLOAT")
     soundfile.write(folder / "silent.wav", np.zeros(2 * SECOND), SECOND)
+    soundfile.write(folder / "int16.wav", 32767 * noise(2.0), SECOND, subtype="FLOAT")
+    soundfile.write(folder / "phase.wav", np.outer(noise(2.0), [1, -1]), SECOND)
 
 
 def line(name: str, text: str = "some words", **fields) -> dict:
@@ -120,9 +122,13 @@ BAD_LINES = {
     "unpaired surrogate": (
         json.dumps(line("good.wav", "\ud83d", id="g")),
         "broken_json",
-        "cannot be written back",
+        "not UTF-8 text",
     ),
-    "null byte in path": (line("a\0b.wav", id="h"), "unreadable", "ValueError"),
+    "null byte in path": (line("a\0b.wav", id="h"), "bad_field", r"control character U\+0000"),
+    "task": (line("good.wav", id="i", task=["asr"]), "bad_field", "task is"),
+    "offset": (line("good.wav", id="j", offset=1e308), "bad_field", "offset is"),
+    "language": (line("good.wav", id="k", lang="xx"), "bad_field", 'lang is "xx", should be a'),
+    "digits": ('{"duration": ' + "9" * 5000 + "}", "broken_json", "more than 4300 digits"),
     "not an object": ("[1]", "broken_json", "not a JSON object"),
     "missing key": (
         {"audio_filepath": "good.wav", "text": "a"},
@@ -139,9 +145,11 @@ BAD_LINES = {
         "the header says 64044 bytes, the file has 32022",
     ),
     "empty file": (line("empty.wav"), "zero_length", "the file is empty"),
-    "no samples": (line("none.wav"), "zero_length", "the file contains no samples"),
+    "no samples": (line("none.wav"), "zero_length", "contains no samples"),
     "NaN": (line("nan.wav"), "not_finite", "contains NaN or infinite samples"),
+    "another scale": (line("int16.wav"), "out_of_range", "full scale is 1; divide them"),
     "zeros": (line("silent.wav"), "silent", "all 2.00 s are digital silence"),
+    "opposite phase": (line("phase.wav"), "opposite_phase", "the channels cancel each other"),
     "too long": (
         line("short.wav", duration=1.0),
         "duration_mismatch",

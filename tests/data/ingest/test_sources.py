@@ -1,5 +1,7 @@
 """Sources other than manifests: LibriSpeech, TensorFlow Datasets and Hugging Face datasets."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -27,6 +29,72 @@ def test_librispeech_folders(tmp_path):
         ("84-121-0001", "stay", "84", "84-121"),
     ]
     assert [u.num_samples for u in utterances] == [SECOND] * 3
+
+
+def test_librispeech_with_odd_files(tmp_path):
+    """Files that a Mac adds, a byte order mark, CRLF, Latin-1, and ids of other chapters."""
+    folder, apart = tmp_path / "in/1/2", tmp_path / "in/__MACOSX/1/2"
+    folder.mkdir(parents=True)
+    apart.mkdir(parents=True)
+    for name in ("in/1/2/._1-2.trans.txt", "in/__MACOSX/1/2/._1-2.trans.txt", "in/.DS_Store"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7\0\2\377\376Mac OS X")
+    lines = [
+        "\ufeff1-2-0000 CAFÉ".encode(),
+        b"1-2-0001 CAF\xc9",  # Latin-1
+        b"3-4-0000 ELSEWHERE",
+        b"1-2-../../../x UP",
+        b"1-2-0002 MISSING",
+        b"1-2-0003",
+        b"  ",
+        b"1-2-0004 LAST",
+    ]
+    (folder / "1-2.trans.txt").write_bytes(b"\r\n".join(lines))
+    for number in (0, 1, 3, 4):
+        soundfile.write(folder / f"1-2-000{number}.flac", noise(1.0), SECOND)
+    import_corpus(f"librispeech:{tmp_path}/in", tmp_path / "out", max_reject_fraction=1.0)
+    assert [(u.id, u.text) for u in read_manifest(tmp_path / "out")] == [
+        ("1-2-0000", "café"),
+        ("1-2-0004", "last"),
+    ]
+    rejections = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").open()]
+    assert [(r["line"], r["kind"], r["reason"]) for r in rejections] == [
+        (2, "bad_field", "not UTF-8 text (unexpected end of data)"),
+        (3, "bad_field", "'3-4-0000' is not 1-2-NUMBER"),
+        (4, "bad_field", "'1-2-../../../x' is not 1-2-NUMBER"),
+        (5, "missing_file", "no such audio file"),
+        (6, "empty_text", "the text is empty"),
+    ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_manifest_and_its_import_have_the_same_lines(tmp_path, end, mark):
+    lines = []
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", noise(1.0), SECOND)
+        line = {"audio_filepath": f"{name}.wav", "duration": 1.0, "text": f"the {name}"}
+        lines.append(json.dumps(line | {"lang": "pt_BR", "id": name}))
+    (tmp_path / "m.jsonl").write_bytes((mark + end.join([lines[0], " ", lines[1]])).encode())
+    import_corpus(f"jsonl:{tmp_path}/m.jsonl", tmp_path / "out")
+    manifest, imported = read_manifest(tmp_path / "m.jsonl"), read_manifest(tmp_path / "out")
+    for found in (manifest, imported):
+        assert [(u.id, u.text, u.lang) for u in found] == [
+            ("a", "the a", "pt"),
+            ("b", "the b", "pt"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "lang", "message"),
+    [
+        ("hf:x", "Korean", "--lang=Korean: should be a language code such as en, ko or zh-CN"),
+        ("tfds:x", "../x", "--lang=../x: should be a language code"),
+        ("jsonl:x", "ko", "--lang=ko: only for tfds: and hf:; a manifest names it in each line"),
+    ],
+)
+def test_the_language_of_a_source_is_checked(tmp_path, spec, lang, message):
+    with pytest.raises(UserError, match=message):
+        import_corpus(spec, tmp_path / "out", lang=lang)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Augmentation of synthetic speech: hesitations, pauses, reverberation and noise.
+"""Augmentation of synthetic speech: hesitations, pauses, speed, reverberation, noise, telephone.
 
 Signals are float64 arrays [samples] at 16 kHz.
 """
@@ -7,8 +7,10 @@ import dataclasses
 import random
 
 import numpy as np
+import scipy.signal
+import soxr
 
-from fastslm_jax.audio import SAMPLE_RATE
+from fastslm_jax.audio import SAMPLE_RATE, to_int16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,20 @@ class Augmentation:
 
 
 CLEAN = Augmentation(0.0, 0.0, 0.0, 0.0)
+
+TELEPHONE_RATE = 8000
+TELEPHONE_BAND = (300.0, 3400.0)  # Hz
+_MU = 255.0  # of mu-law, ITU-T G.711
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """How speech gets from the speaker to the file: probabilities per clip."""
+
+    speed: float = 0.5  # played 0.9 to 1.1 times as fast, which changes the pitch as well
+    reverb: float = 0.3
+    noise: float = 0.4
+    telephone: float = 0.5
 
 
 def insert_hesitations(text: str, rng: random.Random, augmentation: Augmentation) -> str:
@@ -79,3 +95,47 @@ def augment(signal: np.ndarray, rng: random.Random, augmentation: Augmentation) 
         level = np.sqrt(np.mean(signal**2)) * 10.0 ** (-snr_db / 20)
         signal = signal + level * white_or_pink_noise(len(signal), rng.random() < 0.5, noise)
     return signal
+
+
+def change_speed(signal: np.ndarray, factor: float) -> np.ndarray:
+    """Plays a signal `factor` times as fast: [n] → [n / factor]. The pitch rises by the factor."""
+    return soxr.resample(signal, factor * SAMPLE_RATE, SAMPLE_RATE)
+
+
+def mu_law(signal: np.ndarray) -> np.ndarray:
+    """Quantizes a signal in [-1, 1] to 8 bits by mu-law."""
+    compressed = np.log1p(_MU * np.minimum(np.abs(signal), 1.0)) / np.log1p(_MU)
+    levels = np.round(127 * compressed) / 127
+    return np.sign(signal) * np.expm1(levels * np.log1p(_MU)) / _MU
+
+
+def telephone(signal: np.ndarray) -> np.ndarray:
+    """A signal in [-1, 1] after a telephone line: 300 to 3400 Hz, 8 kHz, mu-law. [n] → [n]."""
+    band = scipy.signal.butter(4, TELEPHONE_BAND, "bandpass", fs=TELEPHONE_RATE, output="sos")
+    narrow = scipy.signal.sosfilt(band, soxr.resample(signal, SAMPLE_RATE, TELEPHONE_RATE))
+    wide = soxr.resample(mu_law(narrow), TELEPHONE_RATE, SAMPLE_RATE)
+    return np.pad(wide, (0, max(0, len(signal) - len(wide))))[: len(signal)]
+
+
+def send(
+    signal: np.ndarray, rng: random.Random, channel: Channel, peak_db: float | None
+) -> np.ndarray:
+    """A signal after a channel.
+
+    Args:
+        signal: [n].
+        rng: draws what happens.
+        channel: its probabilities.
+        peak_db: peak in dBFS before the telephone line (None: as it is).
+
+    Returns:
+        int16 samples [m].
+    """
+    if rng.random() < channel.speed:
+        signal = change_speed(signal, rng.uniform(0.9, 1.1))
+    signal = augment(signal, rng, Augmentation(channel.noise, channel.reverb))
+    if peak_db is not None:
+        signal = signal * 10.0 ** (peak_db / 20) / np.abs(signal).max()
+    if rng.random() < channel.telephone:
+        signal = telephone(signal)
+    return to_int16(signal)

@@ -16,6 +16,9 @@ import numpy as np
 
 from fastslm_jax.errors import UserError
 
+ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
+VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5")
+
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _CHARS_UTF8 = 1
 _BUFFER_MILLISECONDS = 500
