@@ -29,12 +29,10 @@ from collections.abc import Iterator, Sequence
 
 from fastslm_jax import audio, audio_files, devices, outputs
 from fastslm_jax.errors import UserError
-from fastslm_jax.inference import load as loading
-from fastslm_jax.inference import long_form
+from fastslm_jax.inference import api, long_form
 from fastslm_jax.inference.generator import Generator
 from fastslm_jax.inference.long_form import Recording, Result, TranscriptSegment
 from fastslm_jax.inference.sampling import SamplingParams
-from fastslm_jax.training.checkpoint import Checkpoints
 
 SUFFIXES = audio_files.SUFFIXES
 MIN_CUE_SECONDS = 0.5  # of a subtitle whose segment has no length
@@ -180,16 +178,15 @@ class TerminalStream:
 
 def load(options: flags.FlagValues) -> tuple[Generator, float]:
     """The generator, and the length in seconds of the longest recordings in its training."""
-    checkpoints = Checkpoints(options.checkpoint, read_only=True)
-    step = loading.find_step(checkpoints, options.checkpoint, options.step)
-    config = loading.saved_config(
-        checkpoints, options.checkpoint, step, options.whisper, options.llm
+    model = api.load(
+        options.checkpoint,
+        options.step,
+        options.whisper,
+        options.llm,
+        options.kv_cache,
+        sampling(options),
     )
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    generator = loading.load(
-        config, checkpoints, step, cache_dtype=options.kv_cache, sampling=sampling(options)
-    )
-    return generator, long_form.trained_seconds(config.data.train, generator.model.window.seconds)
+    return model.generator, model.trained_seconds
 
 
 def sampling(options: flags.FlagValues) -> SamplingParams:

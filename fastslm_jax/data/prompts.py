@@ -27,6 +27,7 @@ ADDED_TOKENS = (
 END_OF_TURN = "<|im_end|>"
 _PROBE = "Hello, 12 lamps."  # a text that every tokenizer and chat template must keep
 _TOKENIZER_BATCH = 10_000  # texts per call of the tokenizer
+_CACHED_PROMPTS = 1024  # a server sees ever new ones
 
 
 class PromptError(UserError):
@@ -185,6 +186,8 @@ class PromptTokenizer:
         """Ids of the whole prompt, with `<|AUDIO|>` as a single id."""
         key = (task, instruction)
         if key not in self._prompt_ids:
+            if len(self._prompt_ids) == _CACHED_PROMPTS:
+                self._prompt_ids.clear()
             self._prompt_ids[key] = self._encode_prompt(task, instruction)
         return self._prompt_ids[key]
 

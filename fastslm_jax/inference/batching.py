@@ -42,9 +42,10 @@ class Prompt:
 class Running:
     """A row's prompt and its new tokens so far, the end token included.
 
-    stop_reason is None while the row is running.
+    stop_reason is None while the row is running. `number` is the one given to `start`.
     """
 
+    row: int
     number: int
     prompt: Prompt
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -90,19 +91,22 @@ class ContinuousBatch:
         waiting = enumerate(prompts)
         upcoming = next(waiting, None)
         while upcoming is not None or self.running:
-            while upcoming is not None and len(self.running) < len(self.state.done):
-                self._start(*upcoming)
+            while upcoming is not None and self.idle_rows:
+                self.start(*upcoming)
                 upcoming = next(waiting, None)
-            # A single step after a prefill, to measure the time to the first token.
-            steps = 1 if self._new else PARTIAL_STEPS if partial else DECODE_STEPS
-            for running in self._advance(steps, is_last=upcoming is None):
+            steps = PARTIAL_STEPS if partial else DECODE_STEPS
+            for running in self.advance(steps, is_last=upcoming is None):
                 if partial or running.stop_reason:
                     yield running
 
-    def _start(self, number: int, prompt: Prompt) -> None:
-        """Assigns a prompt to the first idle row."""
+    @property
+    def idle_rows(self) -> int:
+        return len(self.state.done) - len(self.running)
+
+    def start(self, number: int, prompt: Prompt) -> Running:
+        """Assigns a prompt to the first idle row; `number` seeds its random draws."""
         row = next(row for row in range(len(self.state.done)) if row not in self.running)
-        self.running[row] = Running(number, prompt)
+        running = self.running[row] = Running(row, number, prompt)
         self._new.append(row)
         last = len(prompt.tokens) - 1
         self.state.start(row, int(prompt.tokens[last]), last, prompt.max_new_tokens, number)
@@ -110,12 +114,21 @@ class ContinuousBatch:
             self.seen[row] = False
             if prompt.speech is None:
                 self.seen[row, prompt.tokens] = True
+        return running
 
-    def _advance(self, max_steps: int, is_last: bool) -> list[Running]:
+    def cancel(self, row: int) -> None:
+        """Frees a row before its answer has ended."""
+        del self.running[row]
+        self._new = [new for new in self._new if new != row]
+        self.state.done[row] = True
+
+    def advance(self, max_steps: int, is_last: bool) -> list[Running]:
         """Prefills new prompts and decodes up to max_steps tokens; returns what advanced, by row.
 
-        If prompts are waiting, decoding stops as soon as another quarter of the rows are done.
+        If prompts are waiting (not is_last), decoding stops as soon as another quarter of the rows
+        are done. After a prefill it is a single step, to measure the time to the first token.
         """
+        max_steps = 1 if self._new else max_steps
         self._prefill()
         rows = len(self.state.done)
         enough = rows if is_last else rows - len(self.running) + max(1, rows // 4)

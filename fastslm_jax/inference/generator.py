@@ -111,7 +111,7 @@ class Generator:
         Raises:
             memory.CapacityError: a request exceeds the model's context or the memory.
         """
-        needed = [self._positions(request) for request in requests]
+        needed = [self.positions(request) for request in requests]
         self.capacity.check(max(needed, default=0))
         groups: dict[tuple[bool, float], list[int]] = {}  # requests that share a model
         for i, request in enumerate(requests):
@@ -123,26 +123,39 @@ class Generator:
             default = min(MAX_BATCH_SIZE, 1 << (len(members) - 1).bit_length())
             rows = rows_for(batch_size or default, length)
             self.capacity.check(longest, rows)
-            batch = ContinuousBatch(
-                *self._variant(has_audio, yarn),
-                rows=rows,
-                cache_length=length,
-                cache_dtype=self.capacity.cache_dtype,
-                sampling=self.sampling,
-                end_id=self.prompt_tokenizer.end_id,
-                detect_repetition=self.detect_repetition,
-                mesh=self.mesh,
-            )
-            for running in batch.run(self._prompts([requests[i] for i in members]), partial):
+            batch = self.open_batch(has_audio, yarn, rows, length)
+            for running in batch.run(self.prompts([requests[i] for i in members]), partial):
                 i = members[running.number]
-                yield i, self._answer(requests[i], running)
+                yield i, self.answer_of(requests[i], running)
 
     def answer(self, requests: Sequence[Request], **options: int | None) -> list[Answer]:
         """The answers in the order of their requests; see `stream` for the options."""
         answers = dict(self.stream(requests, **options))
         return [answers[i] for i in range(len(requests))]
 
-    def _positions(self, request: Request) -> int:
+    def open_batch(
+        self,
+        has_audio: bool,
+        yarn: float,
+        rows: int,
+        cache_length: int,
+        sampling: SamplingParams | None = None,
+    ) -> ContinuousBatch:
+        """An empty batch for prompts that all have audio, or all have none (default sampling: the
+        generator's)."""
+        return ContinuousBatch(
+            *self._variant(has_audio, yarn),
+            rows=rows,
+            cache_length=cache_length,
+            cache_dtype=self.capacity.cache_dtype,
+            sampling=sampling or self.sampling,
+            end_id=self.prompt_tokenizer.end_id,
+            detect_repetition=self.detect_repetition,
+            mesh=self.mesh,
+        )
+
+    def positions(self, request: Request) -> int:
+        """Cache positions of a request, prompt and answer."""
         num_samples = None if request.samples is None else len(request.samples)
         task = None if request.samples is None else request.task
         return self.capacity.positions(
@@ -167,7 +180,7 @@ class Generator:
             model = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
         return model, params
 
-    def _prompts(self, requests: Sequence[Request]) -> Iterator[Prompt]:
+    def prompts(self, requests: Sequence[Request]) -> Iterator[Prompt]:
         """Prompts in order; recordings are encoded just before their prompts are needed."""
         for members in self.encode_speech.groups([self._windows(r) for r in requests]):
             began = time.time()
@@ -183,7 +196,8 @@ class Generator:
                     encoded.tokens, tokens, encoded.speech_start, request.max_new_tokens, began
                 )
 
-    def _answer(self, request: Request, running: Running) -> Answer:
+    def answer_of(self, request: Request, running: Running) -> Answer:
+        """The answer so far of a row."""
         tokens = tuple(running.tokens)
         if running.stop_reason == "eos":
             tokens = tokens[:-1]

@@ -126,7 +126,7 @@ def stream(
         plans = []
         for i in tuple(members):
             try:
-                plans.append(_Plan(recordings[i], generator.model.window))
+                plans.append(Plan(recordings[i], generator.model.window))
             except UserError as error:
                 if failed is None:
                     raise
@@ -171,7 +171,7 @@ def _groups(
 
 def _answer(
     generator: Generator,
-    plans: Sequence["_Plan"],
+    plans: Sequence["Plan"],
     batch_size: int | None,
     cache_length: int,
     partial: bool,
@@ -191,8 +191,8 @@ def _answer(
             yield number
 
 
-@dataclasses.dataclass
-class _Piece:
+@dataclasses.dataclass(eq=False)
+class Piece:
     """Samples [start, stop) of a recording, and their answer."""
 
     start: int
@@ -204,7 +204,7 @@ class _Piece:
         return self.answer is not None and self.answer.stop_reason is not None
 
 
-class _Plan:
+class Plan:
     """A recording's samples and its pieces, in order; a piece that loops is replaced by two."""
 
     def __init__(self, recording: Recording, window: WindowSpec):
@@ -215,7 +215,7 @@ class _Plan:
         if recording.segment_seconds is not None and self.is_splittable:
             length = round(recording.segment_seconds * SAMPLE_RATE)
             pieces = cut(self.samples, length, window.samples)
-        self.pieces = [_Piece(*piece) for piece in pieces]
+        self.pieces = [Piece(*piece) for piece in pieces]
 
     @property
     def seconds(self) -> float:
@@ -225,12 +225,12 @@ class _Plan:
     def is_done(self) -> bool:
         return all(piece.is_done for piece in self.pieces)
 
-    def ready(self) -> list[_Piece]:
+    def ready(self) -> list[Piece]:
         """Pieces that can be decoded now: with context words, only the first unfinished one."""
         waiting = [piece for piece in self.pieces if not piece.is_done]
         return waiting[:1] if self.recording.context_words else waiting
 
-    def request(self, piece: _Piece) -> Request:
+    def request(self, piece: Piece) -> Request:
         recording, samples = self.recording, self.samples[piece.start : piece.stop]
         instruction = recording.instruction
         if recording.context_words:
@@ -244,7 +244,7 @@ class _Plan:
         budget = recording.max_new_tokens or budget
         return Request(samples, recording.task, instruction, budget)
 
-    def update(self, piece: _Piece, answer: Answer) -> None:
+    def update(self, piece: Piece, answer: Answer) -> None:
         """Records an answer, or splits its piece if it ends in a loop."""
         piece.answer = answer
         if answer.stop_reason != "loop" or not self.is_splittable:
@@ -254,7 +254,7 @@ class _Plan:
             self.again += 1
             at = self.pieces.index(piece)
             start = piece.start
-            self.pieces[at : at + 1] = [_Piece(start + low, start + high) for low, high in parts]
+            self.pieces[at : at + 1] = [Piece(start + low, start + high) for low, high in parts]
 
     def result(self) -> Result:
         answered = [piece for piece in self.pieces if piece.answer is not None]

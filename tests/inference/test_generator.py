@@ -290,7 +290,7 @@ def next_logits(generator, prompt, chunks):
         detect_repetition=False,
         mesh=None,
     )
-    batch.running[1] = batching.Running(0, prompt)
+    batch.running[1] = batching.Running(1, 0, prompt)
     if chunks is None:
         batch._new = [1]
         batch._prefill()
