@@ -31,6 +31,10 @@ from fastslm_jax.plan.sweep import sweep
 from fastslm_jax.plan.table import print_table, print_traffic
 
 FLAGS = flags.FLAGS
+WITHOUT_A_GPU = (
+    "Compiled without a GPU. Not known: autotuned algorithms, tiles and their workspaces; how fast "
+    "the kernels are; what overlaps; NCCL's buffers."
+)
 
 
 def define_flags() -> None:
@@ -73,6 +77,7 @@ def main(_: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct
     if FLAGS.effort != "default":
         jax.config.update("jax_optimization_level", FLAGS.effort)
+    topology = None
     if FLAGS.topology:
         jax.config.update("jax_platforms", "cpu")
         topology = chips.parse_topology(FLAGS.topology)
@@ -91,6 +96,8 @@ def main(_: Sequence[str]) -> None:
             set_rows(config, devices, chip, FLAGS.rows_per_chip)
             result = plan(config, devices, chip, name, FLAGS.hlo)
             print_table(result)
+            if isinstance(topology, chips.GPUTopology):
+                print(WITHOUT_A_GPU)
             if FLAGS.traffic:
                 print_traffic(result)
     print(json.dumps(result))
