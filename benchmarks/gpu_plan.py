@@ -72,9 +72,13 @@ CLOSING = """
 | 1 × 80 GB | `--config.mesh.data=1 --config.mesh.fsdp=1` | all weights on one card |
 | 8 × 80 GB, one node | `--config.mesh.data=-1 --config.mesh.fsdp=8` | NVLink carries the weights |
 | several nodes of eight | same | only gradients cross the network |
+| 1 × 24 GB | as one card, and what follows | 12.61 GiB in stage 2 |
 
 With `--config.model.remat=attention,query,key,value,out,gate,up`: the configs' own values are for
-TPUs of 16 GB. `fastslm_jax/compiler.py` has the compiler options of a train step on several GPUs.
+TPUs of 16 GB. The row of 24 GB was compiled for an H100, with one 15-minute row
+(`--topology=h100:1 --rows_per_chip=1 --config.mesh.data=1 --config.mesh.fsdp=1
+--config.model.remat=full --config.model.window_batch=5`). `fastslm_jax/compiler.py` has the
+compiler options of a train step on several GPUs.
 """
 
 plan_pages.define_flags(TOPOLOGIES)

@@ -62,7 +62,7 @@ def full_size() -> ConfigDict:
             "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
             "audio_padding": "released",  # of the last window: "released" or "whisper"
             "window_batch": 0,  # maximum windows of a row in the encoder at a time; 0 for all
-            "attention": "auto",  # auto, xla, splash (TPU), cudnn (GPU); see models/attention.py
+            "attention": "auto",  # or a kernel of models/attention.py
             "remat": "full",  # none, full, dots, or names to keep; see models/layers.py
             "scan_layers": True,  # False unrolls: faster for small models, slower to compile
             "dtype": "bfloat16",  # of activations

@@ -7,10 +7,12 @@ t new tokens, n query heads.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 BLOCK = 512  # largest number of cache positions that attention reads at a time
@@ -156,21 +158,17 @@ class KVCache(struct.PyTreeNode):
         query = query.reshape(rows, -1, groups * length, head_dim)  # [r, k, q, h], q = group · t
         last = jnp.tile(position_ids, (1, groups))[:, None, :, None]  # [r, 1, q, 1]
         size = block_size(self.cache_length)
+        scores_product = _multiply("rkqh,rksh->rkqs", summed_scores, length == 1)
+        values_product = _multiply("rkqs,rksh->rkqh", summed_values, length == 1)
 
         def scores_of(first: jax.Array | int) -> jax.Array:
             keys = self._block(self.keys, self.key_scales, first, size, query.dtype)
-            scores = (
-                jnp.einsum("rkqh,rksh->rkqs", query, keys, preferred_element_type=jnp.float32)
-                * head_dim**-0.5
-            )
+            scores = scores_product(query, keys) * head_dim**-0.5
             return jnp.where(first + jnp.arange(size) <= last, scores, MASKED)
 
         def weighted_values(weights: jax.Array, first: jax.Array | int) -> jax.Array:
             values = self._block(self.values, self.value_scales, first, size, query.dtype)
-            weights = weights.astype(query.dtype)
-            return jnp.einsum(
-                "rkqs,rksh->rkqh", weights, values, preferred_element_type=jnp.float32
-            )
+            return values_product(weights.astype(query.dtype), values)
 
         if self.cache_length == size:
             out = weighted_values(jax.nn.softmax(scores_of(0), axis=-1), 0)
@@ -197,6 +195,36 @@ class KVCache(struct.PyTreeNode):
             out = out / total
         out = jnp.transpose(out.reshape(rows, -1, groups, length, head_dim), (0, 3, 1, 2, 4))
         return out.reshape(rows, length, heads, head_dim).astype(query.dtype)
+
+
+def _multiply(
+    equation: str, summed: Callable[..., jax.Array], is_decoding: bool
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A matrix product in float32, or for decoding on a GPU, the same as a sum.
+
+    There, XLA copies a block of the cache before a matrix product reads it, and converts an int8
+    block before that. An elementwise product and its sum are one kernel, which reads the cache
+    where it is. With one query per row, reading takes all the time.
+    """
+    product = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+    if not is_decoding:
+        return product
+    return functools.partial(jax.lax.platform_dependent, cuda=summed, rocm=summed, default=product)
+
+
+def summed_scores(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """query [r, k, q, h], keys [r, k, s, h] → float32 scores [r, k, q, s], without dots."""
+    query, keys = (x.astype(jnp.float32) for x in (query, keys))
+    return jnp.sum(query[:, :, :, None] * keys[:, :, None], axis=-1)
+
+
+def summed_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """weights [r, k, q, s], values [r, k, s, h] → float32 [r, k, q, h], without dots."""
+    weights, values = (x.astype(jnp.float32) for x in (weights, values))
+    products = weights[..., None] * values[:, :, None]
+    # XLA would rather sum over the last axis, and transpose the whole cache for that.
+    products = with_layout_constraint(products, Layout(major_to_minor=(0, 1, 2, 3, 4)))
+    return jnp.sum(products, axis=-2)
 
 
 def scatter_rows(

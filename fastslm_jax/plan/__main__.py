@@ -21,6 +21,10 @@ from ml_collections import config_flags
 from fastslm_jax import cli
 
 FLAGS = flags.FLAGS
+WITHOUT_A_GPU = (
+    "Compiled without a GPU. Not known: autotuned algorithms, tiles and their workspaces; how fast "
+    "the kernels are; what overlaps; NCCL's buffers."
+)
 
 
 def define_flags() -> None:
@@ -85,6 +89,7 @@ def main(_: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is correct
     if FLAGS.effort != "default":
         jax.config.update("jax_optimization_level", FLAGS.effort)
+    topology = None
     if FLAGS.topology:
         jax.config.update("jax_platforms", "cpu")
         topology = chips.parse_topology(FLAGS.topology)
@@ -103,6 +108,8 @@ def main(_: Sequence[str]) -> None:
             set_rows(config, devices, chip, FLAGS.rows_per_chip)
             result = plan(config, devices, chip, name, FLAGS.hlo)
             print_table(result)
+            if isinstance(topology, chips.GPUTopology):
+                print(WITHOUT_A_GPU)
             if FLAGS.traffic:
                 print_traffic(result)
     print(json.dumps(result))

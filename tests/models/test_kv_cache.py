@@ -8,7 +8,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fastslm_jax import sharding
-from fastslm_jax.models.kv_cache import KVCache, scatter_rows, update_rows
+from fastslm_jax.models.kv_cache import (
+    KVCache,
+    scatter_rows,
+    summed_scores,
+    summed_values,
+    update_rows,
+)
 
 LAYERS, ROWS, HEADS, LENGTH, HEAD_DIM = 3, 4, 2, 12, 8
 POSITIONS = jnp.broadcast_to(jnp.arange(9), (2, 9))
@@ -103,3 +109,18 @@ def test_sharded_rows_are_written_without_communication():
     program = jax.jit(KVCache.attend).lower(cache, new, new, new, positions).compile().as_text()
     for collective in ("all-gather", "all-reduce", "collective-permute", "all-to-all"):
         assert collective not in program
+
+
+@pytest.mark.parametrize(
+    ("summed", "equation", "shapes"),
+    [
+        (summed_scores, "rkqh,rksh->rkqs", ((3, 2, 4, 8), (3, 2, 5, 8))),
+        (summed_values, "rkqs,rksh->rkqh", ((3, 2, 4, 5), (3, 2, 5, 8))),
+    ],
+)
+def test_sums_equal_matrix_products(summed, equation, shapes):
+    """What a GPU computes in decoding."""
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    expected = np.einsum(equation, left, right)
+    np.testing.assert_allclose(jax.jit(summed)(left, right), expected, rtol=1e-5, atol=1e-5)
