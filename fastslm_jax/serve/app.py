@@ -21,7 +21,7 @@ from fastslm_jax import schema
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.serve import replies
-from fastslm_jax.serve.asks import AudioFields, ChatFields, decode, display_name
+from fastslm_jax.serve.asks import AudioFields, ChatFields, decode_upload, display_name
 from fastslm_jax.serve.connection import Body, EventStream, unless_disconnected
 from fastslm_jax.serve.limits import ApiError, Limits
 from fastslm_jax.serve.metrics import Metrics
@@ -154,7 +154,7 @@ class Server:
                     400, f"{where}: 'file' is missing; send multipart/form-data with a file", "file"
                 )
             name = display_name(upload.filename)
-            samples = await asyncio.to_thread(decode, upload.file, name, self.limits)
+            samples = await asyncio.to_thread(decode_upload, upload.file, name, self.limits)
         ask = fields.ask(samples)
         if fields.stream:
             return await self._event_stream(

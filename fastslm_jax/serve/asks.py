@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import os
 import pathlib
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -153,6 +154,12 @@ def decode_base64(given: InputAudio, limits: Limits) -> np.ndarray:
     except binascii.Error as error:
         raise ApiError(400, f"input_audio.data: not base64 ({error})", "messages") from None
     return decode(io.BytesIO(data), "input_audio", limits, "messages")
+
+
+def decode_upload(file: BinaryIO, name: str, limits: Limits) -> np.ndarray:
+    """Decodes a temporary file; a reader of its own, because PyAV writes to what is writable."""
+    with open(os.dup(file.fileno()), "rb") as reader:
+        return decode(reader, name, limits)
 
 
 def decode(file: BinaryIO, name: str, limits: Limits, param: str = "file") -> np.ndarray:
