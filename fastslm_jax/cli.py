@@ -141,6 +141,10 @@ def errors_as_one_line() -> Iterator[None]:
             text = f"interrupted: {error}" if str(error) else "interrupted"
             fail(text, INTERRUPTED, prefix="")
         fail(describe(error))
+    except Exception as error:  # libraries have their own types for a full disk
+        if not any(os.strerror(code) in str(error) for code in DISK_FULL):
+            raise
+        fail(describe(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
 
 
 def _drop_output() -> None:

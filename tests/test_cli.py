@@ -43,6 +43,12 @@ ERRORS = {
         "error: out/a.txt: No space left on device; free some space and run the same command again "
         "to resume\n",
     ),
+    "full disk, by a library": (
+        raises(RuntimeError("RESOURCE_EXHAUSTED: No space left on device [Op:Write]")),
+        2,
+        "error: output: No space left on device; free some space and run the same command again "
+        "to resume\n",
+    ),
     "not UTF-8": (undecodable, 2, "error: a text file is not UTF-8 ("),
     "file name": (
         raises(PermissionError(13, "Permission denied", b"\xffa".decode(errors="surrogateescape"))),

@@ -49,8 +49,11 @@ class JsonLinesWriter:
         self._write({"step": step, "texts": dict(texts)})
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk; name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def flush(self) -> None:
         self._file.flush()
