@@ -39,8 +39,11 @@ def resident_mib() -> float:
     pids = [os.getpid()]
     for pid in pids:  # grows during the loop
         for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
-    pages = sum(int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+            pids += map(int, (task / "children").read_text(encoding="utf-8").split())
+    pages = sum(
+        int(pathlib.Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+        for pid in pids
+    )
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -56,7 +59,7 @@ def write_corpus(folder: pathlib.Path) -> str:
         line = {"audio_filepath": name, "duration": seconds, "text": "some words to say"}
         lines.append(json.dumps(line) + "\n")
     manifest, imported = folder / "train.jsonl", folder / "imported"
-    manifest.write_text("".join(lines))
+    manifest.write_text("".join(lines), encoding="utf-8")
     import_corpus(f"jsonl:{manifest}", imported, Settings(shard_clips=64))
     return str(imported)
 

@@ -62,7 +62,7 @@ def write_bases(scratch: pathlib.Path, small: bool = False) -> ConfigDict:
     }
     for name, base in bases.items():
         (scratch / name).mkdir()
-        (scratch / name / "config.json").write_text(json.dumps(base))
+        (scratch / name / "config.json").write_text(json.dumps(base), encoding="utf-8")
     model = experiment.build(config, weights=False).model
     params = experiment.abstract_params(model, config.model.base_dtype)
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(ml_dtypes.bfloat16)
@@ -122,7 +122,7 @@ class PrivateMemory:
     def now(self) -> int:
         """Anonymous memory in bytes; 0 once the process has ended."""
         try:
-            lines = self.status.read_text().splitlines()
+            lines = self.status.read_text(encoding="utf-8").splitlines()
         except OSError:
             return 0
         return next((1024 * int(x.split()[1]) for x in lines if x.startswith("RssAnon")), 0)

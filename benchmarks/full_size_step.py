@@ -57,7 +57,7 @@ def write_recording(scratch: pathlib.Path) -> None:
     soundfile.write(scratch / "noise.wav", samples, 16_000)
     text = " ".join(WORDS[i % len(WORDS)] for i in range(150))
     line = {"audio_filepath": "noise.wav", "duration": 60.0, "text": text, "task": "asr"}
-    (scratch / "train.jsonl").write_text(json.dumps(line) + "\n")
+    (scratch / "train.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
 def train(scratch: pathlib.Path, steps: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def main(_: list[str]) -> None:
         full_size.write_bases(scratch, FLAGS.small)
         write_recording(scratch)
         first, second = train(scratch, steps=2), train(scratch, steps=3)
-        lines = (scratch / "run/metrics.jsonl").read_text().splitlines()
+        lines = (scratch / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     peak = max(first["peak_gib"], second["peak_gib"])
     print(f"{'losses of steps 1 to 3':<40}{' '.join(f'{loss:.4f}' for loss in losses)}")

@@ -54,7 +54,7 @@ def write_clips(folder: pathlib.Path, count: int, rate: int, channels: int) -> p
             "id": str(number),
         }
         lines.append(json.dumps(line) + "\n")
-    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder / "train.jsonl"
 
 
@@ -89,7 +89,7 @@ def data_wait_fractions(run: pathlib.Path) -> dict[str, float]:
     fractions = {}
     for file in sorted(run.glob("stage*/metrics.jsonl")):
         previous, waited, total = 1, 0.0, 0.0
-        for line in map(json.loads, file.read_text().splitlines()):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             if "data_wait_fraction" in line:
                 seconds = (line["step"] - previous) * line["step_seconds"]
                 waited += seconds * line["data_wait_fraction"]

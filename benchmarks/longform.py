@@ -340,7 +340,7 @@ def main(_: list[str]) -> None:
         earlier = [
             entry
             for path in FLAGS["with"].value
-            for entry in json.loads(pathlib.Path(path).read_text())
+            for entry in json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         ]
         plot([*earlier, *results], FLAGS.plot)
     print(json.dumps(results))

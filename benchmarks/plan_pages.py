@@ -87,7 +87,7 @@ class Page:
 
     def stored(self) -> dict[tuple[str, str], dict]:
         """{(stage, topology): result} of stored plans whose command has not changed."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         results = {(r["stage"], r["topology"]): r for r in map(json.loads, lines)}
         return {key: r for key, r in results.items() if r["command"] == self.command(*key)}
 
@@ -146,11 +146,13 @@ class Page:
                     print(f"{stage} {topology}: failed, see above", flush=True)
                     continue
                 results[stage, topology] = result
-                self.file.write_text("".join(json.dumps(r) + "\n" for r in results.values()))
+                self.file.write_text(
+                    "".join(json.dumps(r) + "\n" for r in results.values()), encoding="utf-8"
+                )
                 missed = ", ".join(self.misses(result)) or "all targets met"
                 print(f"{stage} {topology}: {missed}", flush=True)
         page = self.render(results)
-        (ROOT / f"docs/{self.name}.md").write_text(page)
+        (ROOT / f"docs/{self.name}.md").write_text(page, encoding="utf-8")
         print(page)
         missed = {" ".join(key): self.misses(r) for key, r in results.items() if self.misses(r)}
         planned = {"planned": len(results), "of": len(STAGES) * len(self.topologies)}

@@ -134,7 +134,7 @@ def start_train(experiment: pathlib.Path, workdir: pathlib.Path, processes: int)
 def logged_losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     """(step, loss) of every line in metrics.jsonl."""
     file, found = workdir / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:  # truncated by a kill; the next run removes it
@@ -230,7 +230,7 @@ def write_corpus(folder: pathlib.Path, clips: int) -> None:
             "id": f"c{number}",
         }
         lines.append(json.dumps(line) + "\n")
-    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def start_ingest(corpus: pathlib.Path, out: pathlib.Path, workers: int) -> Run:
@@ -277,7 +277,7 @@ def soak_ingest(options: argparse.Namespace, scratch: pathlib.Path) -> tuple[dic
         "kills": options.kills,
         "shards_done_at_kill": done_at_kill,
         "shards": shards,
-        "rejected": len((killed / "rejected.jsonl").read_text().splitlines()),
+        "rejected": len((killed / "rejected.jsonl").read_text(encoding="utf-8").splitlines()),
         "seconds_undisturbed": round(seconds, 1),
         "equal": equal,
     }
@@ -298,7 +298,7 @@ def compared_report(out: pathlib.Path) -> dict:
     def compared(fields: dict) -> dict:
         return {name: value for name, value in fields.items() if name not in NOT_COMPARED}
 
-    report = compared(json.loads((out / "report.json").read_text()))
+    report = compared(json.loads((out / "report.json").read_text(encoding="utf-8")))
     return report | {"stages": [compared(stage) for stage in report["stages"]]}
 
 
@@ -307,7 +307,7 @@ def has_begun(out: pathlib.Path, phase: str) -> bool:
     if phase.startswith("stage"):
         return any((out / phase / "checkpoints").glob("[0-9]*"))
     file = out / "phases.json"
-    return file.exists() and phase in json.loads(file.read_text())
+    return file.exists() and phase in json.loads(file.read_text(encoding="utf-8"))
 
 
 def soak_demo(options: argparse.Namespace, scratch: pathlib.Path) -> tuple[dict, bool]:

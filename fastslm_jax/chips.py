@@ -150,7 +150,7 @@ class GPUTopology:
         try:
             topology = topologies.get_topology_desc(
                 platform="cuda",
-                target_config=target.read_text(),
+                target_config=target.read_text(encoding="utf-8"),
                 topology=f"{self.nodes}x1x{self.gpus}",
             )
         except NotImplementedError:

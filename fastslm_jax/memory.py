@@ -45,7 +45,11 @@ def free_bytes() -> int | None:
     meminfo = pathlib.Path("/proc/meminfo")
     if jax.default_backend() != "cpu" or not meminfo.is_file():
         return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1)
+        for line in meminfo.read_text(encoding="utf-8").splitlines()
+        if ":" in line
+    )
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 

@@ -269,7 +269,7 @@ def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
         stored.write_json(folder / name, content)
     for file in CODE:
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(model_card(given, num_files))
+    (folder / "README.md").write_text(model_card(given, num_files), encoding="utf-8")
     return tensors
 
 

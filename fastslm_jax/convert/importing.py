@@ -64,7 +64,9 @@ def import_checkpoint(
         config.base.whisper = str(out.absolute() / "bases/whisper")
         config.base.llm = str(out.absolute() / "bases/llm")
         _write_checkpoint(folder, given)
-        (folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+        (folder / "config.json").write_text(
+            config.to_json_best_effort(indent=1) + "\n", encoding="utf-8"
+        )
     return given
 
 

@@ -115,4 +115,4 @@ def set_dtypes(
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -29,7 +29,11 @@ def command_line(module: str, flag_names: Sequence[str]) -> str:
 
 def earlier_training(folder: str) -> dict[str, object]:
     """TRAINING.json of the model that training starts from, as an entry of the new one."""
-    return {"initialized_from": json.loads((pathlib.Path(folder) / "TRAINING.json").read_text())}
+    return {
+        "initialized_from": json.loads(
+            (pathlib.Path(folder) / "TRAINING.json").read_text(encoding="utf-8")
+        )
+    }
 
 
 def write(
@@ -53,7 +57,7 @@ def write(
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def publish(unfinished: pathlib.Path) -> pathlib.Path:

@@ -22,11 +22,13 @@ DURATION_EDGES = (0, 2.5, 3, 3.5, 4.5, 6, 60, 100, 140)  # seconds
 
 
 def _read_lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _scores(out: pathlib.Path, name: str, task: str) -> dict:
-    return json.loads((out / "stage3" / "eval" / name / task / "metrics.json").read_text())
+    return json.loads(
+        (out / "stage3" / "eval" / name / task / "metrics.json").read_text(encoding="utf-8")
+    )
 
 
 def _predictions(out: pathlib.Path, name: str, task: str) -> list[dict]:
@@ -75,7 +77,7 @@ def write(out: pathlib.Path, phases: dict) -> dict:
         "stages": stages,
     }
     _plot(out, summary)
-    (out / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
 

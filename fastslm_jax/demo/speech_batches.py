@@ -45,14 +45,16 @@ def read_clips(
     if split == "train":
         manifests.append(folder / corpus.TRANSCRIPTS)
     rows = [
-        json.loads(line) for manifest in manifests for line in manifest.read_text().splitlines()
+        json.loads(line)
+        for manifest in manifests
+        for line in manifest.read_text(encoding="utf-8").splitlines()
     ]
     rows = [row for row in rows if row["task"] == "asr"][:limit]
     samples = [
         audio.read_audio(folder / row["audio_filepath"])
         for row in tqdm(rows, desc=f"read {split}", mininterval=5)
     ]
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     augmentation = Augmentation(**settings["train" if split == "train" else "evaluation"])
     recordings = []
     for row in rows:

@@ -83,7 +83,7 @@ def plan(
 
     text = result.compiled.as_text()
     if hlo_file:
-        pathlib.Path(hlo_file).write_text(text)
+        pathlib.Path(hlo_file).write_text(text, encoding="utf-8")
     program = hlo.Program(text)
     # A program for several TPU slices numbers the devices of each slice from 0.
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})

@@ -41,5 +41,5 @@ def local(name: str, folder: pathlib.Path) -> str:
         return name
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(CONFIGS[name]))
+    (target / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
     return str(target)

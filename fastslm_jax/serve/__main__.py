@@ -74,7 +74,7 @@ def read_key(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        key = pathlib.Path(path).read_text().strip()
+        key = pathlib.Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"--api_key_file={path}: {reason}") from None

@@ -54,7 +54,9 @@ class Server:
         self._metrics = Metrics(worker)
         self._active, self._queue_seconds = 0, 0.0
         self._page = (
-            importlib.resources.files("fastslm_jax.serve").joinpath("page.html").read_text()
+            importlib.resources.files("fastslm_jax.serve")
+            .joinpath("page.html")
+            .read_text(encoding="utf-8")
         )
 
     def app(self) -> Starlette:

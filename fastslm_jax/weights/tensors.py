@@ -396,5 +396,5 @@ def write_sharded(
     if len(weight_map) != len(tensors):
         raise ConversionError(f"{folder}: duplicate tensor in two shards")
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return len(shards)

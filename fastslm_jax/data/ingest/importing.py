@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -32,6 +33,7 @@ _job: ImportJob  # of a worker process
 def _start_worker(job: ImportJob) -> None:
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the import, which ends its workers
 
     def exit_with_parent() -> None:
         # Workers of a killed import must not write next to those of the resumed one.
