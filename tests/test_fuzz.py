@@ -334,6 +334,7 @@ def test_safetensors(tmp_path_factory, data):
 # -------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @fuzz(0.015, 3)
 @given(st.data())
 def test_checkpoint(tmp_path_factory, data):
