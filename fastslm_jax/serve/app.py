@@ -6,7 +6,9 @@ import hmac
 import importlib.resources
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from typing import TypeVar
 
 import numpy as np
 from absl import logging
@@ -28,8 +30,10 @@ from fastslm_jax.serve.metrics import Metrics
 from fastslm_jax.serve.worker import Ask, Progress, Worker
 
 Handler = Callable[..., Awaitable[Response]]
+T = TypeVar("T")
 
 MAX_CHAT_BYTES = 50 << 20  # JSON is parsed in memory, in several copies
+DECODERS = 2  # threads
 RETRY_SECONDS = 2
 CLIENT_LEFT = 499  # nginx's status, for the log and the metrics
 PAGE_POLICY = (
@@ -53,6 +57,8 @@ class Server:
         self._created = int(time.time())
         self._metrics = Metrics(worker)
         self._active, self._queue_seconds = 0, 0.0
+        # Few, because the allocator keeps memory for each thread.
+        self._decoders = ThreadPoolExecutor(DECODERS, "decoder")
         self._page = (
             importlib.resources.files("fastslm_jax.serve")
             .joinpath("page.html")
@@ -156,7 +162,7 @@ class Server:
                     400, f"{where}: 'file' is missing; send multipart/form-data with a file", "file"
                 )
             name = display_name(upload.filename)
-            samples = await asyncio.to_thread(decode_upload, upload.file, name, self.limits)
+            samples = await self._decode(decode_upload, upload.file, name, self.limits)
         ask = fields.ask(samples)
         if fields.stream:
             return await self._event_stream(
@@ -167,17 +173,22 @@ class Server:
     async def _chat(self, request: Request, deadline: float) -> Response:
         body = await request.body()
         try:
-            given = await asyncio.to_thread(schema.parse_json, body)
+            given = await self._decode(schema.parse_json, body)
         except ValueError as error:
             raise ApiError(400, f"{request.url.path}: {error}") from None
         fields = schema.check(ChatFields, given, request.url.path, _bad)
         self._check_model(fields.model)
-        ask = await asyncio.to_thread(fields.ask, self.limits)
+        ask = await self._decode(fields.ask, self.limits)
         del body, given
         events = replies.ChatEvents(fields, self.model_name)
         if fields.stream:
             return await self._event_stream(request, ask, deadline, events)
         return events.whole(await self._finished(request, ask))
+
+    async def _decode(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._decoders, function, *arguments
+        )
 
     async def _finished(self, request: Request, ask: Ask) -> Progress:
         async with aclosing(self._results(ask)) as results:

@@ -439,7 +439,8 @@ def test_yarn_beyond_the_native_context(model, params, prompt_tokenizer, generat
     stretched = Generator(model, params, prompt_tokenizer, native_positions=native).answer(
         [request]
     )
-    rope = dataclasses.replace(model.llm.rope, factor=4.0, original_max_positions=native)
+    scaling = {"kind": "yarn", "factor": 4.0, "original_max_positions": native}
+    rope = dataclasses.replace(model.llm.rope, **scaling)
     by_hand = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
     assert stretched == Generator(by_hand, params, prompt_tokenizer).answer([request])
     assert stretched != generator.answer([request])
