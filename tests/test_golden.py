@@ -73,7 +73,7 @@ def model_and_params(checkpoint):
         config["compression_size"],
         config["detail_recovery_layers"],
     )
-    llm = pretrained.qwen3_from_config(
+    llm = pretrained.decoder_from_config(
         config["llm"], lora=LoRA(lora["r"], lora["alpha"], lora["dropout"])
     )
     model = FastSLM(encoder, hfq_former, llm)

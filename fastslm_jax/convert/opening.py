@@ -117,7 +117,7 @@ def _open_pretrained(
     encoder, llm = engine.flatten(tree["encoder"]), engine.flatten(tree["llm"])
     opened = {
         "encoder": pretrained.open_whisper(setup.whisper_folder, encoder),
-        "llm": pretrained.open_qwen3(setup.llm_folder, llm),
+        "llm": pretrained.open_decoder(setup.llm_folder, llm),
     }
     return engine.flatten(opened)
 

@@ -157,7 +157,7 @@ def make_model(
     encoder = pretrained.whisper_from_config(
         whisper_config, dtype=dtype, remat=options.remat, origin=whisper_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
-    llm = pretrained.qwen3_from_config(
+    llm = pretrained.decoder_from_config(
         llm_config, lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=llm_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
@@ -261,7 +261,7 @@ def load_pretrained(
     tree = unflatten_dict({path: leaf for path, leaf in abstract.items() if is_base(path)}, sep="/")
     loaded = {
         "encoder": pretrained.load_whisper(experiment.whisper_folder, tree["encoder"]),
-        "llm": pretrained.load_qwen3(experiment.llm_folder, tree["llm"]),
+        "llm": pretrained.load_decoder(experiment.llm_folder, tree["llm"]),
     }
     return flatten_dict(loaded, sep="/")
 

@@ -1,4 +1,4 @@
-"""Whisper and Qwen3 from Hugging Face folders or hub ids.
+"""Whisper and language models from Hugging Face folders or hub ids.
 
 A folder has config.json, safetensors files and, for the language model, a tokenizer. All sizes are
 read from config.json.
@@ -14,13 +14,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fastslm_jax import schema
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.model_configs import (
+    DecoderConfig,
     PretrainedError,
-    Qwen3Config,
     WhisperConfig,
     check_config,
 )
@@ -105,15 +105,15 @@ def whisper_from_config(
     )
 
 
-def qwen3_from_config(
+def decoder_from_config(
     config: dict,
     *,
     lora: LoRA = LoRA(),
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    origin: str = "qwen3",
-) -> Qwen3:
-    """Builds the decoder of a dense Qwen3 config.json.
+    origin: str = "llm",
+) -> Decoder:
+    """Builds the decoder of a dense Qwen3, Qwen2 or Llama config.json.
 
     Args:
         origin: where the config comes from, for error messages.
@@ -122,28 +122,26 @@ def qwen3_from_config(
         PretrainedError: a field is missing, unknown, or has a value that is not supported.
     """
     where = f"{origin}/config.json"
-    fields = check_config(Qwen3Config, config, where)
-    if fields.num_attention_heads % fields.num_key_value_heads:
-        raise PretrainedError(
-            f"{where}: {fields.num_attention_heads} heads, which is not divisible by its "
-            f"{fields.num_key_value_heads} key-value heads"
-        )
+    fields = check_config(DecoderConfig, config, where)
+    num_kv_heads, head_dim = fields.attention_sizes(where)
     if fields.layer_types and len(fields.layer_types) != fields.num_hidden_layers:
         raise PretrainedError(
             f"{where}: layer_types has {len(fields.layer_types)} entries, num_hidden_layers is "
             f"{fields.num_hidden_layers}"
         )
-    return Qwen3(
+    return Decoder(
         fields.vocab_size,
         fields.hidden_size,
         fields.num_hidden_layers,
         fields.num_attention_heads,
-        fields.num_key_value_heads,
-        fields.head_dim,
+        num_kv_heads,
+        head_dim,
         fields.intermediate_size,
         rope=fields.rope(where),
         epsilon=fields.rms_norm_eps,
         tied_embeddings=fields.tie_word_embeddings,
+        qk_norm=fields.model_type == "qwen3",
+        qkv_bias=fields.model_type == "qwen2",
         lora=lora,
         remat=remat,
         dtype=dtype,
@@ -173,18 +171,18 @@ def open_whisper(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.St
     )
 
 
-def load_qwen3(folder: str | os.PathLike, tree: dict) -> dict:
-    """Loads a Qwen3 folder, without LoRA, with the shapes, dtypes and shardings of `tree`."""
+def load_decoder(folder: str | os.PathLike, tree: dict) -> dict:
+    """Loads a language model, without LoRA, with the shapes, dtypes and shardings of `tree`."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in tree else ()
-    return engine.load(source, layouts.hf_qwen3(), tree, ignore, f"{folder}/config.json")
+    return engine.load(source, layouts.hf_decoder(), tree, ignore, f"{folder}/config.json")
 
 
-def open_qwen3(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
-    """Like `load_qwen3`, but {path: leaf} in the file's dtype: checked now, read on demand."""
+def open_decoder(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
+    """Like `load_decoder`, but {path: leaf} in the file's dtype: checked now, read on demand."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in leaves else ()
-    return engine.open_leaves(source, layouts.hf_qwen3(), leaves, ignore, f"{folder}/config.json")
+    return engine.open_leaves(source, layouts.hf_decoder(), leaves, ignore, f"{folder}/config.json")
 
 
 def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **mo
         for key, value in engine.store(tree["encoder"], layouts.hf_whisper())
     }
     save_file(whisper, folder / "whisper/model.safetensors")
-    qwen3 = dict(engine.store(tree["llm"], layouts.hf_qwen3()))
+    qwen3 = dict(engine.store(tree["llm"], layouts.hf_decoder()))
     save_file(qwen3, folder / "llm/model.safetensors")
     meta = {
         "config": json.loads(config.to_json_best_effort()),

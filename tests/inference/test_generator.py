@@ -175,7 +175,7 @@ def theirs(model, params):
         theirs = Qwen3ForCausalLM(config).eval()
         tensors = {
             tensor.key: torch.from_numpy(np.array(tensor.read()))
-            for tensor in engine.tensors(weights, layouts.hf_qwen3())
+            for tensor in engine.tensors(weights, layouts.hf_decoder())
         }
         missing, unexpected = theirs.load_state_dict(tensors, strict=False)
         assert (missing, unexpected) == (["lm_head.weight"], [])
