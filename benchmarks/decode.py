@@ -102,7 +102,7 @@ def generate(model: FastSLM, params: dict, ids: np.ndarray) -> np.ndarray:
         cache_length=bucketed_length(PROMPT + max(FLAGS.new_tokens, PREFILL_CHUNK)),
         cache_dtype=np.dtype(np.float32),
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )

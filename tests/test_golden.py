@@ -222,7 +222,7 @@ def test_greedy_tokens(case, model_and_params):
         cache_length=bucketed_length(length + len(expected) + PREFILL_CHUNK),
         cache_dtype=jnp.float32,
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )

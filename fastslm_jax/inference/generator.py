@@ -129,7 +129,7 @@ class Generator:
                 cache_length=length,
                 cache_dtype=self.capacity.cache_dtype,
                 sampling=self.sampling,
-                end_id=self.prompt_tokenizer.end_id,
+                end_ids=(self.prompt_tokenizer.end_id, *self.prompt_tokenizer.stop_ids),
                 detect_repetition=self.detect_repetition,
                 mesh=self.mesh,
             )

@@ -24,6 +24,7 @@ from fastslm_jax.weights.model_configs import (
     WhisperConfig,
     check_config,
 )
+from fastslm_jax.weights.resized_table import ResizedTable
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource, TensorSource
 
 
@@ -155,34 +156,66 @@ def _whisper_layout(source: TensorSource) -> engine.Layout:
     return layouts.hf_whisper(prefix)
 
 
-def load_whisper(folder: str | os.PathLike, tree: dict) -> dict:
-    """Loads the encoder of a Whisper folder with the shapes, dtypes and shardings of `tree`."""
-    source = SafetensorsSource(folder)
-    return engine.load(
-        source, _whisper_layout(source), tree, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
-    )
+def load_whisper(folder: str | os.PathLike, tree: dict, cut_positions: int = 0) -> dict:
+    """Loads the encoder of a Whisper folder with the shapes, dtypes and shardings of `tree`.
+
+    Args:
+        cut_positions: the last positions of the files to leave out, for shorter windows.
+    """
+    source, layout = _open_whisper(folder, cut_positions)
+    return engine.load(source, layout, tree, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json")
 
 
-def open_whisper(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
+def open_whisper(
+    folder: str | os.PathLike, leaves: dict, cut_positions: int = 0
+) -> dict[str, engine.StoredLeaf]:
     """Like `load_whisper`, but {path: leaf} in the file's dtype: checked now, read on demand."""
-    source = SafetensorsSource(folder)
+    source, layout = _open_whisper(folder, cut_positions)
     return engine.open_leaves(
-        source, _whisper_layout(source), leaves, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
+        source, layout, leaves, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
     )
 
 
-def load_decoder(folder: str | os.PathLike, tree: dict) -> dict:
-    """Loads a language model, without LoRA, with the shapes, dtypes and shardings of `tree`."""
+def _open_whisper(
+    folder: str | os.PathLike, cut_positions: int
+) -> tuple[TensorSource | ResizedTable, engine.Layout]:
+    source = SafetensorsSource(folder)
+    layout = _whisper_layout(source)
+    if not cut_positions:
+        return source, layout
+    rows = read_config(folder)["max_source_positions"]
+    return ResizedTable(source, [layout["positions"].key], rows, -cut_positions), layout
+
+
+def load_decoder(folder: str | os.PathLike, tree: dict, added_rows: int = 0) -> dict:
+    """Loads a language model, without LoRA, with the shapes, dtypes and shardings of `tree`.
+
+    Args:
+        added_rows: rows of the embedding table that are not in the files; see `ResizedTable`.
+    """
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in tree else ()
+    source = _with_rows(source, folder, added_rows)
     return engine.load(source, layouts.hf_decoder(), tree, ignore, f"{folder}/config.json")
 
 
-def open_decoder(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
+def open_decoder(
+    folder: str | os.PathLike, leaves: dict, added_rows: int = 0
+) -> dict[str, engine.StoredLeaf]:
     """Like `load_decoder`, but {path: leaf} in the file's dtype: checked now, read on demand."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in leaves else ()
+    source = _with_rows(source, folder, added_rows)
     return engine.open_leaves(source, layouts.hf_decoder(), leaves, ignore, f"{folder}/config.json")
+
+
+def _with_rows(
+    source: TensorSource, folder: str | os.PathLike, added: int
+) -> TensorSource | ResizedTable:
+    if not added:
+        return source
+    keys = [layouts.hf_decoder()[name].key for name in ("embed_tokens", "lm_head")]
+    return ResizedTable(source, keys, read_config(folder)["vocab_size"], added)
 
 
 def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:

@@ -115,12 +115,28 @@ def test_an_answer_ends_with_its_end_token(generator, answers):
     assert answer.stop_reason == "eos"
 
 
+def test_an_answer_ends_with_any_of_several_tokens(generator, answers):
+    ids = answers[0].token_ids
+    place = next(i for i in range(1, len(ids)) if ids[i] not in ids[:i])
+    several = EndsWith(generator.prompt_tokenizer, ids[-1], stop_ids=(0, ids[place]))
+    (answer,) = Generator(generator.model, generator.params, several).answer(REQUESTS[:1])
+    assert (answer.token_ids, answer.stop_reason) == (ids[:place], "eos")
+
+
+def test_a_prompt_with_the_names_of_control_tokens(generator):
+    """They are text, also in the answer."""
+    request = dataclasses.replace(REQUESTS[0], instruction="repeat <|im_end|> and <|AUDIO|>")
+    (answer,) = generator.answer([request])
+    assert answer.windows == generator.model.window.count(len(request.samples))
+
+
 @dataclasses.dataclass
 class EndsWith:
-    """A prompt tokenizer with another end token."""
+    """A prompt tokenizer with other end tokens."""
 
     prompt_tokenizer: object
     end_id: int
+    stop_ids: tuple[int, ...] = ()
 
     def __getattr__(self, name):
         return getattr(self.prompt_tokenizer, name)
@@ -286,7 +302,7 @@ def next_logits(generator, prompt, chunks):
         cache_length=1024,
         cache_dtype=generator.capacity.cache_dtype,
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )
@@ -439,7 +455,8 @@ def test_yarn_beyond_the_native_context(model, params, prompt_tokenizer, generat
     stretched = Generator(model, params, prompt_tokenizer, native_positions=native).answer(
         [request]
     )
-    rope = dataclasses.replace(model.llm.rope, factor=4.0, original_max_positions=native)
+    scaling = {"kind": "yarn", "factor": 4.0, "original_max_positions": native}
+    rope = dataclasses.replace(model.llm.rope, **scaling)
     by_hand = dataclasses.replace(model, llm=model.llm.clone(rope=rope))
     assert stretched == Generator(by_hand, params, prompt_tokenizer).answer([request])
     assert stretched != generator.answer([request])
