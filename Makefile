@@ -18,7 +18,7 @@ RUN := .venv/.run-installed
 TEST := .venv/.test-installed
 GPU := .venv/.gpu-compile-installed
 
-.PHONY: demo test test-gpu-compile fuzz lint clean
+.PHONY: demo test test-gpu-compile test-real fuzz lint clean
 
 demo: $(RUN)
 	$(VENV)/python -m fastslm_jax.demo --out=$(OUT) --seed=$(SEED)
@@ -29,6 +29,11 @@ test: $(TEST)
 # Compiles train steps and generation for GPUs, without one (1.7 GB of wheels).
 test-gpu-compile: $(GPU)
 	$(VENV)/python -m pytest -m gpu_compile $(ARGS)
+
+# Pretrained weights and recordings of people (tests/real/test_real.py says which): FASTSLM_REAL=DIR.
+test-real: $(TEST)
+	@test -n "$(FASTSLM_REAL)" || { echo "error: name the folder: make test-real FASTSLM_REAL=DIR"; exit 2; }
+	FASTSLM_REAL="$(FASTSLM_REAL)" $(VENV)/python -m pytest --noconftest -rP tests/real $(ARGS)
 
 # Mutated files of all kinds (tests/test_fuzz.py), about ten minutes.
 fuzz: $(TEST)

@@ -31,9 +31,9 @@ from fastslm_jax import devices
 from fastslm_jax.inference.batching import ContinuousBatch, Prompt
 from fastslm_jax.inference.capacity import PREFILL_CHUNK, bucketed_length
 from fastslm_jax.inference.sampling import SamplingParams
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
 
@@ -62,7 +62,7 @@ def build(size: str) -> tuple[FastSLM, dict, Qwen3ForCausalLM]:
     The speech encoder and the HFQ-Former are stubs; prompts have no audio.
     """
     vocab, width, layers, heads, kv_heads, head_dim, mlp = SIZES[size]
-    llm = Qwen3(vocab, width, layers, heads, kv_heads, head_dim, mlp, scan_layers=False)
+    llm = Decoder(vocab, width, layers, heads, kv_heads, head_dim, mlp, scan_layers=False)
     model = FastSLM(WhisperEncoder(64, 1, 1, 64, 80, 50), HFQFormer(width, (2, 2), 2), llm)
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0))["llm"], sep="/")
     rng, weights = np.random.default_rng(0), {}
@@ -82,7 +82,7 @@ def build(size: str) -> tuple[FastSLM, dict, Qwen3ForCausalLM]:
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope.theta},
     )
     reference = Qwen3ForCausalLM(config).eval()
-    tensors = engine.tensors(weights, layouts.hf_qwen3())
+    tensors = engine.tensors(weights, layouts.hf_decoder())
     state = {tensor.key: torch.from_numpy(np.array(tensor.read())) for tensor in tensors}
     reference.load_state_dict(state, strict=False)
     reference.tie_weights()
@@ -102,7 +102,7 @@ def generate(model: FastSLM, params: dict, ids: np.ndarray) -> np.ndarray:
         cache_length=bucketed_length(PROMPT + max(FLAGS.new_tokens, PREFILL_CHUNK)),
         cache_dtype=np.dtype(np.float32),
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )

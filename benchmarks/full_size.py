@@ -68,7 +68,7 @@ def write_bases(scratch: pathlib.Path, small: bool = False) -> ConfigDict:
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(ml_dtypes.bfloat16)
     for name, prefix, layout in (
         ("whisper", "encoder/", layouts.hf_whisper()),
-        ("llm", "llm/", layouts.hf_qwen3()),
+        ("llm", "llm/", layouts.hf_decoder()),
     ):
         leaves = {
             path.removeprefix(prefix): leaf

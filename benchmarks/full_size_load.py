@@ -77,7 +77,7 @@ def measure(scratch: pathlib.Path) -> dict:
         started = time.perf_counter()
         params = {
             "encoder": pretrained.load_whisper(scratch / "whisper", tree["encoder"]),
-            "llm": pretrained.load_qwen3(scratch / "llm", tree["llm"]),
+            "llm": pretrained.load_decoder(scratch / "llm", tree["llm"]),
         }
         load_seconds = time.perf_counter() - started
     parameter_bytes = sum(leaf.nbytes for leaf in flatten_dict(params).values())

@@ -247,7 +247,7 @@ class Chip:
             lambda leaf: self.array(np.shape(leaf), leaf.dtype), programs.DecodeState.idle(1)
         )
         controls = SamplingParams().controls()
-        end_id, max_steps, enough, detect_repetition = 0, 64, 1, True
+        end_ids, max_steps, enough, detect_repetition = np.zeros(1, np.int32), 64, 1, True
         return programs.decode.lower(
             self.model,
             self.params,
@@ -255,7 +255,7 @@ class Chip:
             rows,
             None,
             controls,
-            end_id,
+            end_ids,
             max_steps,
             enough,
             detect_repetition,

@@ -56,7 +56,8 @@ def full_size() -> ConfigDict:
     config.model = ConfigDict(
         {
             "stage_tokens": (80, 80, 80),  # queries of each HFQ-Former compression stage
-            "compression_size": 50,  # speech tokens of a window
+            "window_seconds": 0.0,  # shorter windows, a multiple of 0.02; 0 for the encoder's own
+            "compression_size": 50,  # speech tokens of a window; 0 for 1.67 per second
             "detail_recovery_layers": 2,  # of the HFQ-Former
             "query_init": "normal",  # "temporal": queries with a temporal alignment prior
             "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
@@ -67,6 +68,7 @@ def full_size() -> ConfigDict:
             "scan_layers": True,  # False unrolls: faster for small models, slower to compile
             "dtype": "bfloat16",  # of activations
             "base_dtype": "bfloat16",  # of the pretrained weights
+            "chat_template": "",  # the tokenizer's, or "chatml" for one that has none
         }
     )
     config.data = ConfigDict(

@@ -66,7 +66,7 @@ class Lora(Fields):
 
 class Model(Fields):
     stage_tokens: Annotated[tuple[Slots, ...], Field(min_length=1, max_length=8)]
-    compression_size: Slots
+    compression_size: Annotated[int, Field(ge=0, le=1_000_000)]
     detail_recovery_layers: Layers
     query_init: Literal["normal", "temporal"]
     lora: Lora
@@ -77,6 +77,8 @@ class Model(Fields):
     scan_layers: bool
     dtype: Dtype
     base_dtype: Dtype
+    chat_template: Literal["", "chatml"] = ""
+    window_seconds: NotNegative = 0.0
 
 
 class Join(Fields):

@@ -25,11 +25,11 @@ from fastslm_jax.data import packing, prompts
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
 from fastslm_jax.demo import examples
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.layers import sinusoids
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
 VOCAB_ROWS = 320  # embedding rows: 300 tokens, nine added tokens, and some unused rows
@@ -80,7 +80,7 @@ def model() -> FastSLM:
     hfq_former = HFQFormer(
         output_width=32, stage_tokens=(4, 4, 4), compression_size=3, detail_recovery_layers=1
     )
-    llm = Qwen3(
+    llm = Decoder(
         vocab_size=VOCAB_ROWS,
         width=32,
         num_layers=2,

@@ -33,10 +33,10 @@ from fastslm_jax import config as config_lib
 from fastslm_jax import distributed, sharding
 from fastslm_jax.data import packing
 from fastslm_jax.data.prompts import Encoded
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.training import optim
 from fastslm_jax.training import step as steps
@@ -68,7 +68,7 @@ def make_model() -> FastSLM:
         hfq_former=HFQFormer(
             output_width=32, stage_tokens=(4, 4), compression_size=3, detail_recovery_layers=1
         ),
-        llm=Qwen3(
+        llm=Decoder(
             vocab_size=64,
             width=32,
             num_layers=2,

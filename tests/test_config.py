@@ -43,16 +43,16 @@ COUNTS = (
     *("global_batch_size", "accumulate", "loss_chunk", "steps", "log_every", "eval_every"),
     *("checkpoint_every", "keep_checkpoints", "max_skipped", "eval.batch_size", "data.prefetch"),
     *("data.dev_utterances", "data.row.windows", "data.row.tokens", "data.row.labels"),
-    "model.compression_size",
 )
 NOT_NEGATIVE = (
     *("seed", "data.workers", "model.window_batch", "model.lora.rank", "optimizer.warmup_steps"),
-    "model.detail_recovery_layers",
+    *("model.detail_recovery_layers", "model.compression_size"),
 )
 FLOATS = (
     *("model.lora.alpha", "model.lora.dropout", "input_token_noise", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.b1", "optimizer.b2", "optimizer.clip_norm"),
     *("optimizer.final_fraction", "optimizer.adam_learning_rate_ratio", "data.train.long.weight"),
+    "model.window_seconds",
     *("data.train.long.join.min_seconds", "data.train.long.join.max_seconds"),
 )
 CASES = [
@@ -68,6 +68,7 @@ CASES = [
     ("model.detail_recovery_layers", 10**7),
     ("model.lora.dropout", 1.0),
     ("model.query_init", "other"),
+    ("model.chat_template", "alpaca"),
     ("model.audio_padding", "none"),
     ("model.scan_layers", 1),
     ("optimizer.learning_rate", 0.0),

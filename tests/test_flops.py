@@ -15,10 +15,10 @@ from fastslm_jax import config as config_lib
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.models import log_mel
 from fastslm_jax.models.attention import AttentionKernel, CausalSegments
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.training import optim, specs
 from fastslm_jax.training import step as steps
@@ -173,7 +173,7 @@ def test_minimum_of_a_fifteen_minute_row_at_full_size():
     model = FastSLM(
         encoder=WhisperEncoder(1280, 32, 20, 5120, 128, 1500),
         hfq_former=HFQFormer(2560, (80, 80, 80), 50, 2),
-        llm=Qwen3(151_936, 2560, 36, 32, 8, 128, 9728, lora=LoRA(16)),
+        llm=Decoder(151_936, 2560, 36, 32, 8, 128, 9728, lora=LoRA(16)),
     )
     terms = flops.minimum(model, RowShape(windows=30, tokens=6144, labels=4608))
     assert {name: round(value / 1e9) for name, value in terms.items()} == {

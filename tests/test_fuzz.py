@@ -290,7 +290,7 @@ def test_pretrained_config(tmp_path_factory, data):
         st.sampled_from(
             (
                 ("demo_whisper", pretrained.whisper_from_config),
-                ("demo_llm", pretrained.qwen3_from_config),
+                ("demo_llm", pretrained.decoder_from_config),
             )
         )
     )

@@ -73,7 +73,7 @@ def model_and_params(checkpoint):
         config["compression_size"],
         config["detail_recovery_layers"],
     )
-    llm = pretrained.qwen3_from_config(
+    llm = pretrained.decoder_from_config(
         config["llm"], lora=LoRA(lora["r"], lora["alpha"], lora["dropout"])
     )
     model = FastSLM(encoder, hfq_former, llm)
@@ -222,7 +222,7 @@ def test_greedy_tokens(case, model_and_params):
         cache_length=bucketed_length(length + len(expected) + PREFILL_CHUNK),
         cache_dtype=jnp.float32,
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )

@@ -83,7 +83,9 @@ def write(folder: pathlib.Path) -> None:
         dict(engine.store(tree["encoder"], layouts.hf_whisper())),
         folder / "whisper/model.safetensors",
     )
-    save_file(dict(engine.store(tree["llm"], layouts.hf_qwen3())), folder / "llm/model.safetensors")
+    save_file(
+        dict(engine.store(tree["llm"], layouts.hf_decoder())), folder / "llm/model.safetensors"
+    )
 
     lines = []
     for number in range(24):

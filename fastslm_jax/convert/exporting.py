@@ -29,6 +29,7 @@ from fastslm_jax.weights.tensors import (
 
 if typing.TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
 LAYOUTS = ("released", "peft", "hf")
 CODE = tuple(  # the PyTorch model: every "hf" folder has a copy of these files
@@ -137,7 +138,7 @@ def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
         "n_mels": encoder.num_mels,
         "n_audio_ctx": encoder.max_positions,
         "stage_tokens": list(options.stage_tokens),
-        "compression_size": options.compression_size,
+        "compression_size": given.model.tokens_per_window,
         "detail_recovery_layers": options.detail_recovery_layers,
         "llm": given.llm_config,
         "lora": {
@@ -151,8 +152,18 @@ def write_released(folder: pathlib.Path, given: Stored) -> list[Tensor]:
         "audio_padding": options.audio_padding,
     }
     stored.write_json(folder / "config.json", config)
-    given.load_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = given.load_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    stored.write_json(
+        folder / "tokenizer/generation_config.json", {"eos_token_id": _end_ids(tokenizer)}
+    )
     return tensors
+
+
+def _end_ids(tokenizer: "PreTrainedTokenizerFast") -> int | list[int]:
+    """The ids that end an answer, as in generation_config.json; the first is the trained one."""
+    ids = prompts.PromptTokenizer(tokenizer).end_ids
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def write_torch(weights: pathlib.Path, out: pathlib.Path) -> None:
@@ -236,6 +247,7 @@ def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
         targets = rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(layouts.LORA_TARGETS)})"
         tensors += _write_adapter(folder, given, adapter, targets, base=None)
     tokenizer = given.load_tokenizer()
+    end_ids = _end_ids(tokenizer)
     tokenizer.chat_template = chat_template(tokenizer.chat_template)
     tokenizer.save_pretrained(folder)
     encoder = given.model.encoder
@@ -248,7 +260,7 @@ def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
         "generation_config.json": {
             "do_sample": False,
             "max_new_tokens": 512,  # of prompts without audio
-            "eos_token_id": tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
+            "eos_token_id": end_ids,
             "pad_token_id": tokenizer.pad_token_id,
         },
         "preprocessor_config.json": {
@@ -260,7 +272,7 @@ def write_hf(folder: pathlib.Path, given: Stored) -> list[Tensor]:
             "n_fft": audio.N_FFT,
             "hop_length": audio.HOP,
             "window_frames": given.model.window.frames,
-            "tokens_per_window": options.compression_size,
+            "tokens_per_window": given.model.tokens_per_window,
             "audio_padding": options.audio_padding,
         },
         "processor_config.json": {"processor_class": "FastSLMProcessor", "auto_map": auto_map},
@@ -313,7 +325,7 @@ def _hf_config(given: Stored, audio_token_id: int) -> dict:
             if name not in ("torch_dtype", "dtype", "_name_or_path")
         },
         "stage_tokens": list(options.stage_tokens),
-        "compression_size": options.compression_size,
+        "compression_size": given.model.tokens_per_window,
         "detail_recovery_layers": options.detail_recovery_layers,
         "head_dim": given.model.hfq_former.head_dim,
         "audio_token_id": audio_token_id,
@@ -346,7 +358,7 @@ pipeline_tag: automatic-speech-recognition
 A speech language model: audio in, text out.
 
 - Whisper encoder: width {model.encoder.width}, {model.encoder.num_layers} layers
-- HFQ-Former: {options.compression_size} tokens per window of {model.window.seconds:g} s
+- HFQ-Former: {model.tokens_per_window} tokens per window of {model.window.seconds:g} s
 - Decoder: width {model.llm.width}, {model.llm.num_layers} layers
 
 {lora}

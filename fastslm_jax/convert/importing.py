@@ -20,6 +20,11 @@ from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import atomic_folder, write_sharded
 
+ARCHITECTURES = {  # by model_type
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -117,10 +122,10 @@ def _write_llm(folder: pathlib.Path, given: Stored) -> None:
         for name, value in given.llm_config.items()
         if name not in ("torch_dtype", "_name_or_path")
     }
-    config["architectures"] = ["Qwen3ForCausalLM"]
+    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     config["dtype"] = stored.common_dtype(leaves.values())
     stored.write_json(folder / "config.json", config)
-    write_sharded(folder, engine.tensors(leaves, layouts.hf_qwen3()))
+    write_sharded(folder, engine.tensors(leaves, layouts.hf_decoder()))
     for name in TOKENIZER_FILES:
         if (given.tokenizer / name).is_file():
             shutil.copyfile(given.tokenizer / name, folder / name)

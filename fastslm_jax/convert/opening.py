@@ -100,7 +100,7 @@ def open_workdir(path: str | os.PathLike, step: int | None = None) -> Stored:
         config,
         setup.model,
         leaves,
-        pretrained.read_config(setup.llm_folder),
+        pretrained.read_config(setup.llm_folder) | {"vocab_size": setup.model.llm.vocab_size},
         setup.llm_folder,
         step=step,
         meta=meta,
@@ -116,8 +116,8 @@ def _open_pretrained(
     )
     encoder, llm = engine.flatten(tree["encoder"]), engine.flatten(tree["llm"])
     opened = {
-        "encoder": pretrained.open_whisper(setup.whisper_folder, encoder),
-        "llm": pretrained.open_qwen3(setup.llm_folder, llm),
+        "encoder": pretrained.open_whisper(setup.whisper_folder, encoder, setup.cut_positions),
+        "llm": pretrained.open_decoder(setup.llm_folder, llm, setup.added_rows),
     }
     return engine.flatten(opened)
 

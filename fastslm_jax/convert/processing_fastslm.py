@@ -51,7 +51,13 @@ class FastSLMProcessor(ProcessorMixin):
         Args:
             task: "asr", "ast", "ssum" or "sqqa".
             prompt: replaces the task's own instruction.
+
+        Raises:
+            ValueError: the prompt contains a control token, such as <|im_end|>.
         """
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if prompt and token.special and token.content in prompt:
+                raise ValueError(f"the prompt contains the control token {token.content}")
         recordings = audio if isinstance(audio, (list, tuple)) else [audio]
         text = [{"type": "text", "text": prompt}] if prompt else []
         content = [{"type": "audio"}, *text]

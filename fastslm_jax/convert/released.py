@@ -74,6 +74,9 @@ def open_released(
     metadata = _read_metadata(folder)
     llm_config, tokenizer = _find_llm(path, folder, metadata, llm)
     sizes = _sizes_of(source)
+    if llm is not None:  # rows may have been appended for the added tokens
+        rows = max(llm_config.get("vocab_size") or 0, sizes["vocab_rows"])
+        llm_config = llm_config | {"vocab_size": rows}
     _check_sizes(sizes, metadata, folder / "config.json", source)
     config = _config_of(sizes, metadata, source, lora_alpha)
     whisper_config = {
@@ -188,6 +191,7 @@ def _sizes_of(source: TensorSource) -> dict:
         "compression_size": shape("encoder.compressor.query", 3)[1],
         "detail_recovery_layers": count(r"encoder\.out_attn\.(\d{1,6})\."),
         "lora_rank": shape(lora_a, 2)[0],
+        "vocab_rows": shape(f"{layouts.RELEASED_LLM}model.embed_tokens.weight", 2)[0],
     }
 
 

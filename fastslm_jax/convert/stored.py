@@ -70,7 +70,10 @@ class Stored:
         }
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
-        return prompts.load_tokenizer(self.tokenizer, self.model.llm.vocab_size)
+        chat_template = self.config.model.get("chat_template", "")
+        return prompts.load_tokenizer(
+            self.tokenizer, self.model.llm.vocab_size, chat_template=chat_template
+        )
 
     def original_dtype(self, path: str) -> np.dtype | None:
         """The dtype of a parameter in the file that a working directory was imported from."""

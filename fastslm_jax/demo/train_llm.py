@@ -26,7 +26,7 @@ from fastslm_jax import cli
 from fastslm_jax.data import prompts
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import examples, model_folder, text_rows, training_loop
-from fastslm_jax.models.qwen3 import Qwen3
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.training import optim
 from fastslm_jax.weights import engine, layouts, pretrained
 
@@ -97,7 +97,7 @@ def train_tokenizer(folder: pathlib.Path, vocab_size: int, seed: int) -> None:
 
 
 def input_embeddings(
-    model: Qwen3, params: dict, noise: jax.Array, ids: jax.Array, weights: jax.Array
+    model: Decoder, params: dict, noise: jax.Array, ids: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Inputs [batch, length, width] from the fields of `text_rows.TextExample`."""
     words = model.apply({"params": params}, ids, method="embed")
@@ -108,7 +108,7 @@ def input_embeddings(
 
 
 def exact_match(
-    model: Qwen3, tokenizer: PreTrainedTokenizerBase, count: int
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> Callable[[dict], dict[str, float]]:
     """Builds parameters -> fraction of dev examples with every answer token right (teacher-forced).
 
@@ -164,13 +164,13 @@ def train_llm(
     Returns:
         the parameters, and figures of the training.
     """
-    model, history = pretrained.qwen3_from_config(CONFIG), {}
+    model, history = pretrained.decoder_from_config(CONFIG), {}
     params = model.init(
         jax.random.key(seed), jnp.zeros((1, 2, model.width)), jnp.zeros((1, 2), jnp.int32)
     )["params"]
     if init:
         history = model_folder.earlier_training(init)
-        params = pretrained.load_qwen3(init, params)
+        params = pretrained.load_decoder(init, params)
         for file in pathlib.Path(init).glob("*token*"):
             shutil.copy(file, folder)
         shutil.copy(pathlib.Path(init) / "chat_template.jinja", folder)
@@ -223,7 +223,7 @@ def main(_: Sequence[str]) -> None:
     params, figures = train_llm(unfinished, FLAGS.llm_steps, FLAGS.seed, FLAGS.llm_init)
     command = model_folder.command_line("train_llm", ("seed", "llm_steps", "out", "llm_init"))
     training = {"command": command, "seed": FLAGS.seed, **figures}
-    tensors = engine.store(params, layouts.hf_qwen3())
+    tensors = engine.store(params, layouts.hf_decoder())
     model_folder.write(unfinished, CONFIG, tensors, training)
     print(f"{model_folder.publish(unfinished)}: {json.dumps(figures)}")
 

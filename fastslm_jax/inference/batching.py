@@ -59,7 +59,7 @@ class ContinuousBatch:
     Args:
         rows: prompts that decode at the same time.
         cache_length: positions of each row, prompt and answer.
-        end_id: the token that ends an answer.
+        end_ids: the tokens that end an answer.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class ContinuousBatch:
         cache_length: int,
         cache_dtype: jnp.dtype,
         sampling: SamplingParams,
-        end_id: int,
+        end_ids: Sequence[int],
         detect_repetition: bool,
         mesh: Mesh | None,
     ):
         self.model, self.params, self.sampling, self.mesh = model, params, sampling, mesh
-        self.end_id, self.detect_repetition = end_id, detect_repetition
+        self.end_ids, self.detect_repetition = tuple(end_ids), detect_repetition
         self.cache = programs.empty_cache(
             model, rows=rows, cache_length=cache_length, dtype=cache_dtype, mesh=mesh
         )
@@ -140,7 +140,7 @@ class ContinuousBatch:
             self.state,
             self.seen,
             self.sampling.controls(),
-            self.end_id,
+            np.array(self.end_ids, np.int32),
             max_steps,
             enough,
             self.detect_repetition,
@@ -162,7 +162,7 @@ class ContinuousBatch:
         return [running for _, running in advanced]
 
     def _stop_reason(self, row: int, running: Running) -> str:
-        if running.tokens[-1] == self.end_id:
+        if running.tokens[-1] in self.end_ids:
             return "eos"
         return "loop" if self.state.looped[row] else "budget"
 

@@ -207,7 +207,7 @@ def decode(
     state: DecodeState,
     seen: jax.Array | None,
     controls: sampling.Controls,
-    end_id: int,
+    end_ids: jax.Array,
     max_steps: int,
     enough: int,
     detect_repetition: bool,
@@ -219,7 +219,7 @@ def decode(
 
     Args:
         seen: [b, v], tokens that the repetition penalty acts on; None: no penalty.
-        end_id: the token that ends an answer.
+        end_ids: [e], the tokens that end an answer.
 
     Returns:
         The cache, the state, and the new tokens [b, DECODE_STEPS], of which the first ones of a row
@@ -242,7 +242,7 @@ def decode(
         if seen is not None:
             seen = seen | (jax.nn.one_hot(token, seen.shape[1], dtype=bool) & running[:, None])
         recent, repeated, looped = repetition.advance(state.recent, state.repeated, token)
-        ended, count = token == end_id, state.count + running
+        ended, count = jnp.isin(token, end_ids), state.count + running
         looped = looped & running & ~ended & detect_repetition
         state = state.replace(
             token=token,

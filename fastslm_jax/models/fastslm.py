@@ -1,4 +1,4 @@
-"""FastSLM (arXiv 2601.06199): Whisper encoder → HFQ-Former → Qwen3 with LoRA.
+"""FastSLM (arXiv 2601.06199): Whisper encoder → HFQ-Former → decoder with LoRA.
 
 The model is a set of pure functions over one parameter dict:
 params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}.
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from fastslm_jax import audio
 from fastslm_jax.models import log_mel
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.query_init import temporal_query_init
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
 
@@ -32,7 +32,7 @@ class FastSLM:
 
     encoder: WhisperEncoder
     hfq_former: HFQFormer
-    llm: Qwen3
+    llm: Decoder
     window_batch: int = 0
     audio_padding: str = "released"
     query_init: str = "normal"

@@ -127,7 +127,7 @@ class Program:
         return body
 
     def source(self, instruction: Instruction) -> str:
-        """The line of this package that an instruction comes from: "models/qwen3.py:62", or ""."""
+        """The line of this package of an instruction: "models/decoder.py:62", or ""."""
         frame = _number(instruction.attributes, "stack_frame_id")
         while frame:
             entry = self._tables.get("StackFrames", {}).get(frame, "")

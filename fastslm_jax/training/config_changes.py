@@ -41,6 +41,8 @@ def warn_of_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) 
 def differences(before: Mapping, config: ConfigDict) -> list[str]:
     """The fields that affect training and differ from those in a checkpoint.
 
+    A field that the checkpoint is too old to have was off: empty or 0.
+
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
     was, now = _flatten(before), _flatten(json.loads(config.to_json_best_effort()))
@@ -48,7 +50,7 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
         f"config.{field} was {was.get(field)!r} before the resume and is now {now.get(field)!r}"
         for field in sorted(set(was) | set(now))
         if not (field in FREE_FIELDS or field.startswith(FREE_GROUPS))
-        and was.get(field) != now.get(field)
+        and (was.get(field) or None) != (now.get(field) or None)
     ]
 
 

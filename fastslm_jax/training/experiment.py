@@ -25,7 +25,7 @@ from fastslm_jax.models import attention
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.training import optim
+from fastslm_jax.training import base_configs, optim
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.training.step import StepConfig
 from fastslm_jax.weights import pretrained
@@ -38,6 +38,10 @@ class Experiment:
     Attributes:
         model: the modules.
         whisper_folder, llm_folder: pretrained weights, config.json and tokenizer.
+        chat_template: config.model.chat_template.
+        cut_positions: positions of the encoder that are left out, for shorter windows.
+        added_rows: rows of the embedding table that the added tokens need beyond the pretrained
+            ones.
         base_dtype: dtype of the pretrained weights on device.
         trainable: (pattern, is trained) by parameter path; the first match decides.
         row: slots of a packed row.
@@ -50,6 +54,9 @@ class Experiment:
     model: FastSLM
     whisper_folder: pathlib.Path
     llm_folder: pathlib.Path
+    chat_template: str
+    cut_positions: int
+    added_rows: int
     base_dtype: np.dtype
     trainable: tuple[tuple[str, bool], ...]
     row: packing.RowShape
@@ -60,7 +67,9 @@ class Experiment:
 
     def prompt_tokenizer(self) -> prompts.PromptTokenizer:
         return prompts.PromptTokenizer(
-            prompts.load_tokenizer(self.llm_folder, self.model.llm.vocab_size)
+            prompts.load_tokenizer(
+                self.llm_folder, self.model.llm.vocab_size, chat_template=self.chat_template
+            )
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -104,10 +113,19 @@ def build(
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     kernel = attention.choose(config.model.attention, platform, jnp.dtype(config.model.dtype), mesh)
     schedule, optimizer = _make_optimizer(config.optimizer, config.steps)
+    chat_template = config.model.get("chat_template", "")  # checkpoints may lack newer fields
+    llm_config, added_rows = base_configs.with_added_rows(
+        pretrained.read_config(llm_folder), llm_folder, chat_template
+    )
+    whisper_config, cut_positions = base_configs.with_window(
+        pretrained.read_config(whisper_folder),
+        config.model.get("window_seconds", 0),
+        str(whisper_folder),
+    )
     model = make_model(
         config.model,
-        pretrained.read_config(whisper_folder),
-        pretrained.read_config(llm_folder),
+        whisper_config,
+        llm_config,
         whisper_origin=str(whisper_folder),
         llm_origin=str(llm_folder),
         kernel=kernel,
@@ -117,6 +135,9 @@ def build(
         model=model,
         whisper_folder=whisper_folder,
         llm_folder=llm_folder,
+        chat_template=chat_template,
+        cut_positions=cut_positions,
+        added_rows=added_rows,
         base_dtype=jnp.dtype(config.model.base_dtype),
         trainable=tuple((pattern, is_trained) for pattern, is_trained in config.trainable),
         row=row,
@@ -157,13 +178,13 @@ def make_model(
     encoder = pretrained.whisper_from_config(
         whisper_config, dtype=dtype, remat=options.remat, origin=whisper_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
-    llm = pretrained.qwen3_from_config(
+    llm = pretrained.decoder_from_config(
         llm_config, lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=llm_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
     hfq_former = HFQFormer(
         llm.width,
         tuple(options.stage_tokens),
-        options.compression_size,
+        options.compression_size or base_configs.speech_tokens(encoder.max_positions),
         options.detail_recovery_layers,
         attention_kernel=kernel,
         dtype=dtype,
@@ -260,8 +281,10 @@ def load_pretrained(
     """
     tree = unflatten_dict({path: leaf for path, leaf in abstract.items() if is_base(path)}, sep="/")
     loaded = {
-        "encoder": pretrained.load_whisper(experiment.whisper_folder, tree["encoder"]),
-        "llm": pretrained.load_qwen3(experiment.llm_folder, tree["llm"]),
+        "encoder": pretrained.load_whisper(
+            experiment.whisper_folder, tree["encoder"], experiment.cut_positions
+        ),
+        "llm": pretrained.load_decoder(experiment.llm_folder, tree["llm"], experiment.added_rows),
     }
     return flatten_dict(loaded, sep="/")
 

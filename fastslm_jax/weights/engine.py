@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fastslm_jax.weights.resized_table import ResizedTable
 from fastslm_jax.weights.tensors import (
     DTYPES,
     FLOATS,
@@ -130,7 +131,10 @@ def summarize(names: Sequence[str]) -> str:
 
 
 def _check(
-    source: TensorSource, entries: Sequence[_Entry], ignore: Sequence[str], sizes_from: str
+    source: TensorSource | ResizedTable,
+    entries: Sequence[_Entry],
+    ignore: Sequence[str],
+    sizes_from: str,
 ) -> None:
     """Raises ConversionError unless the source has exactly the expected tensors."""
     expected = {entry.key: entry for entry in entries}
@@ -159,7 +163,7 @@ def _check(
 
 
 def open_leaves(
-    source: TensorSource,
+    source: TensorSource | ResizedTable,
     layout: Layout,
     leaves: Mapping,
     ignore: Sequence[str] = (),
@@ -189,7 +193,7 @@ def open_leaves(
     }
 
 
-def _tensor(source: TensorSource, key: str, rule: Rule) -> Tensor:
+def _tensor(source: TensorSource | ResizedTable, key: str, rule: Rule) -> Tensor:
     """A tensor of the checkpoint with the axes of its leaf."""
     shape, dtype = rule.to_leaf(source.shape(key)), DTYPES[source.dtype(key)]
 
@@ -199,7 +203,9 @@ def _tensor(source: TensorSource, key: str, rule: Rule) -> Tensor:
     return Tensor(key, shape, dtype, read)
 
 
-def match_tensors(source: TensorSource, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+def match_tensors(
+    source: TensorSource | ResizedTable, layout: Layout
+) -> tuple[dict[str, Tensor], list[str]]:
     """Maps every tensor of a checkpoint to our names, even if they do not form a complete model.
 
     Returns:
@@ -228,7 +234,7 @@ def match_tensors(source: TensorSource, layout: Layout) -> tuple[dict[str, Tenso
 
 
 def load(
-    source: TensorSource,
+    source: TensorSource | ResizedTable,
     layout: Layout,
     tree: Mapping,
     ignore: Sequence[str] = (),
@@ -264,7 +270,7 @@ def load(
 
 
 def _reader(
-    source: TensorSource, rule: Rule, keys: Sequence[str], leaf: jax.ShapeDtypeStruct
+    source: TensorSource | ResizedTable, rule: Rule, keys: Sequence[str], leaf: jax.ShapeDtypeStruct
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index of the leaf to that slice; each slice is read from disk once.
 

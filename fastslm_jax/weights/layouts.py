@@ -13,7 +13,7 @@ RELEASED_LLM = "llm.base_model.model."  # PEFT's prefix inside the authors' modu
 HF_DECODER = "model.language_model."  # the decoder inside an exported PyTorch model
 
 _QKVO = ("query", "key", "value", "out")
-_QWEN3_PROJECTIONS = {
+_DECODER_PROJECTIONS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -22,7 +22,7 @@ _QWEN3_PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-LORA_TARGETS = tuple(name.split(".")[1] for name in _QWEN3_PROJECTIONS.values())
+LORA_TARGETS = tuple(name.split(".")[1] for name in _DECODER_PROJECTIONS.values())
 
 
 def _linear(path: str, key: str, bias: bool = True) -> dict[str, Rule]:
@@ -65,7 +65,7 @@ def hf_whisper(prefix: str = "model.encoder.") -> Layout:
     }
 
 
-def hf_qwen3(prefix: str = "", base: str = "", decoder: str = "model.") -> Layout:
+def hf_decoder(prefix: str = "", base: str = "", decoder: str = "model.") -> Layout:
     """Hugging Face's Qwen3, Qwen2 or Llama for causal language modeling.
 
     The decoder without its head is the submodule `decoder`. PEFT appends `base` (".base_layer") to
@@ -82,7 +82,7 @@ def hf_qwen3(prefix: str = "", base: str = "", decoder: str = "model.") -> Layou
         "layers/query_norm/scale": Rule(f"{block}self_attn.q_norm.weight"),
         "layers/key_norm/scale": Rule(f"{block}self_attn.k_norm.weight"),
     }
-    for ours, theirs in _QWEN3_PROJECTIONS.items():
+    for ours, theirs in _DECODER_PROJECTIONS.items():
         has_bias = ours in ("query", "key", "value")
         rules |= _linear(f"layers/{ours}", f"{block}{theirs}{base}", bias=has_bias)
     return rules
@@ -93,7 +93,7 @@ def peft_lora(
 ) -> Layout:
     """PEFT's LoRA. Names include `adapter` (".default") in a loaded model, but not in files."""
     rules = {}
-    for ours, theirs in _QWEN3_PROJECTIONS.items():
+    for ours, theirs in _DECODER_PROJECTIONS.items():
         key = f"{prefix}{decoder}layers.{{layer}}.{theirs}"
         rules[f"layers/{ours}/lora_a"] = Rule(f"{key}.lora_A{adapter}.weight", _TRANSPOSE)
         rules[f"layers/{ours}/lora_b"] = Rule(f"{key}.lora_B{adapter}.weight", _TRANSPOSE)
@@ -153,7 +153,7 @@ def released(num_stages: int, detail_recovery_layers: int) -> Layout:
             **_norm(f"{ours}/cross_norm", f"{theirs}.norm2"),
         }
     llm = {
-        **hf_qwen3(RELEASED_LLM, base=".base_layer"),
+        **hf_decoder(RELEASED_LLM, base=".base_layer"),
         **peft_lora(RELEASED_LLM, adapter=".default"),
     }
     return rules | {f"llm/{path}": rule for path, rule in llm.items()}
@@ -166,7 +166,7 @@ def hf_fastslm(num_stages: int, detail_recovery_layers: int) -> Layout:
     """
     names = ("query", "query_positions", "context_positions", "query_norm", "context_norm", "out")
     hfq_former = "model.hfq_former"
-    llm = {**hf_qwen3(decoder=HF_DECODER), **peft_lora(decoder=HF_DECODER)}
+    llm = {**hf_decoder(decoder=HF_DECODER), **peft_lora(decoder=HF_DECODER)}
     rules = {
         **{f"encoder/{path}": rule for path, rule in hf_whisper("model.audio_tower.").items()},
         **{f"llm/{path}": rule for path, rule in llm.items()},

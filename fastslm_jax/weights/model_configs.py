@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastslm_jax import schema
 from fastslm_jax.errors import UserError
-from fastslm_jax.models.qwen3 import RoPE
+from fastslm_jax.models.decoder import RoPE
 
 Width = Annotated[int, Field(ge=1, le=1 << 18)]
 Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads
@@ -25,7 +25,7 @@ HARMLESS = frozenset(
     """
     _attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map
     finetuning_task name_or_path tokenizer_class transformers_version unsloth_fixed unsloth_version
-    bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
+    bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id unk_token_id
     is_decoder is_encoder_decoder output_attentions output_hidden_states return_dict use_cache
     chunk_size_feed_forward id2label label2id num_labels prefix problem_type task_specific_params
     tf_legacy_loss torchscript use_bfloat16 attention_dropout initializer_range
@@ -87,7 +87,7 @@ class WhisperConfig(ModelConfig):
 class RopeConfig(ModelConfig):
     """rope_parameters (transformers 5), rope_scaling and rope_theta (transformers 4) as one."""
 
-    rope_type: Literal["default", "yarn"] = "default"
+    rope_type: Literal["default", "yarn", "llama3"] = "default"
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
     factor: Annotated[float, Field(ge=1)] | None = None
@@ -95,31 +95,37 @@ class RopeConfig(ModelConfig):
     beta_fast: Annotated[float, Field(gt=0)] = 32.0
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
     attention_factor: Annotated[float, Field(gt=0)] | None = None
+    low_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    high_freq_factor: Annotated[float, Field(gt=0)] | None = None
     truncate: Literal[True] = True
     mscale: Literal[0] | None = None
     mscale_all_dim: Literal[0] | None = None
 
 
-class Qwen3Config(ModelConfig):
-    """config.json of a dense Qwen3."""
+class DecoderConfig(ModelConfig):
+    """config.json of a dense Qwen3, Qwen2 (also 2.5) or Llama (also SmolLM2)."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS | frozenset(
-        ["max_window_layers", "sliding_window"]
+        ["is_llama_config", "max_window_layers", "sliding_window", "transformers.js_config"]
     )
 
-    model_type: Literal["qwen3"]
+    model_type: Literal["qwen3", "qwen2", "llama"]
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     hidden_size: Width
     num_hidden_layers: Count
     num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Annotated[int, Field(ge=2, le=4096, multiple_of=2)]
+    num_key_value_heads: Count | None = None
+    head_dim: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] | None = None
     intermediate_size: Width
     max_position_embeddings: Positions | None = None
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    pretraining_tp: Literal[1] = 1
+    rope_interleaved: Literal[False] = False
+    use_mrope: Literal[False] = False
     use_sliding_window: Literal[False] = False
     layer_types: list[Literal["full_attention"]] | None = None
     rope_theta: Any = None  # these three are checked as one `RopeConfig`
@@ -128,26 +134,49 @@ class Qwen3Config(ModelConfig):
     dtype: Dtype | None = None
     torch_dtype: Dtype | None = None
 
+    def attention_sizes(self, where: str) -> tuple[int, int]:
+        """The number of key-value heads and the head dimension, with the defaults of each family.
+
+        Raises:
+            PretrainedError: a size is missing, or they do not fit.
+        """
+        heads, kv_heads, head_dim = (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        if kv_heads is None:
+            if self.model_type != "llama":
+                raise PretrainedError(f"{where}: num_key_value_heads is missing")
+            kv_heads = heads
+        if heads % kv_heads:
+            raise PretrainedError(
+                f"{where}: {heads} heads, which is not divisible by its {kv_heads} key-value heads"
+            )
+        if head_dim is None:
+            if self.model_type == "qwen3":
+                raise PretrainedError(f"{where}: head_dim is missing")
+            head_dim, rest = divmod(self.hidden_size, heads)
+            if rest or head_dim % 2:
+                raise PretrainedError(
+                    f"{where}: hidden_size {self.hidden_size} / {heads} heads is not an even head "
+                    "dimension, and head_dim is missing"
+                )
+        return kv_heads, head_dim
+
     def rope(self, where: str) -> RoPE:
         """The position embedding.
 
         Raises:
             PretrainedError: the settings are not supported, or contradict each other.
         """
-        merged: dict[str, Any] = {}
-        theta = {"rope_theta": self.rope_theta}
-        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-            fields = theta if name == "rope_theta" else getattr(self, name) or {}
-            if set(fields) == {"full_attention"}:  # by layer type
-                fields = fields["full_attention"]
-            if not isinstance(fields, Mapping):
-                raise PretrainedError(f"{where}: {name} is not an object of RoPE settings")
-            _merge(merged, fields, name, where)
-        rope = check_config(RopeConfig, merged, f"{where}: RoPE")
+        rope = check_config(RopeConfig, self._merged_rope(where), f"{where}: RoPE")
         if rope.rope_type == "default":
             if (rope.factor or 1) != 1:
                 raise PretrainedError(f"{where}: RoPE has factor {rope.factor} but no rope_type")
             return RoPE(theta=rope.rope_theta)
+        if rope.rope_type == "llama3":
+            return _llama3(rope, where)
         longest = self.max_position_embeddings
         original = rope.original_max_position_embeddings or longest
         factor = rope.factor or (original and longest and longest / original)
@@ -167,7 +196,43 @@ class Qwen3Config(ModelConfig):
             beta_fast=rope.beta_fast,
             beta_slow=rope.beta_slow,
             attention_factor=rope.attention_factor,
+            kind="yarn",
         )
+
+    def _merged_rope(self, where: str) -> dict[str, Any]:
+        """The RoPE settings of all fields as one object."""
+        merged: dict[str, Any] = {}
+        theta = {"rope_theta": self.rope_theta}
+        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+            fields = theta if name == "rope_theta" else getattr(self, name) or {}
+            if set(fields) == {"full_attention"}:  # by layer type
+                fields = fields["full_attention"]
+            if not isinstance(fields, Mapping):
+                raise PretrainedError(f"{where}: {name} is not an object of RoPE settings")
+            _merge(merged, fields, name, where)
+        return merged
+
+
+def _llama3(rope: RopeConfig, where: str) -> RoPE:
+    names = (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    )
+    if missing := [name for name in names if getattr(rope, name) is None]:
+        raise PretrainedError(f"{where}: RoPE of type llama3 has no {missing[0]}")
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise PretrainedError(
+            f"{where}: high_freq_factor {rope.high_freq_factor} must be larger than "
+            f"low_freq_factor {rope.low_freq_factor}"
+        )
+    return RoPE(
+        theta=rope.rope_theta,
+        factor=rope.factor,
+        original_max_positions=rope.original_max_position_embeddings,
+        low_frequency_factor=rope.low_freq_factor,
+        high_frequency_factor=rope.high_freq_factor,
+        kind="llama3",
+    )
 
 
 def _merge(merged: dict[str, Any], fields: Mapping, origin: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Whisper and Qwen3 from Hugging Face folders or hub ids.
+"""Whisper and language models from Hugging Face folders or hub ids.
 
 A folder has config.json, safetensors files and, for the language model, a tokenizer. All sizes are
 read from config.json.
@@ -14,16 +14,17 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fastslm_jax import schema
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.model_configs import (
+    DecoderConfig,
     PretrainedError,
-    Qwen3Config,
     WhisperConfig,
     check_config,
 )
+from fastslm_jax.weights.resized_table import ResizedTable
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource, TensorSource
 
 
@@ -105,15 +106,15 @@ def whisper_from_config(
     )
 
 
-def qwen3_from_config(
+def decoder_from_config(
     config: dict,
     *,
     lora: LoRA = LoRA(),
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    origin: str = "qwen3",
-) -> Qwen3:
-    """Builds the decoder of a dense Qwen3 config.json.
+    origin: str = "llm",
+) -> Decoder:
+    """Builds the decoder of a dense Qwen3, Qwen2 or Llama config.json.
 
     Args:
         origin: where the config comes from, for error messages.
@@ -122,28 +123,26 @@ def qwen3_from_config(
         PretrainedError: a field is missing, unknown, or has a value that is not supported.
     """
     where = f"{origin}/config.json"
-    fields = check_config(Qwen3Config, config, where)
-    if fields.num_attention_heads % fields.num_key_value_heads:
-        raise PretrainedError(
-            f"{where}: {fields.num_attention_heads} heads, which is not divisible by its "
-            f"{fields.num_key_value_heads} key-value heads"
-        )
+    fields = check_config(DecoderConfig, config, where)
+    num_kv_heads, head_dim = fields.attention_sizes(where)
     if fields.layer_types and len(fields.layer_types) != fields.num_hidden_layers:
         raise PretrainedError(
             f"{where}: layer_types has {len(fields.layer_types)} entries, num_hidden_layers is "
             f"{fields.num_hidden_layers}"
         )
-    return Qwen3(
+    return Decoder(
         fields.vocab_size,
         fields.hidden_size,
         fields.num_hidden_layers,
         fields.num_attention_heads,
-        fields.num_key_value_heads,
-        fields.head_dim,
+        num_kv_heads,
+        head_dim,
         fields.intermediate_size,
         rope=fields.rope(where),
         epsilon=fields.rms_norm_eps,
         tied_embeddings=fields.tie_word_embeddings,
+        qk_norm=fields.model_type == "qwen3",
+        qkv_bias=fields.model_type == "qwen2",
         lora=lora,
         remat=remat,
         dtype=dtype,
@@ -157,34 +156,66 @@ def _whisper_layout(source: TensorSource) -> engine.Layout:
     return layouts.hf_whisper(prefix)
 
 
-def load_whisper(folder: str | os.PathLike, tree: dict) -> dict:
-    """Loads the encoder of a Whisper folder with the shapes, dtypes and shardings of `tree`."""
-    source = SafetensorsSource(folder)
-    return engine.load(
-        source, _whisper_layout(source), tree, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
-    )
+def load_whisper(folder: str | os.PathLike, tree: dict, cut_positions: int = 0) -> dict:
+    """Loads the encoder of a Whisper folder with the shapes, dtypes and shardings of `tree`.
+
+    Args:
+        cut_positions: the last positions of the files to leave out, for shorter windows.
+    """
+    source, layout = _open_whisper(folder, cut_positions)
+    return engine.load(source, layout, tree, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json")
 
 
-def open_whisper(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
+def open_whisper(
+    folder: str | os.PathLike, leaves: dict, cut_positions: int = 0
+) -> dict[str, engine.StoredLeaf]:
     """Like `load_whisper`, but {path: leaf} in the file's dtype: checked now, read on demand."""
-    source = SafetensorsSource(folder)
+    source, layout = _open_whisper(folder, cut_positions)
     return engine.open_leaves(
-        source, _whisper_layout(source), leaves, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
+        source, layout, leaves, layouts.HF_WHISPER_IGNORED, f"{folder}/config.json"
     )
 
 
-def load_qwen3(folder: str | os.PathLike, tree: dict) -> dict:
-    """Loads a Qwen3 folder, without LoRA, with the shapes, dtypes and shardings of `tree`."""
+def _open_whisper(
+    folder: str | os.PathLike, cut_positions: int
+) -> tuple[TensorSource | ResizedTable, engine.Layout]:
+    source = SafetensorsSource(folder)
+    layout = _whisper_layout(source)
+    if not cut_positions:
+        return source, layout
+    rows = read_config(folder)["max_source_positions"]
+    return ResizedTable(source, [layout["positions"].key], rows, -cut_positions), layout
+
+
+def load_decoder(folder: str | os.PathLike, tree: dict, added_rows: int = 0) -> dict:
+    """Loads a language model, without LoRA, with the shapes, dtypes and shardings of `tree`.
+
+    Args:
+        added_rows: rows of the embedding table that are not in the files; see `ResizedTable`.
+    """
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in tree else ()
-    return engine.load(source, layouts.hf_qwen3(), tree, ignore, f"{folder}/config.json")
+    source = _with_rows(source, folder, added_rows)
+    return engine.load(source, layouts.hf_decoder(), tree, ignore, f"{folder}/config.json")
 
 
-def open_qwen3(folder: str | os.PathLike, leaves: dict) -> dict[str, engine.StoredLeaf]:
-    """Like `load_qwen3`, but {path: leaf} in the file's dtype: checked now, read on demand."""
+def open_decoder(
+    folder: str | os.PathLike, leaves: dict, added_rows: int = 0
+) -> dict[str, engine.StoredLeaf]:
+    """Like `load_decoder`, but {path: leaf} in the file's dtype: checked now, read on demand."""
     source = SafetensorsSource(folder)
     ignore = tied_head(source, "") if "lm_head" not in leaves else ()
-    return engine.open_leaves(source, layouts.hf_qwen3(), leaves, ignore, f"{folder}/config.json")
+    source = _with_rows(source, folder, added_rows)
+    return engine.open_leaves(source, layouts.hf_decoder(), leaves, ignore, f"{folder}/config.json")
+
+
+def _with_rows(
+    source: TensorSource, folder: str | os.PathLike, added: int
+) -> TensorSource | ResizedTable:
+    if not added:
+        return source
+    keys = [layouts.hf_decoder()[name].key for name in ("embed_tokens", "lm_head")]
+    return ResizedTable(source, keys, read_config(folder)["vocab_size"], added)
 
 
 def tied_head(source: TensorSource, prefix: str) -> tuple[str, ...]:

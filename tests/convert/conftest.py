@@ -101,7 +101,7 @@ def make_workdir(tokenizer_folder):
 
 
 def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **model_options):
-    """Whisper is stored in bfloat16, Qwen3 in float32."""
+    """Whisper is stored in bfloat16, the language model in float32."""
     config = config_lib.full_size()
     config.name = "small"
     config.base.whisper, config.base.llm = str(folder / "whisper"), str(folder / "llm")
@@ -123,8 +123,12 @@ def write_workdir(tokenizer_folder, folder, llm_config: dict | None = None, **mo
         for key, value in engine.store(tree["encoder"], layouts.hf_whisper())
     }
     save_file(whisper, folder / "whisper/model.safetensors")
-    qwen3 = dict(engine.store(tree["llm"], layouts.hf_qwen3()))
-    save_file(qwen3, folder / "llm/model.safetensors")
+    rows = (QWEN3 | (llm_config or {}))["vocab_size"]
+    llm = {
+        key: np.ascontiguousarray(value[:rows]) if value.shape[0] > rows else value
+        for key, value in engine.store(tree["llm"], layouts.hf_decoder())
+    }
+    save_file(llm, folder / "llm/model.safetensors")
     meta = {
         "config": json.loads(config.to_json_best_effort()),
         "row": 12,

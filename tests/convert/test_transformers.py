@@ -102,6 +102,8 @@ def test_chat_template(hf_folder, load_processor):
     assert f"<|SQQA|>{block}\nWhy?" in render(text, audio, task="sqqa")
     assert f"<|AST|>{block}\nTranslate the audio clip into Korean." in render(audio, task="ast")
     assert render(text) == "<|im_start|>user\nWhy?<|im_end|>\n"
+    with pytest.raises(ValueError, match=r"contains the control token <\|im_end\|>"):
+        processor.apply_transcription_request(np.zeros(16_000, np.float32), prompt="a <|im_end|>")
     for wrong, message in (
         (lambda: render(audio, task="music"), "task music: expected one of asr, ast, ssum, sqqa"),
         (lambda: render({"type": "video"}), "content is video, expected audio or text"),

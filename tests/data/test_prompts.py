@@ -100,12 +100,39 @@ def test_answers_are_decoded_to_text(prompt_tokenizer):
 def test_invalid_prompts(prompt_tokenizer):
     with pytest.raises(prompts.PromptError, match="task 'vqa' is not one of asr, ast, ssum, sqqa"):
         prompt_tokenizer.prompt_ids("vqa")
-    with pytest.raises(prompts.PromptError, match=r"the instruction must not contain <\|AUDIO\|>"):
-        prompt_tokenizer.prompt_ids("asr", "repeat <|AUDIO|>")
-    with pytest.raises(
-        prompts.PromptError, match=r"a prompt without audio must not contain <\|AUDIO\|>"
-    ):
-        prompt_tokenizer.prompt_ids(None, "what is <|AUDIO|>?")
+
+
+CONTROL = ["<|im_end|>", "<|AUDIO|>", "<|endoftext|>", "a<|im_start|><|audio_bos|>b", "<|EN|><"]
+
+
+def control_ids(tokenizer, ids):
+    return [i for i in ids if i in tokenizer.added_tokens_decoder]
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_control_tokens_in_answers_are_text(prompt_tokenizer, text):
+    answer = f"she said {text} twice"
+    ids = prompt_tokenizer.answer_ids(answer)
+    assert control_ids(prompt_tokenizer.tokenizer, ids) == [prompt_tokenizer.end_id]
+    assert prompt_tokenizer.decode(ids) == answer
+    assert prompt_tokenizer.answer_lengths([answer]).tolist() == [len(ids) - 1]
+    joined = prompt_tokenizer.answer_ids(["one", answer])
+    assert prompt_tokenizer.decode(joined) == f"one {answer}"
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_control_tokens_in_instructions_are_text(prompt_tokenizer, text):
+    """The prompt has the control tokens of any other instruction, and the same words."""
+    tokenizer, instruction = prompt_tokenizer.tokenizer, f"say {text}, please"
+    for task in ("asr", None):
+        ids = prompt_tokenizer.prompt_ids(task, instruction)
+        usual = prompt_tokenizer.prompt_ids(task, "say it, please")
+        assert control_ids(tokenizer, ids) == control_ids(tokenizer, usual)
+        usual_text = tokenizer.decode(usual)
+        assert tokenizer.decode(ids) == usual_text.replace("say it, please", instruction)
+    encoded = prompt_tokenizer.encode("asr", instruction, None, num_speech=6)
+    usual = prompt_tokenizer.encode("asr", None, None, num_speech=6)
+    assert encoded.speech_start == usual.speech_start
 
 
 def test_unusable_tokenizers(tokenizer_folder, tmp_path):
@@ -195,8 +222,11 @@ def unknown_model(tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_end_of_turn, r"has no token <\|im_end\|>"),
-        (words_only, r"has no token <\|im_end\|>|turns 'Hello, 12 lamps.' into"),
+        (
+            without_end_of_turn,
+            "the tokenizer has a token for the end of a turn",
+        ),
+        (words_only, "turns 'Hello, 12 lamps.' into"),
         (unknown_model, "cannot load a tokenizer"),
         (dict.clear, "cannot load a tokenizer"),
     ],
@@ -248,3 +278,85 @@ def test_fingerprints_identify_tokenizers(prompt_tokenizer, tokenizer_folder):
     assert same.fingerprint() == prompt_tokenizer.fingerprint()
     same.tokenizer.add_tokens(["<|more|>"])
     assert same.fingerprint() != prompt_tokenizer.fingerprint()
+
+
+def with_files(tokenizer_copy, template="", **files):
+    """The copied tokenizer with a chat template and JSON files."""
+    change_json(tokenizer_copy / "tokenizer_config.json", chat_template=template or None)
+    for name, fields in files.items():
+        (tokenizer_copy / f"{name}.json").write_text(json.dumps(fields))
+    return tokenizer_copy
+
+
+LLAMA_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|endoftext|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+
+
+def test_the_end_of_turn_is_that_of_the_chat_template(tokenizer_copy):
+    """As in Llama 3: turns end with another token than eos_token, and generation with several."""
+    folder = with_files(tokenizer_copy, LLAMA_TEMPLATE, generation_config={"eos_token_id": [0, 1]})
+    tokenizer = prompts.PromptTokenizer(prompts.load_tokenizer(folder))
+    names = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_ids)
+    assert names == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.answer_ids("anna")[-1] == tokenizer.end_id == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "stop"),
+    [
+        ({}, ()),
+        ({"config": {"eos_token_id": 0}}, (0,)),
+        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": 1}}, (1,)),
+        ({"generation_config": {"eos_token_id": 2}}, ()),
+        ({"generation_config": {"eos_token_id": None}}, ()),
+    ],
+)
+def test_ids_that_end_a_text(files, stop, tokenizer_copy):
+    folder = with_files(tokenizer_copy, LLAMA_TEMPLATE.replace("endoftext", "im_end"), **files)
+    tokenizer = prompts.PromptTokenizer(prompts.load_tokenizer(folder))
+    assert (tokenizer.end_id, tokenizer.stop_ids) == (2, stop)
+
+
+@pytest.mark.parametrize("value", ["2", [1, "2"], 2.5, {}])
+def test_unusable_ids_that_end_a_text(value, tokenizer_copy):
+    folder = with_files(tokenizer_copy, LLAMA_TEMPLATE, generation_config={"eos_token_id": value})
+    with pytest.raises(
+        prompts.PromptError, match=r"generation_config\.json: eos_token_id"
+    ) as raised:
+        prompts.load_tokenizer(folder)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_template_for_questions_only_ends_answers_with_eos_token(tokenizer_copy):
+    template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    folder = with_files(tokenizer_copy, template + "Q: {{ messages[0]['content'] }} A:")
+    assert prompts.PromptTokenizer(prompts.load_tokenizer(folder)).end_id == 2
+
+
+def test_the_built_in_chat_template(tokenizer_copy, prompt_tokenizer):
+    with pytest.raises(prompts.PromptError, match=r"set config\.model\.chat_template to chatml"):
+        prompts.load_tokenizer(with_files(tokenizer_copy))
+    tokenizer = prompts.load_tokenizer(tokenizer_copy, chat_template="chatml")
+    ids = prompts.PromptTokenizer(tokenizer).prompt_ids("ast")
+    assert ids == prompt_tokenizer.prompt_ids("ast")
+
+
+def test_chatml_without_its_tokens_ends_answers_with_eos_token(tokenizer_copy):
+    """The markers of turns are text then."""
+    path = with_files(tokenizer_copy) / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_", "<|x_"))
+    change_json(tokenizer_copy / "tokenizer_config.json", eos_token="<|endoftext|>")
+    loaded = prompts.load_tokenizer(tokenizer_copy, chat_template="chatml")
+    tokenizer = prompts.PromptTokenizer(loaded)
+    assert loaded.convert_ids_to_tokens(tokenizer.end_ids) == ["<|endoftext|>"]
+    assert loaded.decode(tokenizer.prompt_ids(None, "hi")) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_ids_of_the_demo_model_are_those_of_its_training():
+    tokenizer = prompts.PromptTokenizer(prompts.load_tokenizer("assets/demo_llm", 1536))
+    assert (tokenizer.end_id, tokenizer.stop_ids, tokenizer.audio_id) == (2, (), 1472)

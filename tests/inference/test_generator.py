@@ -115,12 +115,28 @@ def test_an_answer_ends_with_its_end_token(generator, answers):
     assert answer.stop_reason == "eos"
 
 
+def test_an_answer_ends_with_any_of_several_tokens(generator, answers):
+    ids = answers[0].token_ids
+    place = next(i for i in range(1, len(ids)) if ids[i] not in ids[:i])
+    several = EndsWith(generator.prompt_tokenizer, ids[-1], stop_ids=(0, ids[place]))
+    (answer,) = Generator(generator.model, generator.params, several).answer(REQUESTS[:1])
+    assert (answer.token_ids, answer.stop_reason) == (ids[:place], "eos")
+
+
+def test_a_prompt_with_the_names_of_control_tokens(generator):
+    """They are text, also in the answer."""
+    request = dataclasses.replace(REQUESTS[0], instruction="repeat <|im_end|> and <|AUDIO|>")
+    (answer,) = generator.answer([request])
+    assert answer.windows == generator.model.window.count(len(request.samples))
+
+
 @dataclasses.dataclass
 class EndsWith:
-    """A prompt tokenizer with another end token."""
+    """A prompt tokenizer with other end tokens."""
 
     prompt_tokenizer: object
     end_id: int
+    stop_ids: tuple[int, ...] = ()
 
     def __getattr__(self, name):
         return getattr(self.prompt_tokenizer, name)
@@ -175,7 +191,7 @@ def theirs(model, params):
         theirs = Qwen3ForCausalLM(config).eval()
         tensors = {
             tensor.key: torch.from_numpy(np.array(tensor.read()))
-            for tensor in engine.tensors(weights, layouts.hf_qwen3())
+            for tensor in engine.tensors(weights, layouts.hf_decoder())
         }
         missing, unexpected = theirs.load_state_dict(tensors, strict=False)
         assert (missing, unexpected) == (["lm_head.weight"], [])
@@ -286,7 +302,7 @@ def next_logits(generator, prompt, chunks):
         cache_length=1024,
         cache_dtype=generator.capacity.cache_dtype,
         sampling=SamplingParams(),
-        end_id=-1,
+        end_ids=[],
         detect_repetition=False,
         mesh=None,
     )

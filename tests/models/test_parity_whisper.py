@@ -1,5 +1,7 @@
 """Whisper encoder against `transformers` on a small random model: layers, output, and export."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -95,6 +97,24 @@ def test_encoder_output(reference):
     with torch.no_grad():
         expected = model.model.encoder(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state
     assert_close(actual, expected, MODEL_TOLERANCE)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 20, 29])
+def test_shorter_windows_have_the_first_positions(reference, positions):
+    """As `transformers` with cut position embeddings."""
+    model, folder, encoder, params = reference
+    cut = encoder.clone(max_positions=positions)
+    mel = np.random.default_rng(2).normal(size=(2, 2 * positions, 20)).astype(np.float32)
+    tree = jax.eval_shape(cut.init, jax.random.key(0), mel)["params"]
+    loaded = pretrained.load_whisper(folder, tree, cut_positions=30 - positions)
+    np.testing.assert_array_equal(loaded["positions"], params["positions"][:positions])
+    theirs = copy.deepcopy(model.model.encoder)
+    theirs.config.max_source_positions = theirs.max_source_positions = positions
+    table = theirs.embed_positions.weight[:positions]
+    theirs.embed_positions = torch.nn.Embedding.from_pretrained(table)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(mel).transpose(1, 2)).last_hidden_state
+    assert_close(jax.jit(cut.apply)({"params": loaded}, mel), expected, MODEL_TOLERANCE)
 
 
 def test_round_trip_is_bit_equal(reference):

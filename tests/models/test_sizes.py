@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import Qwen3
 from fastslm_jax.models.whisper import WhisperEncoder
 
 # Encoder of Whisper-large-v3.
@@ -29,7 +29,7 @@ def full() -> FastSLM:
         hfq_former=HFQFormer(
             LLM_D, stage_tokens=(80, 80, 80), compression_size=50, detail_recovery_layers=2
         ),
-        llm=Qwen3(VOCAB, LLM_D, LLM_LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, lora=LoRA(RANK)),
+        llm=Decoder(VOCAB, LLM_D, LLM_LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, lora=LoRA(RANK)),
     )
 
 

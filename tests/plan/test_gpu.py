@@ -14,7 +14,7 @@ from fastslm_jax import chips, compiler, flops, sharding
 from fastslm_jax.inference import programs
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models.attention import AttentionKernel, CausalSegments
-from fastslm_jax.models.qwen3 import Qwen3
+from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.plan import hlo, traffic
 from fastslm_jax.plan.compile import plan, set_rows
 
@@ -147,7 +147,7 @@ ROWS, LENGTH = 16, 512
 @pytest.fixture(scope="module")
 def decoder(model, params):
     """The tests' model with the head dimension of the full-size one, in bfloat16, on an H100."""
-    llm: Qwen3 = model.llm.clone(scan_layers=False, dtype=jnp.bfloat16, head_dim=128)
+    llm: Decoder = model.llm.clone(scan_layers=False, dtype=jnp.bfloat16, head_dim=128)
     model = dataclasses.replace(model, llm=llm)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.eval_shape(programs.separate_layers, shapes)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastslm_jax.models.qwen3 import RoPE
+from fastslm_jax.models.decoder import RoPE
 from fastslm_jax.weights import pretrained
 from fastslm_jax.weights.pretrained import PretrainedError
 
@@ -85,12 +85,19 @@ WHISPER = {
     "vocab_size": 51866,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 PLAIN = {"rope_type": "default", "rope_theta": 5e6}
 WITHOUT_ROPE = {name: value for name, value in QWEN3.items() if not name.startswith("rope_")}
 
 
 def qwen3(change):
-    return pretrained.qwen3_from_config(QWEN3 | change, origin="folder")
+    return pretrained.decoder_from_config(QWEN3 | change, origin="folder")
 
 
 def test_published_files():
@@ -101,33 +108,154 @@ def test_published_files():
     assert (encoder.mlp_dim, encoder.num_mels, encoder.max_positions) == (5120, 128, 1500)
 
 
-def test_every_field_of_transformers():
+# Qwen2.5-0.5B-Instruct, SmolLM2-135M-Instruct and Llama-3.2-1B-Instruct.
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+FAMILIES = {  # config: heads, key-value heads, head_dim, theta, RoPE, q and k norms, q k v biases
+    "qwen3": (QWEN3, (32, 8, 128, 1e6, "default", True, False)),
+    "qwen2": (QWEN2, (14, 2, 64, 1e6, "default", False, True)),
+    "smollm2": (SMOLLM2, (9, 3, 64, 1e5, "default", False, False)),
+    "llama": (LLAMA, (32, 8, 64, 5e5, "llama3", False, False)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    config, expected = FAMILIES[name]
+    llm = pretrained.decoder_from_config(config)
+    sizes = (llm.num_heads, llm.num_kv_heads, llm.head_dim)
+    assert (*sizes, llm.rope.theta, llm.rope.kind, llm.qk_norm, llm.qkv_bias) == expected
+
+
+def test_llama_without_key_value_heads_has_one_for_each_head():
+    llm = pretrained.decoder_from_config(SMOLLM2 | {"num_key_value_heads": None})
+    assert (llm.num_kv_heads, llm.head_dim) == (9, 64)
+    with pytest.raises(PretrainedError, match="hidden_size 576 / 10 heads is not an even head"):
+        pretrained.decoder_from_config(
+            SMOLLM2 | {"num_attention_heads": 10, "num_key_value_heads": 5}
+        )
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
+def test_every_field_of_transformers(family):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3Config().to_dict()
-    assert pretrained.qwen3_from_config(json.loads(json.dumps(config))).width == 4096
+    config = getattr(transformers, f"{family}Config")().to_dict()
+    assert pretrained.decoder_from_config(json.loads(json.dumps(config))).width == 4096
     config = transformers.WhisperConfig().to_dict()
     assert pretrained.whisper_from_config(json.loads(json.dumps(config))).width == 384
 
 
+YARN_ROPE = RoPE(5e6, 4.0, 32768, kind="yarn")
 ROPES = {
     "transformers 4": ({"rope_theta": 5e6}, RoPE(5e6)),
-    "transformers 4, YaRN": ({"rope_theta": 5e6, "rope_scaling": YARN}, RoPE(5e6, 4.0, 32768)),
+    "transformers 4, YaRN": (
+        {"rope_theta": 5e6, "rope_scaling": YARN},
+        YARN_ROPE,
+    ),
     "transformers 5": ({"rope_parameters": PLAIN}, RoPE(5e6)),
-    "transformers 5, YaRN": ({"rope_parameters": PLAIN | YARN}, RoPE(5e6, 4.0, 32768)),
-    "both": ({"rope_parameters": PLAIN, "rope_scaling": YARN}, RoPE(5e6, 4.0, 32768)),
-    "both, and equal": ({"rope_parameters": PLAIN | YARN, "rope_scaling": YARN}, RoPE(5e6, 4.0)),
+    "transformers 5, YaRN": ({"rope_parameters": PLAIN | YARN}, YARN_ROPE),
+    "both": ({"rope_parameters": PLAIN, "rope_scaling": YARN}, YARN_ROPE),
+    "both, and equal": (
+        {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN},
+        YARN_ROPE,
+    ),
     "three": (
         {"rope_theta": 5e6, "rope_parameters": PLAIN, "rope_scaling": {"type": "yarn"} | YARN},
-        RoPE(5e6, 4.0),
+        YARN_ROPE,
     ),
     "by layer type": ({"rope_parameters": {"full_attention": PLAIN}}, RoPE(5e6)),
     "by layer type, YaRN": (
         {"rope_parameters": {"full_attention": PLAIN | YARN | {"beta_fast": 16}}},
-        RoPE(5e6, 4.0, 32768, beta_fast=16.0),
+        RoPE(5e6, 4.0, 32768, beta_fast=16.0, kind="yarn"),
     ),
     "YaRN of the whole length": (
         {"rope_theta": 5e6, "rope_scaling": {"rope_type": "yarn", "factor": 2}},
-        RoPE(5e6, 2.0, 40960),
+        RoPE(5e6, 2.0, 40960, kind="yarn"),
+    ),
+    "Llama 3": (
+        {"rope_theta": 5e6, "rope_scaling": LLAMA3},
+        RoPE(5e6, 32.0, 8192, low_frequency_factor=1.0, high_frequency_factor=4.0, kind="llama3"),
     ),
     "null": ({"rope_theta": 5e6, "rope_scaling": None, "rope_parameters": None}, RoPE(5e6)),
     "none": ({}, RoPE(10_000.0)),
@@ -137,7 +265,7 @@ ROPES = {
 @pytest.mark.parametrize("name", ROPES)
 def test_rope(name):
     fields, expected = ROPES[name]
-    assert pretrained.qwen3_from_config(WITHOUT_ROPE | fields).rope == expected
+    assert pretrained.decoder_from_config(WITHOUT_ROPE | fields).rope == expected
 
 
 BAD_ROPES = {
@@ -157,7 +285,15 @@ BAD_ROPES = {
         {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
         "rope_theta has|full_attention is not supported",
     ),
-    "another type": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'is "llama3"'),
+    "another type": ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, 'is "longrope"'),
+    "no high_freq_factor": (
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": None}},
+        "RoPE of type llama3 has no high_freq_factor",
+    ),
+    "equal frequency factors": (
+        {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+        "high_freq_factor 4.0 must be larger than low_freq_factor 4.0",
+    ),
     "factor without a type": ({"rope_scaling": {"factor": 4.0}}, "factor 4.0 but no rope_type"),
     "text": ({"rope_scaling": "yarn"}, 'rope_scaling is "yarn", should be a valid dictionary'),
     "list": ({"rope_parameters": [1]}, r"rope_parameters is \[1\], should be a valid dictionary"),
@@ -191,6 +327,11 @@ BAD_FIELDS = [
     *[("hidden_size", value) for value in (None, "32", 32.0, 0, -1, 10**9, True, [32])],
     *[("num_hidden_layers", value) for value in (0, 10**9, 10**400, "x")],
     *[("head_dim", value) for value in (None, 127, 0, 2.5)],
+    ("num_key_value_heads", None),
+    ("mlp_bias", True),
+    ("pretraining_tp", 2),
+    ("rope_interleaved", True),
+    ("use_mrope", True),
     *[("layer_types", value) for value in (5, "x", [5], ["sliding_attention"], [])],
     *[("torch_dtype", value) for value in ("float7", 5, "int8")],
     *[("dtype", value) for value in ("float8_e4m3fn", {})],

@@ -1,4 +1,4 @@
-"""Loading Whisper and Qwen3 from Hugging Face folders: sizes, shards, slices per device, errors."""
+"""Loading pretrained models from folders: sizes, shards, slices per device, errors."""
 
 import json
 import os
@@ -45,7 +45,7 @@ WHISPER = {
 
 
 def llm_shapes(config):
-    llm = pretrained.qwen3_from_config(config)
+    llm = pretrained.decoder_from_config(config)
     return jax.eval_shape(
         llm.init,
         jax.random.key(0),
@@ -76,7 +76,7 @@ def write(folder, config, weights):
 
 @pytest.fixture
 def llm_folder(tmp_path):
-    return write(tmp_path / "llm", QWEN3, random_tensors(llm_shapes(QWEN3), layouts.hf_qwen3()))
+    return write(tmp_path / "llm", QWEN3, random_tensors(llm_shapes(QWEN3), layouts.hf_decoder()))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ class Reads(dict):
 def test_every_element_is_read_once_for_all_devices(axes, llm_folder, whisper_folder, monkeypatch):
     mesh = sharding.make_mesh(**{"data": 1} | axes)
     for folder, load, config, shapes, prefix in (
-        (llm_folder, pretrained.load_qwen3, QWEN3, llm_shapes, "llm"),
+        (llm_folder, pretrained.load_decoder, QWEN3, llm_shapes, "llm"),
         (whisper_folder, pretrained.load_whisper, WHISPER, whisper_shapes, "encoder"),
     ):
         reads = Reads().watch(monkeypatch)
@@ -136,7 +136,7 @@ def test_every_element_is_read_once_for_all_devices(axes, llm_folder, whisper_fo
             assert leaf.sharding == engine.flatten(tree)[path].sharding
         monkeypatch.undo()
         back = dict(
-            engine.store(params, layouts.hf_qwen3() if prefix == "llm" else layouts.hf_whisper())
+            engine.store(params, layouts.hf_decoder() if prefix == "llm" else layouts.hf_whisper())
         )
         assert back.keys() == weights.keys()
         for key, value in weights.items():
@@ -154,7 +154,7 @@ sys.path.insert(0, "tests/weights")
 import test_pretrained as t
 reads = t.Reads().watch(pytest.MonkeyPatch())
 mesh = t.sharding.make_mesh(data=1, fsdp=8)
-t.pretrained.load_qwen3(sys.argv[3], t.with_shardings(t.llm_shapes(t.QWEN3), mesh, "llm"))
+t.pretrained.load_decoder(sys.argv[3], t.with_shardings(t.llm_shapes(t.QWEN3), mesh, "llm"))
 print(json.dumps(reads))
 """
 
@@ -206,10 +206,12 @@ def split(folder, with_index):
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards_with_and_without_an_index(with_index, llm_folder):
-    before = pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+    before = pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
     split(llm_folder, with_index)
     jax.tree.map(
-        np.testing.assert_array_equal, pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3)), before
+        np.testing.assert_array_equal,
+        pretrained.load_decoder(llm_folder, llm_shapes(QWEN3)),
+        before,
     )
 
 
@@ -239,10 +241,10 @@ def test_tied_head(llm_folder, tmp_path):
     weights = load_file(llm_folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     write(llm_folder, QWEN3, weights | {"lm_head.weight": embedding.copy()})
-    assert "lm_head" not in pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+    assert "lm_head" not in pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
     untied = QWEN3 | {"tie_word_embeddings": False}
     write(tmp_path / "untied", untied, weights | {"lm_head.weight": 2 * embedding})
-    head = pretrained.load_qwen3(tmp_path / "untied", llm_shapes(untied))["lm_head"]
+    head = pretrained.load_decoder(tmp_path / "untied", llm_shapes(untied))["lm_head"]
     np.testing.assert_array_equal(head, (2 * embedding).astype(np.float32))
 
 
@@ -309,7 +311,7 @@ MISMATCHES = {
 def test_config_that_does_not_match_its_tensors(name, llm_folder):
     change, message = MISMATCHES[name]
     with pytest.raises(UserError, match=f"{message}.*config.json"):
-        pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3 | change))
+        pretrained.load_decoder(llm_folder, llm_shapes(QWEN3 | change))
 
 
 def test_tied_head_that_differs_from_the_embeddings(llm_folder):
@@ -318,7 +320,7 @@ def test_tied_head_that_differs_from_the_embeddings(llm_folder):
     with pytest.raises(
         UserError, match=r"differs from the embeddings, but config\.json has tie_word_embeddings"
     ):
-        pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+        pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
 
 
 @pytest.mark.parametrize("row", [0, 31, 63])
@@ -326,14 +328,14 @@ def test_tied_head_that_differs_anywhere(row, llm_folder):
     """One number of a copy is another: the copy could be trained, and is not the embeddings."""
     weights = load_file(llm_folder / "model.safetensors")
     head = weights["model.embed_tokens.weight"].copy()
-    before = pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+    before = pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
     write(llm_folder, QWEN3, weights | {"lm_head.weight": head})
-    loaded = pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+    loaded = pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
     np.testing.assert_array_equal(loaded["embed_tokens"], before["embed_tokens"])
     head[row, 17] += 1
     write(llm_folder, QWEN3, weights | {"lm_head.weight": head})
     with pytest.raises(UserError, match="differs from the embeddings"):
-        pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
+        pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
 
 
 def test_weights_that_are_not_numbers_are_named(llm_folder):
@@ -342,8 +344,8 @@ def test_weights_that_are_not_numbers_are_named(llm_folder):
     write(llm_folder, QWEN3, weights)
     message = r"tensor model\.layers\.1\.mlp\.up_proj\.weight contains NaN or infinite values"
     with pytest.raises(UserError, match=message):
-        pretrained.load_qwen3(llm_folder, llm_shapes(QWEN3))
-    leaves = pretrained.open_qwen3(llm_folder, engine.flatten(llm_shapes(QWEN3)))
+        pretrained.load_decoder(llm_folder, llm_shapes(QWEN3))
+    leaves = pretrained.open_decoder(llm_folder, engine.flatten(llm_shapes(QWEN3)))
     with pytest.raises(UserError, match=message):
         leaves["layers/up/kernel"].read()
 

@@ -55,7 +55,8 @@ class Settings:
 @functools.cache
 def _load_prompt_tokenizer(name: str) -> prompts.PromptTokenizer:
     folder = pretrained.resolve(name, weights=False)
-    return prompts.PromptTokenizer(prompts.load_tokenizer(folder))
+    # The chat template is not used in counting, so tokenizers without one do, too.
+    return prompts.PromptTokenizer(prompts.load_tokenizer(folder, chat_template="chatml"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Qwen3 decoder: scanned layers, rotary positions, causal and packed attention, and logits."""
+"""Decoder: scanned layers, rotary positions, causal and packed attention, and logits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastslm_jax.models.attention import CausalSegments
-from fastslm_jax.models.qwen3 import DecoderBlock, RMSNorm, RoPE
+from fastslm_jax.models.decoder import DecoderBlock, RMSNorm, RoPE
 
 
 @pytest.fixture(scope="module")

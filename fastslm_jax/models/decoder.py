@@ -165,7 +165,7 @@ class DecoderBlock(nn.Module):
         return (x + project(jax.nn.silu(gate) * up, width, "down"), cache), None
 
 
-class Qwen3(nn.Module):
+class Decoder(nn.Module):
     """Dense decoder from embeddings to hidden states.
 
     Embedding and logits are separate methods, so that speech tokens can replace text embeddings.

@@ -1,4 +1,4 @@
-"""Qwen3 against `transformers` and LoRA against PEFT, on small random models."""
+"""Qwen3, Qwen2 and Llama against `transformers`, LoRA against PEFT: small random models."""
 
 import copy
 import functools
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastslm_jax.models.attention import CausalSegments
+from fastslm_jax.models.decoder import DecoderBlock, RoPE
 from fastslm_jax.models.lora import LoRA
-from fastslm_jax.models.qwen3 import DecoderBlock
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import SafetensorsSource
 
@@ -22,10 +22,8 @@ LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-5, 1e-4
 VOCABULARY, NATIVE_CONTEXT, LENGTH = 97, 32, 100
 SIZES = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 2,
-    "head_dim": 16,
     "max_position_embeddings": 128,
 }
 YARN = {
@@ -34,12 +32,53 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": NATIVE_CONTEXT,
 }
-CASES = {  # heads, key-value heads, tied, rope
-    "gqa1-tied": (4, 4, True, {"rope_type": "default", "rope_theta": 1e6}),
-    "gqa2-untied": (4, 2, False, {"rope_type": "default", "rope_theta": 5e6}),
-    "gqa4-tied": (4, 1, True, {"rope_type": "default", "rope_theta": 1e4}),
-    "gqa2-tied-yarn": (4, 2, True, YARN),
+# All wavelengths but the two shortest are scaled or blended at these lengths.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": NATIVE_CONTEXT,
 }
+
+
+def plain(theta: float) -> dict:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+CASES = {  # family, heads, key-value heads, tied, rope
+    "qwen3-gqa1-tied": ("qwen3", 4, 4, True, plain(1e6)),
+    "qwen3-gqa2-untied": ("qwen3", 4, 2, False, plain(5e6)),
+    "qwen3-gqa4-tied": ("qwen3", 4, 1, True, plain(1e4)),
+    "qwen3-gqa2-tied-yarn": ("qwen3", 4, 2, True, YARN),
+    "qwen2-gqa2-tied": ("qwen2", 4, 2, True, plain(1e6)),
+    "qwen2-gqa4-untied-yarn": ("qwen2", 4, 1, False, YARN),
+    "llama-gqa2-tied-llama3": ("llama", 4, 2, True, LLAMA3),
+    "llama-gqa1-untied-llama3": ("llama", 4, 4, False, LLAMA3),
+    "smollm2": ("llama", 3, 1, True, plain(1e5)),
+}
+
+
+def make_reference(folder, family: str, heads: int, kv_heads: int, tied: bool, rope: dict):
+    """A random model of `transformers`, which is also saved to the folder."""
+    # Only Qwen3's head dimension may differ from width / heads.
+    widths = (
+        {"hidden_size": 48, "head_dim": 16} if family == "qwen3" else {"hidden_size": 16 * heads}
+    )
+    config = AutoConfig.for_model(
+        family,
+        **SIZES,
+        **widths,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rope_parameters=dict(rope),
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomize(model, seed=1)
+    model.save_pretrained(folder)
+    return model
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
@@ -98,25 +137,15 @@ def random_tokens(*shape, seed=0):
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))
 def reference(request, tmp_path_factory):
     """(transformers model, our decoder, our parameters)."""
-    heads, kv_heads, tied, rope = CASES[request.param]
-    config = Qwen3Config(
-        **SIZES,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        rope_parameters=dict(rope),
-        tie_word_embeddings=tied,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    randomize(model, seed=1)
-    folder = tmp_path_factory.mktemp("qwen3")
-    model.save_pretrained(folder)
-    llm = pretrained.qwen3_from_config(pretrained.read_config(folder))
-    return model, llm, pretrained.load_qwen3(folder, shapes_of(llm))
+    folder = tmp_path_factory.mktemp("reference")
+    model = make_reference(folder, *CASES[request.param])
+    llm = pretrained.decoder_from_config(pretrained.read_config(folder))
+    return model, llm, pretrained.load_decoder(folder, shapes_of(llm))
 
 
 def test_layer(reference):
     model, llm, params = reference
-    x = np.random.default_rng(0).normal(size=(2, 40, 48)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(2, 40, llm.width)).astype(np.float32)
     position_ids = np.broadcast_to(np.arange(40), (2, 40))
     causal = CausalSegments()
     block = DecoderBlock(
@@ -128,6 +157,8 @@ def test_layer(reference):
         llm.epsilon,
         LoRA(),
         deterministic=True,
+        qk_norm=llm.qk_norm,
+        qkv_bias=llm.qkv_bias,
     )
     apply = jax.jit(block.apply)
     for number, layer in enumerate(model.model.layers):
@@ -193,23 +224,28 @@ def test_round_trip_is_bit_equal(reference):
     if llm.tied_embeddings:
         assert "lm_head" not in params
         del theirs["lm_head.weight"]
-    ours = dict(engine.store(params, layouts.hf_qwen3()))
+    ours = dict(engine.store(params, layouts.hf_decoder()))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
 
 
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory):
+def test_llama3_scaling_matters(tmp_path):
+    """The plain embedding gives other logits than that of type llama3."""
+    model = make_reference(tmp_path, *CASES["llama-gqa2-tied-llama3"])
+    llm = pretrained.decoder_from_config(pretrained.read_config(tmp_path))
+    params = pretrained.load_decoder(tmp_path, shapes_of(llm))
+    tokens, plain_llm = random_tokens(2, LENGTH), llm.clone(rope=RoPE(theta=5e5))
+    difference = our_logits(plain_llm, params, tokens) - their_logits(model, tokens)
+    assert np.abs(difference).max() > 0.1
+
+
+@pytest.fixture(scope="module", params=["qwen3-gqa2-untied", "qwen2-gqa2-tied", "smollm2"])
+def adapted(request, tmp_path_factory):
     """(PEFT model, our LoRA parameters, our decoder, all our parameters, base model)."""
     peft = pytest.importorskip("peft")
-    config = Qwen3Config(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
-    )
-    base = Qwen3ForCausalLM(config).eval()
-    randomize(base, seed=2)
     folder = tmp_path_factory.mktemp("base")
-    base.save_pretrained(folder)
+    base = make_reference(folder, *CASES[request.param])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = peft.LoraConfig(
         r=4, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
@@ -219,12 +255,12 @@ def adapted(tmp_path_factory):
     adapter = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(adapter)
 
-    llm = pretrained.qwen3_from_config(
+    llm = pretrained.decoder_from_config(
         pretrained.read_config(folder), lora=LoRA(rank=4, alpha=16.0)
     )
     shapes = engine.flatten(shapes_of(llm))
     is_lora = {path: path.endswith(("lora_a", "lora_b")) for path in shapes}
-    params = pretrained.load_qwen3(
+    params = pretrained.load_decoder(
         folder, engine.unflatten({path: leaf for path, leaf in shapes.items() if not is_lora[path]})
     )
     lora_tree = engine.unflatten({path: leaf for path, leaf in shapes.items() if is_lora[path]})
