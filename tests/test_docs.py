@@ -29,6 +29,7 @@ GENERATED = ("docs/tpu_plan.md", "docs/gpu_plan.md")  # by benchmarks/, with the
 SMALL = "--config.steps=2 --config.log_every=1 --config.data.dev_utterances=1"
 SMALL += " --config.checkpoint_every=2"
 BASES = "--config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo_llm"
+BASES += " --config.model.dtype=float32 --config.model.base_dtype=float32"
 TINY = f"{SMALL} {BASES} --config.global_batch_size=8 --config.data.workers=0"
 TINY += " --config.mesh.fsdp=8"
 TINY += " --config.data.row.windows=4 --config.data.row.tokens=512 --config.data.row.labels=160"
@@ -117,7 +118,7 @@ def place(tmp_path_factory):
         'case "$*" in\n'
         f"  *train.py*configs/stage*) export XLA_FLAGS='{FAST} {EIGHT}'\n"
         f'    exec {sys.executable} "$@" {TINY} ;;\n'
-        f'  *eval.py*configs/stage*) exec {sys.executable} "$@" {BASES} ;;\n'
+        f'  *eval.py*configs/stage*) exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
         f'  *train.py*) exec {sys.executable} "$@" {SMALL} ;;\n'
         f'  *) exec {sys.executable} "$@" ;;\n'
         "esac\n"
