@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtr
 
 from fastslm_jax import audio, sharding
 from fastslm_jax import config as config_lib
-from fastslm_jax.convert import exporting
+from fastslm_jax.convert import exporting, logits, opening
 from fastslm_jax.inference.generator import Generator, Request
 from fastslm_jax.models import log_mel
 from fastslm_jax.training import experiment
@@ -161,7 +161,7 @@ def test_greedy_answers_of_text_prompts(workdir, smollm2):
         print(f"{request.instruction} {answer.text}")
 
 
-def test_exported_model_gives_the_same_text(workdir, recordings, tmp_path):
+def test_exported_model_gives_the_same_text_and_logits(workdir, recordings, tmp_path):
     pytest.importorskip("peft")
     from transformers import AutoModelForSpeechSeq2Seq
 
@@ -171,9 +171,12 @@ def test_exported_model_gives_the_same_text(workdir, recordings, tmp_path):
     answers = generator.answer(
         [Request(samples, max_new_tokens=NEW_TOKENS) for samples in recordings]
     )
+    given, ids = opening.open_workdir(folder), generator.prompt_tokenizer.prompt_ids("asr")
     for samples, answer in zip(recordings, answers, strict=True):
         waveform = samples.astype(np.float32) / 32768
         text = model.transcribe(waveform, max_new_tokens=NEW_TOKENS)
         assert answer.stop_reason in ("eos", "budget")
         assert text == answer.text
-        print(repr(text))
+        inputs = model.processor.apply_transcription_request(waveform)
+        with torch.no_grad():
+            assert_close(logits.run_jax(given, waveform, ids), model(**inputs).logits[0])
