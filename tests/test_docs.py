@@ -31,7 +31,7 @@ SMALL += " --config.checkpoint_every=2"
 BASES = "--config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo_llm"
 BASES += " --config.model.dtype=float32 --config.model.base_dtype=float32"
 TINY = f"{SMALL} {BASES} --config.global_batch_size=8 --config.data.workers=0"
-TINY += " --config.mesh.fsdp=8"
+TINY += " --config.mesh.fsdp=8 --config.model.window_batch=0"
 TINY += " --config.data.row.windows=4 --config.data.row.tokens=512 --config.data.row.labels=160"
 STAGE1 = "python train.py --config=configs/stage1_shortform.py --workdir=runs/stage1"
 STAGE1 += " --config.data.train.asr.path=DIR/train.jsonl"
@@ -136,9 +136,9 @@ def place(tmp_path_factory):
         shutil.copy(recording, place / name)
     (place / "FOLDER").mkdir()
     shutil.copy(recording, place / "FOLDER")
-    for folder in ("my", "DIR"):
+    for folder in ("my", "DIR", "data/asr"):
         shutil.copytree(demo / "corpus", place / folder)
-    shutil.copy(place / "my/test.jsonl", place / "my/manifest.jsonl")
+    shutil.copy(place / "data/asr/dev.jsonl", place / "data/asr/dev_long.jsonl")
     weights = (ROOT / "assets/demo_llm/model.safetensors").read_bytes()
     (place / "cut.safetensors").write_bytes(weights[:1000])
     released = f"--workdir={demo}/stage3 --layout=released --out=FastSLM --pt"

@@ -26,9 +26,9 @@ class _Meta(schema.Schema):
 
     format: int
     crc32: int
-    row: int = pydantic.Field(ge=0)
-    config: dict
-    bases: dict[str, str]
+    row: int = pydantic.Field(default=0, ge=0)  # the demo's pretraining has no rows
+    config: dict = pydantic.Field(default_factory=dict)
+    bases: dict[str, str] = pydantic.Field(default_factory=dict)
     checksums: dict[str, dict[str, str]]
 
 
