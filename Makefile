@@ -35,7 +35,7 @@ test-real: $(TEST)
 	@test -n "$(FASTSLM_REAL)" || { echo "error: name the folder: make test-real FASTSLM_REAL=DIR"; exit 2; }
 	FASTSLM_REAL="$(FASTSLM_REAL)" $(VENV)/python -m pytest --noconftest -rP tests/real $(ARGS)
 
-# Mutated files of all kinds (tests/test_fuzz.py), about ten minutes.
+# Mutated files of all kinds (tests/test_fuzz.py): minutes.
 fuzz: $(TEST)
 	FASTSLM_FUZZ=12000 $(VENV)/python -m pytest -n 2 --dist load tests/test_fuzz.py $(ARGS)
 

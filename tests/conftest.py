@@ -2,7 +2,6 @@
 
 import collections
 import os
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -167,11 +166,11 @@ _tried = collections.Counter()  # {kind: files}, over all processes
 
 def pytest_sessionfinish(session) -> None:
     """Sends this worker's counts to the main process, or counts them here."""
-    if (fuzz := sys.modules.get("test_fuzz")) is not None:
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["tried"] = dict(fuzz.tried)
-        else:
-            _tried.update(fuzz.tried)
+    tried = getattr(session.config, "tried", {})  # set by test_fuzz
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = tried
+    else:
+        _tried.update(tried)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,6 +1,6 @@
 """Mutated files end in success, or in one line that names the problem.
 
-`make fuzz` tries some 12 000 files (ten minutes); `make test` tries a few. Each example starts
+`make fuzz` tries some 12 000 files; `make test` tries a few. Each example starts
 from a valid file, changes some bytes or values, and hands it to the function that reads it for the
 commands. Allowed ends: a result, or a UserError (one line, exit code 2). Anything else fails:
 another exception, more than 20 s, or audio that is accepted without all of it being heard.
@@ -35,7 +35,13 @@ from fastslm_jax.weights import pretrained, tensors
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = int(os.environ.get("FASTSLM_FUZZ", "0"))  # of `make fuzz`, over all kinds of files
 LIMIT = 20  # seconds
-tried = {}  # {kind: number of files}; conftest.py prints it
+tried = {}  # {kind: number of files}
+
+
+@pytest.fixture(autouse=True)
+def count(request):
+    """conftest.py prints the counts."""
+    request.config.tried = tried
 
 
 def fuzz(share: float, few: int):
