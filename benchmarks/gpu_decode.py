@@ -11,10 +11,8 @@ weights and cache. Last line: one JSON object.
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -24,37 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from banner import print_banner
+from full_size_model import bytes_of, full_size
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from fastslm_jax import chips, sharding
-from fastslm_jax import config as config_lib
+from fastslm_jax import chips
 from fastslm_jax.inference import programs
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.kv_cache import block_size
-from fastslm_jax.plan import hlo, published_configs, traffic
-from fastslm_jax.training import experiment
+from fastslm_jax.plan import hlo, traffic
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "h100:1", "The GPU to compile for.")
 flags.DEFINE_list("batches", ["1", "16", "64"], "Batch sizes.")
 flags.DEFINE_integer("length", 2048, "Positions of the cache, all of them filled.")
 flags.DEFINE_string("cache_dtype", "bfloat16", "Of the key-value cache.")
-
-
-def full_size(device: jax.Device) -> FastSLM:
-    """FastSLM-4B as the full-size configs build it for a device, in bfloat16."""
-    config = config_lib.full_size()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("whisper", "llm"):
-            config.base[name] = published_configs.local(config.base[name], pathlib.Path(folder))
-        mesh = sharding.make_mesh(devices=[device])
-        return experiment.build(config, weights=False, mesh=mesh).model
-
-
-def bytes_of(tree: object) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compile_decode(

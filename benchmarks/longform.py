@@ -30,7 +30,6 @@ import functools
 import json
 import math
 import subprocess
-import tempfile
 import time
 
 import jax
@@ -38,19 +37,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from banner import print_banner
+from full_size_model import bytes_of, full_size
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from fastslm_jax import audio, chips, cli, devices, sharding
-from fastslm_jax import config as config_lib
+from fastslm_jax import audio, chips, cli, devices
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import batching, generator, load, long_form, programs
 from fastslm_jax.inference.capacity import bucketed_length
 from fastslm_jax.inference.sampling import SamplingParams
-from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.kv_cache import KVCache
-from fastslm_jax.plan import published_configs
-from fastslm_jax.training import experiment
 from fastslm_jax.training.checkpoint import Checkpoints
 
 FLAGS = flags.FLAGS
@@ -139,20 +135,6 @@ def measure() -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------- compiled
-
-
-def full_size(device: jax.Device) -> FastSLM:
-    """FastSLM-4B as the full-size configs build it for a device, in bfloat16."""
-    config = config_lib.full_size()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("whisper", "llm"):
-            config.base[name] = published_configs.local(config.base[name], pathlib.Path(folder))
-        mesh = sharding.make_mesh(devices=[device])
-        return experiment.build(config, weights=False, mesh=mesh).model
-
-
-def bytes_of(tree: dict | KVCache) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Chip:

@@ -30,7 +30,7 @@ import soundfile
 import tqdm
 from absl import flags
 
-from fastslm_jax import cli
+from fastslm_jax import cli, outputs
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import examples
@@ -167,7 +167,7 @@ def _claim(out: pathlib.Path, settings: Mapping[str, object]) -> None:
         return
     for folder in examples.SPLITS:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(settings, indent=1) + "\n")
+    outputs.write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _is_complete(out: pathlib.Path, recordings: Sequence[SyntheticRecording]) -> bool:
@@ -275,20 +275,13 @@ def _write_manifests(
 
 
 def _write_manifest(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    outputs.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     hours = sum(float(row["duration"]) for row in rows) / 3600
     print(f"{path}: {len(rows)} examples, {hours:.2f} h")
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Atomic: an interrupted build leaves a temporary file, which the next one overwrites."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _write_flac(path: pathlib.Path, samples: np.ndarray) -> None:
-    """Atomic, as `_write_text`."""
+    """Atomic: an interrupted build leaves a temporary file, which the next one overwrites."""
     temporary = path.with_name(f".{path.name}.tmp")
     soundfile.write(temporary, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     os.replace(temporary, path)

@@ -1,7 +1,6 @@
 """Predictions on disk and their scores beside them: SET/TASK/{predictions.jsonl, metrics.json}."""
 
 import json
-import os
 import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated
@@ -9,7 +8,7 @@ from typing import Annotated
 import pydantic
 from absl import logging
 
-from fastslm_jax import schema
+from fastslm_jax import outputs, schema
 from fastslm_jax.data import fields
 from fastslm_jax.data.manifest import numbered_lines
 from fastslm_jax.errors import UserError
@@ -108,7 +107,7 @@ class PredictionLog:
             known, measured = finished, read_measured(self.folder / METRICS)
         elif stopped_run == run:
             known = stopped
-        _write(self._part, _json_lines([{"run": run}, *known.values()]))
+        outputs.write_text(self._part, _json_lines([{"run": run}, *known.values()]))
         return known, measured
 
     def _stopped(self) -> tuple[dict | None, dict[str, dict]]:
@@ -152,7 +151,7 @@ class PredictionLog:
 
     def finish(self, predictions: Sequence[dict], measured: dict, judge: Judge | None) -> dict:
         """Writes predictions.jsonl and metrics.json; returns the scores."""
-        _write(self.folder / PREDICTIONS, _json_lines(predictions))
+        outputs.write_text(self.folder / PREDICTIONS, _json_lines(predictions))
         scores = _score(self.folder, predictions, measured | self._measured, judge)
         self._part.unlink()
         self.close()
@@ -193,12 +192,6 @@ def _json_lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _score(
     folder: pathlib.Path, predictions: Sequence[dict], measured: dict, judge: Judge | None
 ) -> dict:
@@ -210,7 +203,7 @@ def _score(
         except JudgeError as error:
             scores["failed"] = scores.get("failed", {}) | {"judge": str(error)}
     scores |= measured
-    _write(folder / METRICS, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    outputs.write_text(folder / METRICS, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     for name, reason in scores.get("failed", {}).items():
         logging.warning("%s: no %s (%s)", folder, name, reason)
     return scores

@@ -149,7 +149,7 @@ class Generator:
             cache_length=cache_length,
             cache_dtype=self.capacity.cache_dtype,
             sampling=sampling or self.sampling,
-            end_ids=(self.prompt_tokenizer.end_id, *self.prompt_tokenizer.stop_ids),
+            end_ids=self.prompt_tokenizer.end_ids,
             detect_repetition=self.detect_repetition,
             mesh=self.mesh,
         )

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import tqdm
 
-from fastslm_jax import schema
+from fastslm_jax import outputs, schema
 from fastslm_jax.audio import SAMPLE_RATE, resample
 from fastslm_jax.data.contamination import words
 from fastslm_jax.errors import UserError
@@ -145,12 +145,6 @@ def plan(recipe: Recipe, index: int) -> Clip:
     return Clip(recipe, index, text, voice, speed=rng.uniform(0.85, 1.2))
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _build_clip(recipe: Recipe, out: pathlib.Path, index: int) -> tuple[str, Row] | str:
     """Writes a clip unless its file exists.
 
@@ -219,7 +213,7 @@ def _claim(out: pathlib.Path, recipe: Recipe) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: contains other files; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(settings, indent=1) + "\n")
+    outputs.write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _try_voices(recipe: Recipe) -> None:
@@ -285,8 +279,10 @@ def build(recipe: Recipe, out: str | os.PathLike, count: int, workers: int = 1) 
         )
     for split, lines in rows.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        _write_text(out / f"{split}.jsonl", text)
+        outputs.write_text(out / f"{split}.jsonl", text)
     summary = summarize([row for split in SPLITS for row in rows[split]], failed)
     summary |= {split: len(rows[split]) for split in SPLITS}
-    _write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    outputs.write_text(
+        out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    )
     return summary

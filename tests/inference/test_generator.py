@@ -138,6 +138,10 @@ class EndsWith:
     end_id: int
     stop_ids: tuple[int, ...] = ()
 
+    @property
+    def end_ids(self):
+        return (self.end_id, *self.stop_ids)
+
     def __getattr__(self, name):
         return getattr(self.prompt_tokenizer, name)
 
