@@ -20,13 +20,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from banner import print_banner
 from full_size_model import bytes_of, full_size
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from fastslm_jax import chips
+from fastslm_jax import chips, cli
 from fastslm_jax.inference import programs
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models.fastslm import FastSLM
@@ -117,4 +117,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

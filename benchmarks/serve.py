@@ -30,9 +30,10 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 import numpy as np
-from absl import app, flags
+from absl import flags
 from banner import print_banner
 
+from fastslm_jax import cli
 from fastslm_jax.data.manifest import read_manifest
 from fastslm_jax.demo.corpus import DEFAULT_COUNTS, build_corpus
 
@@ -240,4 +241,4 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    app.run(main)
+    cli.run(main)
