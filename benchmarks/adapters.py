@@ -16,7 +16,9 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import jax
 from banner import print_banner
+from flax.traverse_util import flatten_dict
 
 from fastslm_jax import config as config_lib
 from fastslm_jax.models.adapters import ADAPTERS
@@ -47,14 +49,13 @@ def measure(size: str, options: dict) -> dict[str, float]:
             config.base[base] = published_configs.local(config.base[base], pathlib.Path(folder))
         setup = experiment.build(config, weights=False)
     model, encoder = setup.model, setup.model.encoder
-    leaves = experiment.abstract_params(model, "float32")
-    mask = optim.trainable_mask(sorted(leaves), setup.trainable)
-    group = f"{model.adapter.GROUP}/"
+    features = jax.ShapeDtypeStruct((1, encoder.max_positions, encoder.width), "float32")
+    params = jax.eval_shape(model.adapter.init, jax.random.key(0), features)["params"]
+    leaves = flatten_dict({model.adapter.GROUP: params}, sep="/")
+    mask = optim.trainable_mask([*leaves, "encoder/positions"], setup.trainable[:2])
     flops = model.adapter.minimum_flops(encoder.max_positions, encoder.width)
     return {
-        "parameters": sum(
-            leaf.size for path, leaf in leaves.items() if mask[path] and path.startswith(group)
-        ),
+        "parameters": optim.count({path: leaf for path, leaf in leaves.items() if mask[path]}),
         "tokens_per_second": round(model.tokens_per_window / model.window.seconds, 2),
         "gflops": round(sum(flops.values()) / model.window.seconds / 1e9, 4),
     }

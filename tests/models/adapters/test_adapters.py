@@ -133,7 +133,7 @@ def test_the_minimum_and_two_known_extras_are_executed(options):
 @pytest.mark.parametrize(
     ("size", "frames", "width", "output", "parameters"),
     [
-        ("demo", 300, 128, 192, 567_168),
+        ("demo", 300, 128, 192, 562_624),
         ("full", 1500, 1280, 2560, 56_140_800),
     ],
 )
@@ -155,7 +155,7 @@ def test_parameters_match_the_hfq_former_within_a_fifth(size, frames, width, out
     [
         ({"adapter": "stack", "compression_size": 7}, "compression_size=7: .* choose 6 or 10, or"),
         ({"adapter": "pooling", "compression_size": 120}, "compression_size=120: .* choose 60, or"),
-        ({"adapter": "wq_former", "compression_size": 8}, "the 60 frames of a window into equal"),
+        ({"adapter": "wq_former", "compression_size": 8}, ".*the 60 frames of a window into equal"),
         ({"adapter": "sq_former", "qformer_layers": 4}, "qformer_layers=4: their attention has"),
     ],
 )
