@@ -11,6 +11,7 @@ from fastslm_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
 # Parts that a config can leave out: a fragment of their paths, and paths.
+_ATTENTION = ("query", "key", "value", "out")
 _OPTIONAL = {
     "/lora_": [
         f"llm/layers/{name}/lora_{factor}"
@@ -20,7 +21,10 @@ _OPTIONAL = {
     "/detail_recovery_": [
         f"hfq_former/detail_recovery_0/{kind}_attention/{name}/kernel"
         for kind in ("self", "cross")
-        for name in ("query", "key", "value", "out")
+        for name in _ATTENTION
+    ],
+    "adapter/layer_0/self_attention/": [
+        f"adapter/layer_0/self_attention/{name}/kernel" for name in _ATTENTION
     ],
 }
 

@@ -1,9 +1,12 @@
 """Exports of the HFQ-Former's variants, and of other adapters."""
 
+import types
+
 import numpy as np
 import pytest
 
-from fastslm_jax.convert import checking, exporting, importing, logits, opening
+from fastslm_jax import config as config_lib
+from fastslm_jax.convert import checking, exporting, importing, logits, opening, stored
 from fastslm_jax.data.prompts import PromptTokenizer
 from fastslm_jax.errors import UserError
 
@@ -55,14 +58,18 @@ def test_variants_of_the_hfq_former_give_the_same_logits_in_pytorch(
         ),
     ],
 )
-def test_what_a_layout_cannot_hold_is_one_line(options, layout, message, make_workdir, tmp_path):
-    workdir = make_workdir(tmp_path, **options)
-    with pytest.raises(UserError, match=rf"run: config\.model\.{message}"):
-        exporting.export(workdir, tmp_path / "out", layout)
-    assert not (tmp_path / "out").exists()
+def test_what_a_layout_cannot_hold_is_one_line(options, layout, message):
+    config = config_lib.full_size()
+    config.model.update(options)
+    given = types.SimpleNamespace(config=config, path="run")
+    with pytest.raises(UserError, match=rf"^run: config\.model\.{message}"):
+        stored.check_adapter(given, layout)
 
 
-def test_lora_of_a_model_with_another_adapter(make_workdir, tmp_path):
+def test_another_adapter_has_only_its_lora_exported(make_workdir, tmp_path):
     """PEFT folders have the LoRA of the language model only."""
-    exporting.export(make_workdir(tmp_path, adapter="sq_former"), tmp_path / "out", "peft")
+    workdir = make_workdir(tmp_path, adapter="sq_former")
+    with pytest.raises(UserError, match="adapter is sq_former"):
+        exporting.export(workdir, tmp_path / "out", "hf")
+    exporting.export(workdir, tmp_path / "out", "peft")
     assert (tmp_path / "out/adapter_model.safetensors").is_file()

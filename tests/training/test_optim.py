@@ -213,13 +213,13 @@ def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
         )
 
 
-def test_patterns_for_detail_recovery_may_decide_nothing_without_it():
-    """The demo's table also fits other adapters and an HFQ-Former without detail recovery."""
+def test_patterns_for_parts_of_an_adapter_may_decide_nothing_without_them():
+    """The demo's table fits every adapter, and an HFQ-Former without detail recovery."""
     demo = importlib.import_module("configs.demo").get_config("1")
     table = demo.optimizer.learning_rate_ratios
     adamw = optim.make_optimizer("adamw", optax.constant_schedule(0.1), learning_rate_ratios=table)
     others = {"llm/layers/query/lora_a": jnp.zeros((8, 4))}
-    for path in ("hfq_former/projection/kernel", "adapter/mlp_in/kernel"):
+    for path in ("hfq_former/projection/kernel", "adapter/layer_0/mlp_in/kernel"):
         leaves = {path: jnp.zeros((8, 4)), **others}
         one_step(adamw, leaves, leaves)
 
