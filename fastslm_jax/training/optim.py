@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fastslm_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
-# Parts that a config can leave out: a fragment of their paths, and paths.
 _ATTENTION = ("query", "key", "value", "out")
+# Parts that a config can leave out: a fragment of their paths, and paths.
 _OPTIONAL = {
     "/lora_": [
         f"llm/layers/{name}/lora_{factor}"
