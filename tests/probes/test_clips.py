@@ -37,11 +37,10 @@ def test_clips_are_reproducible_and_fill_the_window(target):
         assert not np.array_equal(clip.samples, different.samples)
 
 
-@pytest.mark.parametrize("target", ["pitch", "rate", "style"])
-def test_training_and_test_clips_share_no_speaker(target):
-    train, test = ({c.group for c in draw(target, split, 60)} for split in ("train", "test"))
-    assert (len(train), len(test)) == (48, 12)
-    assert not train & test
+def test_training_and_test_clips_share_no_speaker():
+    for split, known in zip(("train", "test"), voices.voices(), strict=True):
+        names = sorted({voice.name for voice in known})
+        assert [clip.group for clip in draw("pitch", split)][::3] == names[:2]
 
 
 def test_all_speakers_say_the_same_sentences():

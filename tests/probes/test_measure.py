@@ -1,5 +1,6 @@
 """Logistic regression, its penalty and baselines; and the probes of a model."""
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -55,10 +56,10 @@ def test_the_majority_baseline_is_that_of_the_training_clips():
 
 def test_the_interval_resamples_groups():
     """With all test clips in two groups, one right and one wrong, nearly nothing is known."""
-    sets = {"train": made([0, 1] * 8, range(16)), "test": made([0] * 10, [0] * 5 + [1] * 5)}
-    x = np.array([0.0, 1.0] * 8)[:, None]
-    right = np.array([0.0] * 5 + [1.0] * 5)[:, None]
-    assert measure.probe(sets, {"train": x, "test": right})["interval"] == [0.0, 1.0]
+    test = [0] * 5 + [1] * 5
+    sets = {"train": made([0, 1] * 8, range(16)), "test": made(test, test)}
+    x = {"train": np.array([0.0, 1.0] * 8)[:, None], "test": np.zeros((10, 1))}
+    assert measure.probe(sets, x)["interval"] == [0.0, 1.0]
 
 
 def test_the_features_of_a_window(model, params):
@@ -79,7 +80,7 @@ def test_the_features_of_a_window(model, params):
     np.testing.assert_allclose(last["encoder"][0], features["encoder"][17], rtol=1e-4, atol=1e-5)
     windows, frames = model.window.cut(drawn[17].samples)
     recording = np.zeros((1, 1), np.int32)
-    tokens = model.speech_tokens(params, windows[None], frames[None], recording)
+    tokens = jax.jit(model.speech_tokens)(params, windows[None], frames[None], recording)
     np.testing.assert_allclose(ordered[17], tokens[0], rtol=1e-4, atol=1e-5)
 
 
