@@ -47,6 +47,7 @@ ALLOWED = {
     "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
     "transcribe_flags": ("data",),
     "serve": ("models", "weights", "data", "training", "inference", "transcribe"),
+    "attention_maps": ("models", "weights", "data", "training", "inference"),
     "inspect": ("models", "weights", "data", "training"),
     "__init__": ("inference",),
 }
