@@ -40,9 +40,14 @@ ALLOWED = {
     "convert": ("models", "weights", "data", "training", "inference"),
     "synthesis": ("models", "data"),
     "demo": ("models", "weights", "data", "training", "inference", "evaluation", "synthesis"),
+    "probes": (
+        *("models", "weights", "data", "training", "inference"),
+        *("evaluation", "synthesis", "demo"),
+    ),
     "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
     "transcribe_flags": ("data",),
     "serve": ("models", "weights", "data", "training", "inference", "transcribe"),
+    "attention_maps": ("models", "weights", "data", "training", "inference"),
     "inspect": ("models", "weights", "data", "training"),
     "__init__": ("inference",),
 }

@@ -82,7 +82,10 @@ class Conv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projected multi-head attention; as in Whisper, every projection but the key has a bias."""
+    """Projected multi-head attention; as in Whisper, every projection but the key has a bias.
+
+    Queries and keys are sown into the collection `attention`, see `attention_maps`.
+    """
 
     num_heads: int
     attention_kernel: AttentionKernel = AttentionKernel()
@@ -96,7 +99,8 @@ class Attention(nn.Module):
         query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
         key = Projection(width, dtype=self.dtype, name="key")(context)
         value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
-        heads = (split_heads(y, self.num_heads) for y in (query, key, value))
+        heads = [split_heads(y, self.num_heads) for y in (query, key, value)]
+        self.sow("attention", "query_key", heads[:2])
         out = self.attention_kernel(*heads).reshape(query.shape)
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 

@@ -52,7 +52,8 @@ class Compressor(nn.Module):
                 Projection(width, use_bias=True, dtype=self.dtype, name=f"{name}_projection")(y)
                 for name, y in (("query", query), ("key", key), ("value", value))
             )
-        heads = (split_heads(y, self.num_heads) for y in (query, key, value))
+        heads = [split_heads(y, self.num_heads) for y in (query, key, value)]
+        self.sow("attention", "query_key", heads[:2])
         out = self.attention_kernel(*heads).reshape(query.shape)
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 
@@ -94,7 +95,8 @@ class DetailRecovery(nn.Module):
 class HFQFormer(Adapter):
     """Encoder features [b, t, d] → speech tokens [b, compression_size, output_width].
 
-    Results of every stage are sown into the collection `intermediates`.
+    Results of every stage are sown into the collection `intermediates`, queries and keys of every
+    attention into the collection `attention`.
 
     stage_tokens: number of queries per level.
     downsample_factor: ratio of the lengths of successive levels.
