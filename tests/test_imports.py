@@ -40,6 +40,10 @@ ALLOWED = {
     "convert": ("models", "weights", "data", "training", "inference"),
     "synthesis": ("models", "data"),
     "demo": ("models", "weights", "data", "training", "inference", "evaluation", "synthesis"),
+    "ablate": (
+        *("models", "weights", "data", "flops", "training", "inference", "evaluation"),
+        *("synthesis", "demo"),
+    ),
     "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
     "transcribe_flags": ("data",),
     "serve": ("models", "weights", "data", "training", "inference", "transcribe"),

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from fastslm_jax.demo import __main__ as demo
+from fastslm_jax.demo.phases import Phases
 from fastslm_jax.errors import UserError
 
 
 def test_a_completed_phase_is_skipped(tmp_path, capsys):
     command = ["-c", f"open({str(tmp_path / 'trace')!r}, 'a').write('x')"]
     for _ in range(2):
-        demo.Phases(tmp_path).run("corpus", command)
+        Phases(tmp_path).run("corpus", command)
     assert (tmp_path / "trace").read_text() == "x"
     assert "[corpus] already done" in capsys.readouterr().out
     phase = json.loads((tmp_path / "phases.json").read_text())["corpus"]
@@ -25,16 +25,16 @@ def test_a_failed_phase_is_retried_and_its_time_accumulates(tmp_path):
     command = ["-c", f"{code}; exit(0 if done else 3)"]
     message = "stage1 failed with exit code 3; fix the error above and run the same command again"
     with pytest.raises(UserError, match=message):
-        demo.Phases(tmp_path).run("stage1", command)
-    spent = demo.Phases(tmp_path).state["stage1"]["seconds"]
-    phases = demo.Phases(tmp_path)
+        Phases(tmp_path).run("stage1", command)
+    spent = Phases(tmp_path).state["stage1"]["seconds"]
+    phases = Phases(tmp_path)
     phases.run("stage1", command)
     assert phases.state["stage1"]["done"]
     assert phases.state["stage1"]["seconds"] > spent > 0
 
 
 def test_another_seed_in_the_same_folder_is_rejected(tmp_path):
-    demo.Phases(tmp_path).run("corpus", ["-c", "seed = 0"])
-    message = r"was created with other flags .*choose another --out or delete it"
+    Phases(tmp_path).run("corpus", ["-c", "seed = 0"])
+    message = r"was created with other flags .*choose another folder or delete it"
     with pytest.raises(UserError, match=message):
-        demo.Phases(tmp_path).run("corpus", ["-c", "seed = 1"])
+        Phases(tmp_path).run("corpus", ["-c", "seed = 1"])
