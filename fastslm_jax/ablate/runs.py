@@ -24,6 +24,9 @@ LONG = "recordings"  # the set whose recordings are decoded in one context
 MINUTES = (0.5, 1, 3, 5, 10)
 
 
+CONSEQUENCES = ("data.row.tokens", "optimizer.learning_rate_ratios")  # of other changes
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Training:
     """A training of a stage.
@@ -43,7 +46,7 @@ class Training:
     @property
     def name(self) -> str:
         """Of its folder: "seed0-stage1-detail_recovery_layers_0"."""
-        known = self.before.changes if self.before else {}
+        known = {*CONSEQUENCES, *(self.before.changes if self.before else ())}
         new = [f"{f.split('.')[-1]}_{v}" for f, v in self.changes.items() if f not in known]
         start = self.before.name if self.before else f"seed{self.seed}"
         return "-".join([start, self.stage.name, *(re.sub(r"\W+", "_", part) for part in new)])

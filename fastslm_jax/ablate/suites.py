@@ -116,8 +116,17 @@ def _scales(count: int) -> Variant:
     )
 
 
+def _other_ratios(stage: Stage) -> tuple:
+    """The learning rate ratios without those of detail recovery, for models that have none."""
+    ratios = stage.config.optimizer.learning_rate_ratios
+    return tuple(row for row in ratios if "detail_recovery" not in row[0])
+
+
+_NO_RECOVERY = {"optimizer.learning_rate_ratios": _other_ratios}
+
+
 def _recovery(layers: int) -> Difference:
-    return {"model.detail_recovery_layers": layers}
+    return {"model.detail_recovery_layers": layers, **({} if layers else _NO_RECOVERY)}
 
 
 _WITH_AND_WITHOUT = {"": _recovery(2), ", no detail recovery": _recovery(0)}
@@ -134,8 +143,11 @@ SUITES = {
     "adapters": Suite(
         "Which adapter?",
         {
-            name: Variant({"model.adapter": name})
-            for name in ("hfq", "pooling", "stack", "wq_former", "sq_former")
+            "hfq": Variant({"model.adapter": "hfq"}),
+            **{
+                name: Variant({"model.adapter": name, **_NO_RECOVERY})
+                for name in ("pooling", "stack", "wq_former", "sq_former")
+            },
         },
     ),
     "tokens": Suite(

@@ -1,17 +1,21 @@
 """Commands that run one after another; each completes once, even if it is interrupted."""
 
 import contextlib
-import ctypes
 import json
 import pathlib
 import resource
-import signal
 import subprocess
 import sys
 import time
 
 from fastslm_jax import outputs
 from fastslm_jax.errors import UserError
+
+# Ends the phase if this process is killed (Linux only; elsewhere train.py's lock protects it).
+# Popen's preexec_fn would do it, but may deadlock when JAX's threads run.
+_PROGRAM = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+_PROGRAM += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+_DIE_WITH_PARENT = ("-c", _PROGRAM) if sys.platform == "linux" else ()
 
 
 class Phases:
@@ -61,10 +65,7 @@ class Phases:
         before, started = phase["seconds"], time.time()
         with contextlib.nullcontext() if log is None else open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, *command],
-                stdout=output,
-                stderr=output,
-                preexec_fn=_die_with_parent,
+                [sys.executable, *_DIE_WITH_PARENT, *command], stdout=output, stderr=output
             )
         while True:
             try:
@@ -90,9 +91,3 @@ class Phases:
 
     def _write(self) -> None:
         outputs.write_text(self.file, json.dumps(self.state, indent=1))
-
-
-def _die_with_parent() -> None:
-    """Ends the phase if the demo is killed (Linux only; elsewhere train.py's lock protects it)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
