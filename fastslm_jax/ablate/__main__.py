@@ -4,8 +4,8 @@
 
 Suites: adapters, tokens (per 30 s), recovery (layers of detail recovery), scales and hfq (details
 of the HFQ-Former) train stage 1; grouping and stages train stages 1 and 2 and score recordings of
-up to 10 minutes in one context; robustness scores the trained models in assets/ on speech of rising
-difficulty, without training.
+up to 10 minutes in one context. Without training, robustness scores the models in assets/ on speech
+of rising difficulty, and probes tells what their speech tokens keep beyond words.
 
 A run is one training by train.py and its scores by eval.py, in WORKDIR/runs; its output is in the
 logs there. Suites share the runs that they have in common. WORKDIR/SUITE gets results.jsonl (a line
@@ -36,12 +36,12 @@ from fastslm_jax import cli
 from fastslm_jax.ablate.suites import SUITES
 
 FLAGS = flags.FLAGS
-ROBUSTNESS = "robustness"
+EVALUATIONS = ("robustness", "probes")  # of the models in assets/
 STAGES = {"stage1": "config", "stage2": "stage2"}  # stage: flag
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("suite", None, [*SUITES, ROBUSTNESS], "The experiment.")
+    flags.DEFINE_enum("suite", None, [*SUITES, *EVALUATIONS], "The experiment.")
     flags.DEFINE_string("workdir", "runs/ablate", "Folder of the runs and results.")
     flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, …", lower_bound=1)
     for stage, flag in STAGES.items():
@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 from fastslm_jax import config as config_lib
 from fastslm_jax import devices, outputs
-from fastslm_jax.ablate import recordings, report, robustness, runs
+from fastslm_jax.ablate import probing, recordings, report, robustness, runs
 from fastslm_jax.ablate.suites import Stage
 from fastslm_jax.demo.phases import Phases
 from fastslm_jax.errors import UserError
@@ -72,8 +72,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a flag, --name=value")
     workdir = outputs.check_folder(FLAGS.workdir, "--workdir")
     with checkpoint.lock(workdir, work="running experiments"):
-        if FLAGS.suite == ROBUSTNESS:
-            question, planned = robustness.QUESTION, robustness.plan(FLAGS.seeds)
+        if FLAGS.suite in EVALUATIONS:
+            suite = {"robustness": robustness, "probes": probing}[FLAGS.suite]
+            question, planned = suite.QUESTION, suite.plan(FLAGS.seeds)
         else:
             suite = SUITES[FLAGS.suite]
             stage2 = read_stage("stage2", None) if suite.has_lengths else None
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             planned = runs.plan(FLAGS.suite, suite, stage1, stage2, FLAGS.seeds)
             if stage1.config.name.startswith("ablation-"):
                 make_data(workdir, stage1, suite.has_lengths)
-        run_all(workdir, question, planned)
+        run_all(workdir, FLAGS.suite, question, planned)
 
 
 def read_stage(name: str, following: Stage | None) -> Stage:
@@ -111,18 +112,21 @@ def make_data(workdir: pathlib.Path, stage1: Stage, has_lengths: bool) -> None:
 
 
 def run_all(
-    workdir: pathlib.Path, question: str, planned: Sequence[runs.Run | robustness.Run]
+    workdir: pathlib.Path,
+    name: str,
+    question: str,
+    planned: Sequence[runs.Run | robustness.Run | probing.Run],
 ) -> None:
     """Runs what is missing, one line a run, and writes the results after each.
 
     Raises:
         UserError: some runs failed; the others are finished.
     """
-    folder, out = workdir / "runs", workdir / FLAGS.suite
+    folder, out = workdir / "runs", workdir / name
     out.mkdir(exist_ok=True)
     open_ = [run for run in planned if not run.is_done(folder)]
     finished = [run for run in planned if run not in open_]
-    print(f"{FLAGS.suite}: {len(planned)} runs, {len(finished)} finished", flush=True)
+    print(f"{name}: {len(planned)} runs, {len(finished)} finished", flush=True)
     failed, started = [], time.time()
     for number, run in enumerate(open_, 1):
         begun = time.time()
@@ -136,9 +140,8 @@ def run_all(
         records = {each: each.records(folder) for each in finished}
         report.write(out, question, [record for each in finished for record in records[each]])
         spent, left = time.time() - begun, (time.time() - started) / number * (len(open_) - number)
-        wer = next(iter(records[run][0]["scores"].values()))["wer"]
         print(
-            f"[{len(finished)}/{len(planned)}] {run.name}: WER {wer:.1f} %, "
+            f"[{len(finished)}/{len(planned)}] {run.name}: {report.headline(records[run][0])}, "
             f"{spent / 60:.1f} min; about {left / 60:.0f} min left",
             flush=True,
         )

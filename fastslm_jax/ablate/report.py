@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from fastslm_jax import outputs
 
 RESULTS, TABLE, PICTURE = "results.jsonl", "results.md", "results.png"
+SCORES = ("WER, ", "accuracy, ")  # starts of the columns in %
 Columns = dict[str, dict[str, list[float]]]  # {variant: {column: a value of each seed}}
 
 
@@ -34,8 +35,16 @@ def is_written(folder: pathlib.Path) -> bool:
     return all((folder / name).exists() for name in (RESULTS, TABLE, PICTURE))
 
 
+def headline(record: dict) -> str:
+    """The first score of a record: "WER, test 12.3 %"."""
+    name, value = next(item for item in _columns(record).items() if item[0].startswith(SCORES))
+    return f"{name} {value:.1f} %"
+
+
 def _columns(record: dict) -> dict[str, float]:
     """The columns of the table that a record fills."""
+    if "features" in record:
+        return {f"accuracy, {record['features']}": 100 * record["scores"]["test"]["accuracy"]}
     if "model" in record:
         return {f"WER, {record['model']}": record["scores"]["test"]["wer"]}
     return {
@@ -73,7 +82,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def table(records: Sequence[dict]) -> str:
-    """A Markdown table: mean ± standard deviation over the seeds, WER in %."""
+    """A Markdown table: mean ± standard deviation over the seeds, WER and accuracy in %."""
     found = collect(records)
     names = list(dict.fromkeys(name for columns in found.values() for name in columns))
     rows = [["", "seeds", *names], ["---"] * (2 + len(names))]
@@ -107,12 +116,14 @@ def _points(axes: Axes, labels: Sequence[str], values: Sequence[Sequence[float]]
 
 def _by_variant(found: Columns) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    sets = [name for name in next(iter(found.values())) if name.startswith("WER")]
+    names = dict.fromkeys(name for columns in found.values() for name in columns)
+    sets = [name for name in names if name.startswith(SCORES)]
     for name in sets:
         present = [variant for variant, columns in found.items() if name in columns]
         values = [found[variant][name] for variant in present]
-        _points(axes, present, values, label=name.removeprefix("WER, "), linestyle="none")
-    axes.set(ylabel="WER, %")
+        _points(axes, present, values, label=name.partition(", ")[2], linestyle="none")
+    axes.tick_params(axis="x", rotation=20)
+    axes.set(ylabel=f"{sets[0].partition(', ')[0]}, %")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure

@@ -1,6 +1,7 @@
 """WER against the strength of spontaneous speech, voice and acoustics, of trained models."""
 
 import dataclasses
+import functools
 import pathlib
 import random
 from collections.abc import Callable
@@ -47,6 +48,20 @@ MODELS: dict[str, Callable[[int, int], list[str]]] = {
     "assets/demo_model": demo_sentences,
     "assets/real_model": prompt_sentences,
 }
+
+
+def existing_models() -> list[str]:
+    return [checkpoint for checkpoint in MODELS if pathlib.Path(checkpoint).exists()]
+
+
+@functools.cache
+def costs(checkpoint: str) -> dict:
+    """`runs.costs` of the model of a checkpoint."""
+    checkpoints = Checkpoints(checkpoint, read_only=True)
+    step = load.find_step(checkpoints, checkpoint)
+    config = load.saved_config(checkpoints, checkpoint, step)
+    checkpoints.close()
+    return trained_runs.costs(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +150,7 @@ class Run:
     def records(self, runs: pathlib.Path) -> list[dict]:
         """The lines of results.jsonl of a finished run: one for each set."""
         folder = self.folder(runs)
-        checkpoints = Checkpoints(self.checkpoint, read_only=True)
-        step = load.find_step(checkpoints, self.checkpoint)
-        config = load.saved_config(checkpoints, self.checkpoint, step)
-        checkpoints.close()
-        costs, scores = trained_runs.costs(config), trained_runs.scores(folder / "eval")
+        scores = trained_runs.scores(folder / "eval")
         seconds = Phases(folder).state["eval"]["seconds"]
         return [
             {
@@ -148,7 +159,7 @@ class Run:
                 "model": pathlib.Path(self.checkpoint).name,
                 "seed": self.seed,
                 "difference": {each.effect: each.strength} if each.effect else {},
-                **costs,
+                **costs(self.checkpoint),
                 "steps": 0,
                 "seconds": round(seconds / len(SETS), 1),
                 "scores": {"test": scores[each.name]},
@@ -160,8 +171,7 @@ class Run:
 def plan(seeds: int) -> list[Run]:
     """Every model that exists, seed by seed."""
     return [
-        Run(checkpoint, sentences, seed)
+        Run(checkpoint, MODELS[checkpoint], seed)
         for seed in range(seeds)
-        for checkpoint, sentences in MODELS.items()
-        if pathlib.Path(checkpoint).exists()
+        for checkpoint in existing_models()
     ]

@@ -203,7 +203,8 @@ def costs(config: ConfigDict) -> dict:
 def scores(folder: pathlib.Path, *, has_lengths: bool = True) -> dict[str, dict[str, float]]:
     """{set: {score: value}} of the transcriptions below WORKDIR/eval."""
     found = {}
-    for path in sorted(folder.glob(f"*/asr/{results.METRICS}")):
+    paths = folder.glob(f"*/asr/{results.METRICS}")
+    for path in sorted(paths, key=lambda path: (LONG in path.parts, path)):
         name = path.parent.parent.name
         if name != LONG or has_lengths:
             metrics = json.loads(path.read_text(encoding="utf-8"))
