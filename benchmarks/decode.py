@@ -31,9 +31,9 @@ from fastslm_jax import devices
 from fastslm_jax.inference.batching import ContinuousBatch, Prompt
 from fastslm_jax.inference.capacity import PREFILL_CHUNK, bucketed_length
 from fastslm_jax.inference.sampling import SamplingParams
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts
 
@@ -63,7 +63,9 @@ def build(size: str) -> tuple[FastSLM, dict, Qwen3ForCausalLM]:
     """
     vocab, width, layers, heads, kv_heads, head_dim, mlp = SIZES[size]
     llm = Decoder(vocab, width, layers, heads, kv_heads, head_dim, mlp, scan_layers=False)
-    model = FastSLM(WhisperEncoder(64, 1, 1, 64, 80, 50), HFQFormer(width, (2, 2), 2), llm)
+    model = FastSLM(
+        WhisperEncoder(64, 1, 1, 64, 80, 50), HFQFormer(width, 2, stage_tokens=(2, 2)), llm
+    )
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0))["llm"], sep="/")
     rng, weights = np.random.default_rng(0), {}
     for path, leaf in shapes.items():

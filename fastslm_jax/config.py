@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from fastslm_jax import config_schema
 from fastslm_jax.errors import UserError
 
-# What is trained: the HFQ-Former with its projection, and LoRA. The first match decides.
+# What is trained: the adapter (by default the HFQ-Former) and LoRA. The first match decides.
 TRAINABLE = (
     (r".*_positions|encoder/positions", False),
-    (r"hfq_former/.*", True),
+    (r"(hfq_former|adapter)/.*", True),
     (r".*/lora_[ab]", True),
     (r"(encoder|llm)/.*", False),
 )
@@ -55,11 +55,16 @@ def full_size() -> ConfigDict:
     config.init_from = ""  # workdir of the previous stage, whose newest checkpoint is the start
     config.model = ConfigDict(
         {
-            "stage_tokens": (80, 80, 80),  # queries of each HFQ-Former compression stage
+            "adapter": "hfq",  # a name in models/adapters: pooling, stack, wq_former, sq_former
+            "adapter_mlp_dim": 0,  # hidden width of adapters but hfq; 0: as many parameters as hfq
+            "qformer_layers": 2,  # of the adapters wq_former and sq_former
+            "stage_tokens": (80, 80, 80),  # queries of each scale of the HFQ-Former
+            "downsample_factor": 2,  # between the scales of the HFQ-Former
+            "compressor_projections": False,  # of queries, keys and values in the HFQ-Former
             "window_seconds": 0.0,  # shorter windows, a multiple of 0.02; 0 for the encoder's own
             "compression_size": 50,  # speech tokens of a window; 0 for 1.67 per second
             "detail_recovery_layers": 2,  # of the HFQ-Former
-            "query_init": "normal",  # "temporal": queries with a temporal alignment prior
+            "query_init": "normal",  # of adapters; "temporal": with a temporal alignment prior
             "lora": {"rank": 16, "alpha": 64.0, "dropout": 0.01},  # of the language model
             "audio_padding": "released",  # of the last window: "released" or "whisper"
             "window_batch": 0,  # maximum windows of a row in the encoder at a time; 0 for all
@@ -139,6 +144,12 @@ def small_size() -> ConfigDict:
     )
     config.data.update({"workers": 0, "prefetch": 4})
     return config
+
+
+def older_checkpoint_fields() -> dict[str, Any]:
+    """{field of config.model that checkpoints of older versions lack: its value in them}."""
+    fields = config_schema.Model.model_fields
+    return {name: field.default for name, field in fields.items() if not field.is_required()}
 
 
 def check(config: Mapping | ConfigDict, where: str = "config") -> None:

@@ -77,8 +77,14 @@ class Model(Fields):
     scan_layers: bool
     dtype: Dtype
     base_dtype: Dtype
+    # Fields with a default are missing in older checkpoints.
     chat_template: Literal["", "chatml"] = ""
     window_seconds: NotNegative = 0.0
+    adapter: Literal["hfq", "pooling", "stack", "wq_former", "sq_former"] = "hfq"
+    adapter_mlp_dim: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    qformer_layers: Annotated[int, Field(ge=1, le=100)] = 2
+    downsample_factor: Annotated[int, Field(ge=1, le=5)] = 2
+    compressor_projections: bool = False
 
 
 class Join(Fields):

@@ -4,7 +4,6 @@ A product [m, k] × [k, n] counts as 2·m·k·n. Elementwise operations are not 
 docs/performance.md derives the minimum term by term.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -167,7 +166,8 @@ def minimum(model: FastSLM, row: RowShape, rows: int = 1) -> dict[str, int]:
     the decoder computes no weight gradients. Rows are assumed full: one recording over all windows
     and tokens, and `row.labels` labels.
     """
-    per_window = _encoder_minimum(model) | _hfq_former_minimum(model)
+    per_window = _encoder_minimum(model)
+    per_window |= model.adapter.minimum_flops(model.encoder.max_positions, model.encoder.width)
     per_row = {name: row.windows * flops for name, flops in per_window.items()}
     per_row |= _decoder_minimum(model, row)
     return {name: rows * flops for name, flops in per_row.items()}
@@ -188,38 +188,6 @@ def _encoder_minimum(model: FastSLM) -> dict[str, int]:
         "encoder convolutions": 2 * 3 * (frames * encoder.num_mels + length * width) * width,
         "encoder projections": encoder.num_layers * block,
         "encoder attention": encoder.num_layers * 2 * 2 * length * length * width,
-    }
-
-
-def _hfq_former_minimum(model: FastSLM) -> dict[str, int]:
-    """FLOPs per window, forward and backward.
-
-    The first level, the encoder's output, needs no gradient.
-    """
-    former, width = model.hfq_former, model.encoder.width
-    levels = [model.encoder.max_positions]
-    for _ in former.stage_tokens[1:]:
-        levels.append((levels[-1] + 1) // 2)
-    down = 0
-    for level, (before, after) in enumerate(itertools.pairwise(levels)):
-        conv1, conv2 = 2 * 3 * before * width * width, 2 * 3 * after * width * width
-        down += (3 if level else 2) * conv1 + 3 * conv2
-
-    tokens, compressed = sum(former.stage_tokens), former.compression_size
-    compressions = [*zip(former.stage_tokens, levels, strict=True), (compressed, tokens)]
-    scores = sum(queries * context for queries, context in compressions)
-    compressors = 3 * 2 * (2 * scores * width + (tokens + compressed) * width * width)
-
-    features, layers = sum(levels), former.detail_recovery_layers
-    # Query, key, value and output of self-attention; query and output of cross-attention.
-    projections = 3 * 2 * compressed * 6 * width * width
-    key_value = 2 * 2 * (3 * features - levels[0]) * width * width
-    attention = 3 * 2 * 2 * compressed * (compressed + features) * width
-    return {
-        "HFQ-Former downsamplers": down,
-        "HFQ-Former compressors": compressors,
-        "HFQ-Former detail recovery": layers * (projections + key_value + attention),
-        "HFQ-Former projection": 3 * 2 * compressed * width * former.output_width,
     }
 
 

@@ -29,7 +29,7 @@ PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/lora_a", PartitionSpec(None, "fsdp", None)),
     (r".*/lora_b", PartitionSpec(None, None, "fsdp")),
     (r".*/conv[12]/kernel", PartitionSpec(None, "fsdp", None)),
-    (r"hfq_former/.*/kernel", PartitionSpec("fsdp", None)),
+    (r"(hfq_former|adapter)/.*/kernel", PartitionSpec("fsdp", None)),
     (r".*/(bias|scale|query|positions|query_positions|context_positions)", PartitionSpec()),
 )
 

@@ -24,9 +24,9 @@ from fastslm_jax.data import packing, prompts
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.demo import corpus as synthetic
 from fastslm_jax.demo import examples
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.layers import sinusoids
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder

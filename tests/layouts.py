@@ -33,9 +33,9 @@ from fastslm_jax import config as config_lib
 from fastslm_jax import distributed, sharding
 from fastslm_jax.data import packing
 from fastslm_jax.data.prompts import Encoded
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.training import optim
@@ -65,7 +65,7 @@ def make_model() -> FastSLM:
         encoder=WhisperEncoder(
             width=64, num_layers=2, num_heads=2, mlp_dim=64, num_mels=16, max_positions=50
         ),
-        hfq_former=HFQFormer(
+        adapter=HFQFormer(
             output_width=32, stage_tokens=(4, 4), compression_size=3, detail_recovery_layers=1
         ),
         llm=Decoder(

@@ -14,10 +14,10 @@ from fastslm_jax import audio, flops, sharding
 from fastslm_jax import config as config_lib
 from fastslm_jax.data.packing import RowShape
 from fastslm_jax.models import log_mel
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.attention import AttentionKernel, CausalSegments
 from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.training import optim, specs
@@ -172,7 +172,7 @@ def test_minimum_of_a_fifteen_minute_row_at_full_size():
     """The table of docs/performance.md."""
     model = FastSLM(
         encoder=WhisperEncoder(1280, 32, 20, 5120, 128, 1500),
-        hfq_former=HFQFormer(2560, (80, 80, 80), 50, 2),
+        adapter=HFQFormer(2560),
         llm=Decoder(151_936, 2560, 36, 32, 8, 128, 9728, lora=LoRA(16)),
     )
     terms = flops.minimum(model, RowShape(windows=30, tokens=6144, labels=4608))
@@ -225,7 +225,7 @@ ROW, ROWS = RowShape(windows=4, tokens=128, labels=48), 3
 
 
 def test_a_step_executes_the_minimum_and_four_known_extras(model, count_step):
-    llm, former = model.llm, model.hfq_former
+    llm, former = model.llm, model.adapter
     length, heads = ROW.tokens, llm.num_heads * llm.head_dim
     # 1. The row is one attention block, so the scores above the diagonal are computed and masked.
     masked = llm.num_layers * 3 * 2 * 2 * (length * length - length * (length + 1) // 2) * heads

@@ -24,8 +24,8 @@ from fastslm_jax.inference.batching import ContinuousBatch, Prompt
 from fastslm_jax.inference.capacity import PREFILL_CHUNK, bucketed_length
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.models import log_mel
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder
 from fastslm_jax.weights import engine, layouts, pretrained
@@ -69,9 +69,9 @@ def model_and_params(checkpoint):
     )
     hfq_former = HFQFormer(
         config["llm"]["hidden_size"],
-        tuple(config["stage_tokens"]),
-        config["compression_size"],
-        config["detail_recovery_layers"],
+        stage_tokens=tuple(config["stage_tokens"]),
+        compression_size=config["compression_size"],
+        detail_recovery_layers=config["detail_recovery_layers"],
     )
     llm = pretrained.decoder_from_config(
         config["llm"], lora=LoRA(lora["r"], lora["alpha"], lora["dropout"])
@@ -99,7 +99,7 @@ def assert_close(actual, expected, name, tolerance=TOLERANCE):
 def encode_window(model, params, mel):
     """mel [1, frames, bands] → features, speech tokens, and named intermediates."""
     features = model.encoder.apply({"params": params["encoder"]}, mel)
-    tokens, state = model.hfq_former.apply(
+    tokens, state = model.adapter.apply(
         {"params": params["hfq_former"]}, features, mutable="intermediates"
     )
     return features, tokens, {name: value for name, (value,) in state["intermediates"].items()}

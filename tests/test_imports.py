@@ -43,6 +43,9 @@ ALLOWED = {
     "ablate": (
         *("models", "weights", "data", "flops", "training", "inference", "evaluation"),
         *("synthesis", "demo"),
+    "probes": (
+        *("models", "weights", "data", "training", "inference"),
+        *("evaluation", "synthesis", "demo"),
     ),
     "transcribe": ("models", "weights", "data", "training", "inference", "transcribe_flags"),
     "transcribe_flags": ("data",),

@@ -327,7 +327,7 @@ def _hf_config(given: Stored, audio_token_id: int) -> dict:
         "stage_tokens": list(options.stage_tokens),
         "compression_size": given.model.tokens_per_window,
         "detail_recovery_layers": options.detail_recovery_layers,
-        "head_dim": given.model.hfq_former.head_dim,
+        "head_dim": given.model.adapter.head_dim,
         "audio_token_id": audio_token_id,
         "has_adapter": given.has_lora,
         "tie_word_embeddings": given.model.llm.tied_embeddings,

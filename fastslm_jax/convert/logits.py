@@ -88,7 +88,7 @@ def _in_float32(model: FastSLM) -> FastSLM:
         model,
         window_batch=0,
         encoder=model.encoder.clone(dtype=jnp.float32, remat="none"),
-        hfq_former=model.hfq_former.clone(dtype=jnp.float32),
+        adapter=model.adapter.clone(dtype=jnp.float32),
         llm=model.llm.clone(dtype=jnp.float32, remat="none"),
     )
 

@@ -19,7 +19,7 @@ from fastslm_jax import config_schema, schema
 from fastslm_jax.convert import stored, symphony
 from fastslm_jax.convert.stored import Stored
 from fastslm_jax.errors import UserError
-from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.training import experiment
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import ConversionError, TensorSource, file_format, open_file

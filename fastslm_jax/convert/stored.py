@@ -70,7 +70,7 @@ class Stored:
         }
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
-        chat_template = self.config.model.get("chat_template", "")
+        chat_template = self.config.model.chat_template
         return prompts.load_tokenizer(
             self.tokenizer, self.model.llm.vocab_size, chat_template=chat_template
         )

@@ -15,11 +15,13 @@ WordStarts = list[tuple[int, float]]  # (character index in the text, start in s
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """An espeak-ng voice ("en-us+f3"), its rate (words per minute) and pitch (0 to 99)."""
+    """An espeak-ng voice ("en-us+f3"), its rate (words per minute), pitch (0 to 99), and strength
+    of intonation (0 to 100)."""
 
     name: str
     rate: int
     pitch: int
+    pitch_range: int = 50
 
     @property
     def speaker(self) -> str:
@@ -49,7 +51,9 @@ def voices() -> tuple[tuple[Voice, ...], tuple[Voice, ...]]:
 
 def speak(text: str, voice: Voice) -> tuple[np.ndarray, WordStarts]:
     """Speech at 16 kHz (float64 [samples], peak 1), trimmed of silence, and its word starts."""
-    samples, rate, words = espeak.synthesize_words(text, voice.name, voice.rate, voice.pitch)
+    samples, rate, words = espeak.synthesize_words(
+        text, voice.name, voice.rate, voice.pitch, pitch_range=voice.pitch_range
+    )
     speech = soxr.resample(samples / 32768.0, rate, SAMPLE_RATE)
     loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
     speech = speech[loud[0] : loud[-1] + 1]

@@ -51,6 +51,7 @@ def saved_config(
         raise CheckpointError(f"{where} is missing; use another checkpoint")
     config_lib.check(saved, where)
     config = ConfigDict(saved)
+    config.model = ConfigDict({**config_lib.older_checkpoint_fields(), **saved["model"]})
     for name, given in (("whisper", whisper), ("llm", llm)):
         local = pathlib.Path(workdir) / "bases" / name
         if given:

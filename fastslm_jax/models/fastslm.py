@@ -1,7 +1,7 @@
-"""FastSLM (arXiv 2601.06199): Whisper encoder → HFQ-Former → decoder with LoRA.
+"""FastSLM (arXiv 2601.06199): Whisper encoder → adapter (HFQ-Former) → decoder with LoRA.
 
 The model is a set of pure functions over one parameter dict:
-params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}.
+params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}; other adapters' are in "adapter".
 """
 
 import dataclasses
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from fastslm_jax import audio
 from fastslm_jax.models import log_mel
+from fastslm_jax.models.adapters import Adapter
 from fastslm_jax.models.decoder import Decoder
-from fastslm_jax.models.hfq_former import HFQFormer
-from fastslm_jax.models.query_init import temporal_query_init
 from fastslm_jax.models.whisper import WhisperEncoder
 
 
@@ -23,7 +22,7 @@ class FastSLM:
 
     window_batch: largest number of windows of a row that are encoded at a time (0: all), to bound
         memory. Groups have equal size: with 30 windows, a window_batch of 8 gives groups of 6.
-        The HFQ-Former runs in the same groups and is rematerialized in the backward pass, unless
+        The adapter runs in the same groups and is rematerialized in the backward pass, unless
         the decoder's remat is "none".
     audio_padding: see `audio.WindowSpec`.
     query_init: "normal" (the authors' small random queries) or "temporal" (see the module
@@ -31,7 +30,7 @@ class FastSLM:
     """
 
     encoder: WhisperEncoder
-    hfq_former: HFQFormer
+    adapter: Adapter
     llm: Decoder
     window_batch: int = 0
     audio_padding: str = "released"
@@ -43,20 +42,20 @@ class FastSLM:
 
     @property
     def tokens_per_window(self) -> int:
-        return self.hfq_former.compression_size
+        return self.adapter.compression_size
 
     def init(self, rng: jax.Array) -> dict:
         """Random parameters."""
-        encoder_rng, hfq_rng, llm_rng = jax.random.split(rng, 3)
+        encoder_rng, adapter_rng, llm_rng = jax.random.split(rng, 3)
         mel = jnp.zeros((1, self.window.frames, self.encoder.num_mels))
         features = jnp.zeros((1, self.encoder.max_positions, self.encoder.width))
         embeddings = jnp.zeros((1, 2, self.llm.width))
         llm = self.llm.init(llm_rng, embeddings, jnp.zeros((1, 2), jnp.int32))
-        hfq_former = self.hfq_former.init(hfq_rng, features)["params"]
+        adapter = self.adapter.init(adapter_rng, features)["params"]
         if self.query_init == "temporal":
-            hfq_former = temporal_query_init(hfq_former, hfq_rng)
+            adapter = self.adapter.temporal_init(adapter, adapter_rng)
         encoder = self.encoder.init(encoder_rng, mel)["params"]
-        return {"encoder": encoder, "hfq_former": hfq_former, "llm": llm["params"]}
+        return {"encoder": encoder, self.adapter.GROUP: adapter, "llm": llm["params"]}
 
     def speech_tokens(
         self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array
@@ -84,13 +83,13 @@ class FastSLM:
         def compress(features: jax.Array) -> jax.Array:
             """[rows, group, t, d] → [rows, group · tokens_per_window, llm width]."""
             features = features.reshape(-1, *features.shape[2:])
-            tokens = self.hfq_former.apply({"params": params["hfq_former"]}, features)
+            tokens = self.adapter.apply({"params": params[self.adapter.GROUP]}, features)
             return tokens.reshape(rows, -1, tokens.shape[-1])
 
         if group == count:
             return compress(encode(mel))
         # Two loops: the frozen encoder's features are saved, and the backward pass reruns only the
-        # HFQ-Former.
+        # adapter.
         chunks = jnp.moveaxis(mel.reshape(rows, count // group, group, *mel.shape[2:]), 1, 0)
         features = jax.lax.map(encode, chunks)
         if self.llm.remat == "none":

@@ -1,11 +1,12 @@
-"""Initializes the HFQ-Former with a temporal alignment prior (`query_init="temporal"`).
+"""Initializes adapters with a temporal alignment prior (`query_init="temporal"`).
 
-With the authors' initialization (small random queries), every query attends uniformly to the whole
-window. The speech tokens of a window are then almost equal and much larger than the language
-model's embeddings, and training first has to learn where to attend, which is slow. With the
-temporal initialization, query i attends to the i-th of equal spans of its level (in the
+With the HFQ-Former authors' initialization (small random queries), every query attends uniformly
+to the whole window. The speech tokens of a window are then almost equal and much larger than the
+language model's embeddings, and training first has to learn where to attend, which is slow. With
+the temporal initialization, query i attends to the i-th of equal spans of its level (in the
 distillation, of the first stage's tokens), tokens are in temporal order, residual branches start
-small, and tokens have about the scale of embeddings.
+small, and tokens have about the scale of embeddings. The same holds for Q-Formers; of the adapters
+without queries, only the scale of the tokens is initialized.
 Only initial values change; the module and its parameter tree do not.
 """
 
@@ -23,6 +24,7 @@ LEVEL_GAIN, DISTILLATION_GAIN = 3.0, 8.0
 CONTENT_SCALE = 0.3  # of the normalized context, relative to its position embeddings
 BRANCH_SCALE = 0.1  # of the residual branches
 TOKEN_SCALE = 0.1  # of the speech tokens
+QUERY_SCALE = 0.1  # of a Q-Former's queries, relative to the content that they read
 
 
 def temporal_query_init(hfq_former: Mapping, rng: jax.Array) -> dict:
@@ -42,29 +44,93 @@ def temporal_query_init(hfq_former: Mapping, rng: jax.Array) -> dict:
             attention = ("self_attention", "cross_attention")
             params[name] = {**leaves, **{part: _branch(leaves[part]) for part in attention}}
         elif name == "projection":
-            params[name] = {**leaves, "kernel": _orthogonal(key, leaves["kernel"], TOKEN_SCALE)}
+            params[name] = projection(leaves, key)
         else:
             params[name] = leaves
     return params
 
 
-def _compressor(leaves: Mapping, span: int, gain: float, key: jax.Array) -> dict:
-    """Queries that match the keys at the centers of equal parts of the first `span` positions."""
-    num_queries, width = leaves["query"].shape
-    positions = sinusoids(leaves["context_positions"].shape[0], width)
+def qformer(params: Mapping, rng: jax.Array) -> dict:
+    """Replaces the initial values of `SQFormer` and `WQFormer` parameters.
+
+    In the first layer, queries and keys have one orthogonal projection, so that they match as in
+    the HFQ-Former. Queries are small beside what they read: layer norms make their scale irrelevant
+    for attention, and tokens start with content.
+    """
+    keys = iter(jax.random.split(rng, 4))
+    context, width = params["context_positions"].shape
+    target = _targets(len(params["query"]), context, context, width)
+    first = params["layer_0"]
+    attention = {
+        name: {**leaves, "kernel": _orthogonal(key, leaves["kernel"], scale)}
+        for name, key, scale in (
+            ("value", next(keys), 1.0),
+            ("out", next(keys), 1 / CONTENT_SCALE),
+        )
+        for leaves in (first["cross_attention"][name],)
+    }
+    shared = _orthogonal(next(keys), first["cross_attention"]["key"]["kernel"], 1.0)
+    for name in ("query", "key"):
+        attention[name] = {**first["cross_attention"][name], "kernel": shared}
+    layers = {
+        name: {
+            **leaves,
+            **{part: _branch(leaves[part]) for part in leaves if part.endswith("_attention")},
+            "mlp_out": _scaled(leaves["mlp_out"]),
+        }
+        for name, leaves in params.items()
+        if name.startswith("layer_")
+    }
+    layers["layer_0"] |= {
+        "cross_attention": attention,
+        "cross_norm": _with_scale(first["cross_norm"], LEVEL_GAIN),
+    }
+    return {
+        **params,
+        **layers,
+        "query": jnp.asarray(QUERY_SCALE * target, params["query"].dtype),
+        "context_norm": _with_scale(params["context_norm"], CONTENT_SCALE),
+        "projection": projection(params["projection"], next(keys)),
+    }
+
+
+def projection(leaves: Mapping, key: jax.Array) -> dict:
+    """The last linear layer of an adapter, for tokens with about the scale of embeddings."""
+    return {**leaves, "kernel": _orthogonal(key, leaves["kernel"], TOKEN_SCALE)}
+
+
+def _targets(num_queries: int, span: int, context: int, width: int) -> np.ndarray:
+    """Position embeddings at the centers of equal parts of the first `span` positions.
+
+    [num_queries, width], each with a standard deviation of 1.
+    """
+    positions = sinusoids(context, width)
     positions -= positions.mean(axis=0)  # a component common to all keys has no effect
     centers = np.maximum((np.arange(num_queries) + 0.5) / num_queries * span - 0.5, 0)
     below = centers.astype(int)
     above = np.minimum(below + 1, span - 1)
     fraction = (centers - below)[:, None]
     target = (1 - fraction) * positions[below] + fraction * positions[above]
+    return target / target.std(axis=1, keepdims=True)
+
+
+def _compressor(leaves: Mapping, span: int, gain: float, key: jax.Array) -> dict:
+    """Queries that match the keys at the centers of equal parts of the first `span` positions."""
+    num_queries, width = leaves["query"].shape
+    target = _targets(num_queries, span, leaves["context_positions"].shape[0], width)
     # The module adds these position embeddings to the normalized query; compensate for them.
     query_positions = sinusoids(num_queries, width)
     query_positions -= query_positions.mean(axis=0)
-    query = target / target.std(axis=1, keepdims=True) - query_positions / gain
+    query = target - query_positions / gain
     out = leaves["out"]
+    identity = {  # of the optional projections
+        name: {**part, "kernel": jnp.eye(width, dtype=part["kernel"].dtype)}
+        for name, part in leaves.items()
+        if name.endswith("_projection")
+    }
     return {
         **leaves,
+        **identity,
         "query": jnp.asarray(query, leaves["query"].dtype),
         "query_norm": _with_scale(leaves["query_norm"], gain),
         "context_norm": _with_scale(leaves["context_norm"], CONTENT_SCALE),
@@ -77,8 +143,11 @@ def _with_scale(norm: Mapping, scale: float) -> dict:
 
 
 def _branch(attention: Mapping) -> dict:
-    out = attention["out"]
-    return {**attention, "out": {**out, "kernel": BRANCH_SCALE * out["kernel"]}}
+    return {**attention, "out": _scaled(attention["out"])}
+
+
+def _scaled(out: Mapping) -> dict:
+    return {**out, "kernel": BRANCH_SCALE * out["kernel"]}
 
 
 def _orthogonal(key: jax.Array, kernel: jax.Array, scale: float) -> jax.Array:

@@ -22,7 +22,7 @@ VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _CHARS_UTF8 = 1
 _BUFFER_MILLISECONDS = 500
-_RATE, _VOLUME, _PITCH = 1, 2, 3
+_RATE, _VOLUME, _PITCH, _PITCH_RANGE = 1, 2, 3, 4
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -105,7 +105,12 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
 
 
 def synthesize_words(
-    text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, volume: int = 100
+    text: str,
+    voice: str = "en-us",
+    rate: int = 175,
+    pitch: int = 50,
+    volume: int = 100,
+    pitch_range: int = 50,
 ) -> tuple[np.ndarray, int, list[tuple[int, int]]]:
     """Synthesizes speech.
 
@@ -115,6 +120,7 @@ def synthesize_words(
         rate: words per minute, 80 to 450.
         pitch: 0 to 99.
         volume: 0 to 200; 100 is normal.
+        pitch_range: strength of the intonation, 0 (monotone) to 100; 50 is normal.
 
     Returns:
         int16 samples [n], their sample rate, and (character, sample) where each word starts.
@@ -123,7 +129,12 @@ def synthesize_words(
     with _fresh_library() as (library, sample_rate):
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise UserError(f"espeak-ng has no voice {voice!r}")
-        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_VOLUME, volume)):
+        for parameter, value in (
+            (_RATE, rate),
+            (_PITCH, pitch),
+            (_VOLUME, volume),
+            (_PITCH_RANGE, pitch_range),
+        ):
             if library.espeak_SetParameter(parameter, value, 0) != 0:
                 raise UserError(f"espeak-ng rejected parameter {parameter} = {value}")
         _chunks.clear()

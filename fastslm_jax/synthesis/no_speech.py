@@ -30,7 +30,7 @@ def _gain(decibels: float) -> float:
     return 10.0 ** (decibels / 20)
 
 
-def _tone(frequencies: Sequence[float], seconds: float) -> np.ndarray:
+def tone(frequencies: Sequence[float], seconds: float) -> np.ndarray:
     """A sum of sines with a peak of at most 1, faded in and out."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     sines = sum(np.sin(2 * np.pi * frequency * time) for frequency in frequencies)
@@ -57,15 +57,15 @@ def _beeps(rng: random.Random) -> list[tuple[np.ndarray, float]]:
     kind = rng.choice(["beeps", "keys", *_TONES])
     if kind == "beeps":
         frequency, on, off = rng.uniform(300, 2500), rng.uniform(0.08, 0.8), rng.uniform(0.1, 1.5)
-        return [(_tone([frequency], on), off)]
+        return [(tone([frequency], on), off)]
     if kind == "keys":
         on, off = rng.uniform(0.05, 0.25), rng.uniform(0.05, 0.4)
         keys = [
             (rng.choice(_DTMF_ROWS), rng.choice(_DTMF_COLUMNS)) for _ in range(rng.randint(1, 11))
         ]
-        return [(_tone(key, on), off) for key in keys]
+        return [(tone(key, on), off) for key in keys]
     frequencies, on, off = _TONES[kind]
-    return [(_tone(frequencies, on if off else SECONDS[1]), off)]
+    return [(tone(frequencies, on if off else SECONDS[1]), off)]
 
 
 def _tones(length: int, rng: random.Random, noise: np.random.Generator) -> np.ndarray:
@@ -74,10 +74,10 @@ def _tones(length: int, rng: random.Random, noise: np.random.Generator) -> np.nd
     beeps = _beeps(rng)
     is_repeated = rng.random() < 0.7
     while at < length:
-        for tone, off in beeps:
-            part = signal[at : at + len(tone)]
-            part += tone[: len(part)]
-            at += len(tone) + round(off * SAMPLE_RATE)
+        for beep, off in beeps:
+            part = signal[at : at + len(beep)]
+            part += beep[: len(part)]
+            at += len(beep) + round(off * SAMPLE_RATE)
         if not is_repeated:
             break
     return _gain(rng.uniform(-25, -3)) * signal + _silence(length, rng, noise)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from absl import logging
 from ml_collections import ConfigDict
 
+from fastslm_jax import config as config_lib
+
 # Fields and groups of a config that may change on resume without a warning: none affects training.
 FREE_FIELDS = (
     "name",
@@ -41,11 +43,12 @@ def warn_of_changes(meta: Mapping, config: ConfigDict, data: Mapping[str, str]) 
 def differences(before: Mapping, config: ConfigDict) -> list[str]:
     """The fields that affect training and differ from those in a checkpoint.
 
-    A field that the checkpoint is too old to have was off: empty or 0.
+    A field that the checkpoint is too old to have was off: empty, 0, or the schema's default.
 
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
-    was, now = _flatten(before), _flatten(json.loads(config.to_json_best_effort()))
+    older = _flatten({"model": config_lib.older_checkpoint_fields()})
+    was, now = older | _flatten(before), _flatten(json.loads(config.to_json_best_effort()))
     return [
         f"config.{field} was {was.get(field)!r} before the resume and is now {now.get(field)!r}"
         for field in sorted(set(was) | set(now))

@@ -22,8 +22,8 @@ from fastslm_jax.data import longform, packing, prompts
 from fastslm_jax.data.rows import MixtureSource, PackedRows
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
+from fastslm_jax.models.adapters import ADAPTERS, Adapter
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.training import base_configs, optim
 from fastslm_jax.training.checkpoint import Checkpoints
@@ -113,13 +113,13 @@ def build(
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     kernel = attention.choose(config.model.attention, platform, jnp.dtype(config.model.dtype), mesh)
     schedule, optimizer = _make_optimizer(config.optimizer, config.steps)
-    chat_template = config.model.get("chat_template", "")  # checkpoints may lack newer fields
+    chat_template = config.model.chat_template
     llm_config, added_rows = base_configs.with_added_rows(
         pretrained.read_config(llm_folder), llm_folder, chat_template
     )
     whisper_config, cut_positions = base_configs.with_window(
         pretrained.read_config(whisper_folder),
-        config.model.get("window_seconds", 0),
+        config.model.window_seconds,
         str(whisper_folder),
     )
     model = make_model(
@@ -181,26 +181,47 @@ def make_model(
     llm = pretrained.decoder_from_config(
         llm_config, lora=LoRA(**options.lora), dtype=dtype, remat=options.remat, origin=llm_origin
     ).clone(attention_kernel=kernel, scan_layers=options.scan_layers)
-    hfq_former = HFQFormer(
-        llm.width,
-        tuple(options.stage_tokens),
-        options.compression_size or base_configs.speech_tokens(encoder.max_positions),
-        options.detail_recovery_layers,
-        attention_kernel=kernel,
-        dtype=dtype,
-    )
-    if encoder.width % hfq_former.head_dim:
-        raise UserError(
-            f"{whisper_origin}: the encoder width {encoder.width} is not a multiple of "
-            f"{hfq_former.head_dim}, the HFQ-Former's head dimension"
-        )
+    adapter = make_adapter(options, encoder.max_positions, llm.width, kernel, dtype)
+    adapter.check(encoder.max_positions, encoder.width, whisper_origin)
     return FastSLM(
         encoder,
-        hfq_former,
+        adapter,
         llm,
         window_batch=options.window_batch,
         audio_padding=options.audio_padding,
         query_init=options.query_init,
+    )
+
+
+def make_adapter(
+    options: ConfigDict,
+    frames: int,
+    output_width: int,
+    kernel: attention.AttentionKernel,
+    dtype: jax.typing.DTypeLike,
+) -> Adapter:
+    """The adapter of config.model.adapter, with the fields of config.model that it has.
+
+    Args:
+        options: config.model.
+        frames: encoder features of a window.
+        output_width: width of the language model.
+    """
+    fields = {
+        "stage_tokens": tuple(options.stage_tokens),
+        "detail_recovery_layers": options.detail_recovery_layers,
+        "downsample_factor": options.downsample_factor,
+        "compressor_projections": options.compressor_projections,
+        "num_layers": options.qformer_layers,
+        "mlp_dim": options.adapter_mlp_dim,
+    }
+    kind = ADAPTERS[options.adapter]
+    return kind(
+        output_width=output_width,
+        compression_size=options.compression_size or base_configs.speech_tokens(frames),
+        attention_kernel=kernel,
+        dtype=dtype,
+        **{name: value for name, value in fields.items() if hasattr(kind, name)},
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fastslm_jax.models.hfq_former import HFQFormer
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.query_init import temporal_query_init
 
 FRAMES, TOKENS = 300, 10

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from fastslm_jax.models.adapters import HFQFormer
 from fastslm_jax.models.decoder import Decoder
 from fastslm_jax.models.fastslm import FastSLM
-from fastslm_jax.models.hfq_former import HFQFormer
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.models.whisper import WhisperEncoder
 
@@ -26,7 +26,7 @@ def full() -> FastSLM:
         encoder=WhisperEncoder(
             D, LAYERS, num_heads=20, mlp_dim=4 * D, num_mels=MELS, max_positions=POSITIONS
         ),
-        hfq_former=HFQFormer(
+        adapter=HFQFormer(
             LLM_D, stage_tokens=(80, 80, 80), compression_size=50, detail_recovery_layers=2
         ),
         llm=Decoder(VOCAB, LLM_D, LLM_LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, lora=LoRA(RANK)),
@@ -50,7 +50,7 @@ def is_fixed(path: str) -> bool:
 def test_thirty_seconds_are_fifty_tokens(full, tree):
     def features_and_tokens(params, mel):
         features = full.encoder.apply({"params": params["encoder"]}, mel)
-        return features, *full.hfq_former.apply(
+        return features, *full.adapter.apply(
             {"params": params["hfq_former"]}, features, mutable="intermediates"
         )
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastslm_jax.models.hfq_former import Compressor, HFQFormer
+from fastslm_jax.errors import UserError
+from fastslm_jax.models.adapters.hfq import Compressor, HFQFormer
 from fastslm_jax.models.layers import sinusoids
 
 
@@ -62,7 +63,7 @@ def test_lengths_of_the_levels():
 def test_windows_do_not_attend_to_each_other(model, params):
     features = jax.random.normal(jax.random.key(0), (3, 50, 64))
     forward = jax.jit(
-        lambda features: model.hfq_former.apply({"params": params["hfq_former"]}, features)
+        lambda features: model.adapter.apply({"params": params["hfq_former"]}, features)
     )
     tokens, changed = forward(features), forward(features.at[1].add(1.0))
     np.testing.assert_array_equal(tokens[jnp.array([0, 2])], changed[jnp.array([0, 2])])
@@ -70,5 +71,5 @@ def test_windows_do_not_attend_to_each_other(model, params):
 
 
 def test_width_must_be_a_multiple_of_head_dim():
-    with pytest.raises(ValueError, match=r"encoder width 96 is not a multiple .* head_dim 64"):
+    with pytest.raises(UserError, match=r"encoder width 96 is not a multiple of 64, the adapter's"):
         HFQFormer(output_width=8).init(jax.random.key(0), jnp.zeros((1, 20, 96)))

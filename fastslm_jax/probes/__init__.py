@@ -1,0 +1,1 @@
+"""Linear probes: what the speech tokens keep of the encoder's features (docs/probes.md)."""
