@@ -34,7 +34,7 @@ def get_config(arg: str = "1") -> ConfigDict:
     lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
     optimizer.learning_rate_ratios = (
         (r"llm/.*", lora),
-        (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
+        (r"(hfq_former/detail_recovery|adapter/layer)_.*/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.data.dev_utterances = 10, 100, 40
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}

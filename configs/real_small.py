@@ -33,7 +33,7 @@ def get_config(arg: str = "1") -> ConfigDict:
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 100})
     optimizer.learning_rate_ratios = (
         (r"llm/.*", 0.02),
-        (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
+        (r"(hfq_former/detail_recovery|adapter/layer)_.*/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.eval_every = 10, 100, 500
     if stage == "1":
