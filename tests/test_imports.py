@@ -43,6 +43,7 @@ ALLOWED = {
     "ablate": (
         *("models", "weights", "data", "flops", "training", "inference", "evaluation"),
         *("synthesis", "demo"),
+    ),
     "probes": (
         *("models", "weights", "data", "training", "inference"),
         *("evaluation", "synthesis", "demo"),
