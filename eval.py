@@ -36,6 +36,9 @@ flags.DEFINE_string(
     "Length of the segments that long recordings are cut into: seconds, none (one context), or "
     "auto (see docs/longform.md).",
 )
+flags.DEFINE_bool(
+    "redo_loops", True, "Decode segments that end in a repetition loop again, in two halves."
+)
 flags.DEFINE_enum(
     "kv_cache",
     None,
@@ -58,6 +61,7 @@ REQUIRED = ("workdir",)
 if __name__ == "__main__":
     cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
 
+import dataclasses
 import pathlib
 import re
 import time
@@ -120,6 +124,8 @@ def answer_and_score(
         "kv_cache": FLAGS.kv_cache,
         "bases": [config.base.whisper, config.base.llm],
     }
+    if not FLAGS.redo_loops:
+        run["redo_loops"] = False
     todo = []
     for name, label, utterances, clips in parts(sets, config.seed):
         manifest = config.eval.sets[name]
@@ -134,8 +140,11 @@ def answer_and_score(
 
     def as_recordings(utterances: Sequence[Utterance], clips: Sequence[Utterance]) -> list:
         return [
-            long_form.with_segments(
-                generator.capacity, predict.recording(utterance, clip), trained, FLAGS.span
+            dataclasses.replace(
+                long_form.with_segments(
+                    generator.capacity, predict.recording(utterance, clip), trained, FLAGS.span
+                ),
+                redo_loops=FLAGS.redo_loops,
             )
             for utterance, clip in zip(utterances, clips, strict=True)
         ]

@@ -40,6 +40,10 @@ ALLOWED = {
     "convert": ("models", "weights", "data", "training", "inference"),
     "synthesis": ("models", "data"),
     "demo": ("models", "weights", "data", "training", "inference", "evaluation", "synthesis"),
+    "ablate": (
+        *("models", "weights", "data", "flops", "training", "inference", "evaluation"),
+        *("synthesis", "demo"),
+    ),
     "probes": (
         *("models", "weights", "data", "training", "inference"),
         *("evaluation", "synthesis", "demo"),

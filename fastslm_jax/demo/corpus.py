@@ -95,7 +95,7 @@ def build_corpus(
     # Long recordings take seconds each: first, so that no worker is still busy with one at the end.
     order = sorted(recordings, key=lambda recording: -recording.target_seconds)
     progress = tqdm.tqdm(
-        _build_all(order, out, workers), total=len(order), unit="clip", desc=str(out), disable=None
+        build_all(order, out, workers), total=len(order), unit="clip", desc=str(out), disable=None
     )
     for recording, row in zip(order, progress, strict=True):
         rows[recording.set_name][recording.task].append(row)
@@ -183,7 +183,7 @@ def _is_complete(out: pathlib.Path, recordings: Sequence[SyntheticRecording]) ->
     )
 
 
-def _build_all(
+def build_all(
     recordings: Sequence[SyntheticRecording], out: pathlib.Path, workers: int
 ) -> Iterable[Row]:
     build = functools.partial(_build_recording, out=out)

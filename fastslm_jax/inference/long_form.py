@@ -45,6 +45,7 @@ class Recording:
         context_words: words of the transcript so far that the next segment's prompt quotes;
             segments are then decoded one after another.
         max_new_tokens: token budget of each segment; None: `default_new_tokens`.
+        redo_loops: split a segment that ends in a repetition loop, and decode it again.
     """
 
     seconds: float
@@ -54,6 +55,7 @@ class Recording:
     segment_seconds: float | None = None
     context_words: int = 0
     max_new_tokens: int | None = None
+    redo_loops: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,7 @@ class Plan:
     def update(self, piece: Piece, answer: Answer) -> None:
         """Records an answer, or splits its piece if it ends in a loop."""
         piece.answer = answer
-        if answer.stop_reason != "loop" or not self.is_splittable:
+        if answer.stop_reason != "loop" or not (self.is_splittable and self.recording.redo_loops):
             return
         parts = halves(self.samples[piece.start : piece.stop])
         if len(parts) > 1:

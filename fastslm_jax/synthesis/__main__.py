@@ -19,8 +19,18 @@ from fastslm_jax.data.contamination import read_texts
 from fastslm_jax.errors import UserError
 from fastslm_jax.synthesis import corpus, engines, sentences
 from fastslm_jax.synthesis.augment import Channel
+from fastslm_jax.synthesis.manner import Manner
 
 FLAGS = flags.FLAGS
+MANNER = {  # field of Manner: (lowest, highest, description)
+    "hesitations": (0.0, 1.0, 'Probability of "um" or "uh" before a word.'),
+    "repetitions": (0.0, 1.0, "Probability that a word is said twice."),
+    "restarts": (0.0, 1.0, "Probability that a sentence is broken off and begun again."),
+    "rate": (0.4, 2.5, "Factor of the speaking rate."),
+    "pitch": (-12.0, 12.0, "Semitones by which voices are higher."),
+    "snr_db": (-20.0, 100.0, "Level of speech above noise in every clip, in dB (default: none)."),
+    "reverb_seconds": (0.0, 10.0, "Reverberation time of every clip."),
+}
 
 
 def define_flags() -> None:
@@ -49,6 +59,8 @@ def define_flags() -> None:
     _define_share("dev", defaults.dev, "Share of the sentences that are in dev.jsonl.")
     for name, value in dataclasses.asdict(Channel()).items():
         _define_share(name, value, f"Probability of {name} augmentation in a clip.")
+    for name, (low, high, description) in MANNER.items():
+        flags.DEFINE_float(name, getattr(Manner(), name), description, low, high)
     flags.DEFINE_float(
         "max_seconds", defaults.max_seconds, "Longer clips are left out.", lower_bound=1.0
     )
@@ -81,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.dev,
         channel,
         FLAGS.max_seconds,
+        Manner(**{name: FLAGS[name].value for name in MANNER}),
     )
     summary = corpus.build(recipe, FLAGS.out, FLAGS.count, FLAGS.workers)
     by_engine = ", ".join(f"{name} {count}" for name, count in summary["engines"].items())

@@ -26,6 +26,7 @@ from fastslm_jax.data.contamination import words
 from fastslm_jax.errors import UserError
 from fastslm_jax.synthesis import augment, no_speech
 from fastslm_jax.synthesis.engines import EngineError, Voice
+from fastslm_jax.synthesis.manner import Manner
 
 VERSION = 1  # of the recipe: increment it when the same settings give different samples
 SPLITS = ("train", "dev")
@@ -47,6 +48,7 @@ class Recipe:
         dev: share of the sentences whose clips are in dev.jsonl.
         channel: augmentation.
         max_seconds: longer clips are left out.
+        manner: how the sentences are spoken and recorded.
     """
 
     sentences: tuple[str, ...]
@@ -56,10 +58,13 @@ class Recipe:
     dev: float = 0.02
     channel: augment.Channel = augment.Channel()
     max_seconds: float = 30.0
+    manner: Manner = Manner()
 
     def settings(self) -> dict[str, object]:
         """As JSON, with a hash of the sentences."""
         fields = dataclasses.asdict(self)
+        if self.manner == Manner():  # corpora may be older than this field
+            del fields["manner"]
         text = "\n".join(self.sentences)
         fields["sentences"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return json.loads(json.dumps({"version": VERSION, **fields}))
@@ -114,13 +119,19 @@ class Clip:
         rng = random.Random(f"audio/{self.recipe.seed}/{self.index}")
         if not self.voice:
             return augment.send(no_speech.draw(self.kind, rng), rng, self.recipe.channel, None)
-        samples, rate = self.voice.speak(self.text, self.speed)
+        manner, manner_rng = self.recipe.manner, random.Random(f"manner/{self.name}")
+        text = manner.say(self.text, manner_rng)
+        # Spoken slower and played faster: a higher voice of the same rate.
+        samples, rate = self.voice.speak(text, self.speed * manner.rate / manner.pitch_factor)
         speech = resample(samples.astype(np.float64), rate)
+        if manner.pitch:
+            speech = augment.change_speed(speech, manner.pitch_factor)
         loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
         speech = speech[loud[0] : loud[-1] + 1] / np.abs(speech).max()
         silences = [np.zeros(round(rng.uniform(0.05, 0.5) * SAMPLE_RATE)) for _ in range(2)]
         peak_db = rng.uniform(-25.0, -1.0)
         signal = np.concatenate([silences[0], speech, silences[1]])
+        signal = manner.record(signal, manner_rng)
         samples = augment.send(signal, rng, self.recipe.channel, peak_db)
         if len(samples) > self.recipe.max_seconds * SAMPLE_RATE:
             raise EngineError(f"longer than {self.recipe.max_seconds:g} s")
@@ -201,7 +212,8 @@ def _claim(out: pathlib.Path, recipe: Recipe) -> None:
     if path.exists():
         try:
             existing = schema.parse_json(path.read_bytes())
-            changed = [key for key in settings if existing.get(key) != settings[key]]
+            keys = [*settings, *(existing.keys() - settings.keys())]
+            changed = [key for key in keys if existing.get(key) != settings.get(key)]
         except (ValueError, AttributeError):
             raise UserError(f"{path}: is damaged; remove {out}") from None
         if changed:
