@@ -46,6 +46,7 @@ from fastslm_jax import distributed, flops, memory, outputs, sharding
 from fastslm_jax.data import loader
 from fastslm_jax.data.manifest import Utterance, read_manifest
 from fastslm_jax.evaluation import metrics, predict
+from fastslm_jax.inference import load
 from fastslm_jax.inference.generator import Generator
 from fastslm_jax.training import checkpoint, config_changes, experiment, optim, specs
 from fastslm_jax.training.logging import Profile, StepLog, Timer, make_writer
@@ -88,17 +89,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     # (1) Fresh initialization: the pretrained folders, and config.seed for everything else.
     params = experiment.init_params(setup, mesh)
 
-    # (2) config.init_from: the newest checkpoint of another run. Only if --workdir has none.
+    # (2) config.init_from: a checkpoint of another run. Only if --workdir has none.
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     resources.callback(checkpoints.close)  # waits for a running save
     if config.init_from and not checkpoints.steps():
         source = checkpoint.Checkpoints(config.init_from, read_only=True)
-        if not source.steps():
-            raise checkpoint.CheckpointError(
-                f"config.init_from={config.init_from}: no finished checkpoint; train it first"
-            )
-        params |= source.restore_params(source.steps()[-1], step_specs.saved)
-        logging.info("starting from %s, step %d", config.init_from, source.steps()[-1])
+        step = load.find_step(source, config.init_from, config.init_from_step or None)
+        params |= source.restore_params(step, step_specs.saved)
+        logging.info("starting from %s, step %d", config.init_from, step)
         source.close()
 
     trained, frozen = optim.split(params, step_specs.mask)
@@ -193,7 +191,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         # The data position is the number of rows used, however many batches are prefetched. Save
         # before the next batch is drawn, so that no row is skipped or repeated after a resume.
         is_preempted = preemption.reached(step)
-        if step % config.checkpoint_every == 0 or is_last or is_preempted:
+        if step % config.checkpoint_every == 0 or is_last or is_preempted or scores:
             with log.timer.paused():
                 leaves = {**frozen, **state.trained}
                 meta = {

@@ -148,6 +148,7 @@ class Config(Fields):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)]
     base: Base
     init_from: str
+    init_from_step: Annotated[str, Field(pattern=r"^(best|[0-9]{1,9})?$")] = ""
     model: Model
     data: Data
     global_batch_size: Slots

@@ -1,7 +1,7 @@
 """Converts FastSLM between formats, and compares them.
 
     python -m fastslm_jax.convert import --from=PATH --out=WORKDIR [--llm=ID|DIR] [--lora_alpha=64]
-    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N] --out=DIR
+    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N|best] --out=DIR
         --layout=released [--pt] | --layout=peft | --layout=hf [--merge_lora]
     python -m fastslm_jax.convert check PATH PATH [--audio=FILE] [--llm=ID|DIR] [--notorch]
 
@@ -51,9 +51,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "lora_alpha", None, "import: LoRA alpha (default: from config.json, or 64).", **options
     )
     flags.DEFINE_string("workdir", None, "export: working directory.", **options)
-    flags.DEFINE_integer(
-        "step", None, "export: checkpoint to export (default: the newest).", **options
-    )
+    cli.define_step("step", "export: checkpoint to export", flag_values)
     flags.DEFINE_string("layout", None, "export: released, peft or hf.", **options)
     flags.DEFINE_bool(
         "merge_lora", False, "export --layout=hf: merge LoRA into the weights.", **options

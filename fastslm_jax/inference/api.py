@@ -34,7 +34,7 @@ DEFAULT_TOKENS = 256  # budget of answers to text prompts
 
 def load(
     checkpoint: str | os.PathLike[str],
-    step: int | None = None,
+    step: int | str | None = None,
     whisper: str | None = None,
     llm: str | None = None,
     kv_cache: str | None = None,
@@ -44,7 +44,7 @@ def load(
 
     Args:
         checkpoint: its working directory.
-        step: of the checkpoint (default: the newest).
+        step: of the checkpoint, or "best" by its dev scores (default: the newest).
         whisper, llm: folders or hub ids of the pretrained models (default: the config's).
         kv_cache: type of the key-value cache: float32, bfloat16 or int8 (default: the model's).
         sampling: default: greedy.
