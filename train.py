@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -65,24 +66,29 @@ def main(_: Sequence[str]) -> None:
 
 def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitStack) -> None:
     distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    distributed.check_equal(command_facts(config, workdir))
     is_first_process = jax.process_index() == 0
-    if is_first_process:
-        resources.enter_context(checkpoint.lock(workdir))
     preemption = distributed.Preemption()
     resources.callback(preemption.close)
 
-    # ------------------------------------------------------------------------------ mesh and model
-    config_lib.check(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    setup = experiment.build(config, mesh=mesh)
-    model, tokenizer = setup.model, setup.prompt_tokenizer()
-    step_specs = specs.build(setup, mesh)
-    specs.check_capacity(step_specs, memory.capacity_of(mesh))
+    with distributed.shared_errors():
+        if is_first_process:
+            resources.enter_context(checkpoint.lock(workdir))
 
-    # ---------------------------------------------------------------------------------------- data
-    rows = experiment.make_rows(config.data.train, setup, tokenizer)
-    rows.examples(0)  # plans the first epoch: an example that does not fit in a row raises here
-    dev = dev_sets(config.data)
+        # -------------------------------------------------------------------------- mesh and model
+        config_lib.check(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        setup = experiment.build(config, mesh=mesh)
+        model, tokenizer = setup.model, setup.prompt_tokenizer()
+        step_specs = specs.build(setup, mesh)
+        specs.check_capacity(step_specs, memory.capacity_of(mesh))
+
+        # ------------------------------------------------------------------------------------ data
+        rows = experiment.make_rows(config.data.train, setup, tokenizer)
+        rows.examples(0)  # plans the first epoch: an example that does not fit a row raises here
+        dev = dev_sets(config.data)
+        bases = setup.fingerprints()
+        data = experiment.data_fingerprints(config.data.train)
 
     # ---------------------------------------------------------------------------------- parameters
     # A later source overrides an earlier one.
@@ -106,8 +112,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     del params, trained
 
     # (3) The newest checkpoint of --workdir, with optimizer state and step: this is a resume.
-    bases = setup.fingerprints()
-    data = experiment.data_fingerprints(config.data.train)
     restored = checkpoints.restore_latest(step_specs.saved, train_items(step_specs.state), config)
     first_row = 0
     if restored is not None:
@@ -130,6 +134,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         compiler_options=step_specs.compiler_options,
         donate_argnums=0,
     )
+    if jax.process_count() > 1:
+        batch_rows = range(first_row, first_row + config.global_batch_size)
+        facts = {f"the manifest of config.data.train.{name}": data[name] for name in data}
+        facts |= {f"the content of config.base.{name}": bases[name] for name in bases}
+        facts["the order of rows"] = text_hash(repr([rows.examples(row) for row in batch_rows]))
+        lowered = train_step.lower(step_specs.state, step_specs.frozen, step_specs.batch)
+        facts["the program of a step"] = text_hash(lowered.as_text())
+        distributed.check_equal({"the first step": first_step} | facts)
 
     # ------------------------------------------------------------------------------------- logging
     writer = make_writer(workdir, first_step - 1, is_first_process)
@@ -207,6 +219,23 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         if is_preempted:
             logging.warning("SIGTERM: saved step %d and stopped; the same command resumes", step)
             break
+
+
+def command_facts(config: ConfigDict, workdir: pathlib.Path) -> dict[str, object]:
+    """What must be equal on all processes before they do anything together."""
+    fields = config_changes.flatten(json.loads(config.to_json_best_effort()))
+    steps = sorted(int(f.name) for f in workdir.glob("checkpoints/*") if f.name.isdigit())
+    return {
+        "--num_processes": FLAGS.num_processes,
+        "--workdir": str(workdir),
+        "the list of checkpoints in --workdir": steps,  # the folder may not be shared
+        **{f"config.{field}": value for field, value in fields.items()},
+        **distributed.software(),
+    }
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_description(

@@ -45,7 +45,7 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
 
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
-    was, now = _flatten(before), _flatten(json.loads(config.to_json_best_effort()))
+    was, now = flatten(before), flatten(json.loads(config.to_json_best_effort()))
     return [
         f"config.{field} was {was.get(field)!r} before the resume and is now {now.get(field)!r}"
         for field in sorted(set(was) | set(now))
@@ -54,12 +54,12 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
     """Example: {"a": {"b": 1}} → {"a.b": 1}."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            out |= _flatten(value, f"{prefix}{key}.")
+            out |= flatten(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out

@@ -66,12 +66,11 @@ def test_what_must_be_equal(trained, convert, tmp_path):
         assert not (tmp_path / "mean").exists()
         return line
 
-    config = json.loads((trained({10: {}})[0] / "checkpoints/10/meta/metadata").read_text())[
-        "config"
-    ]
+    workdir, _ = trained({10: {}})
+    config = Checkpoints(workdir, read_only=True).meta(10)["config"]
     config["model"]["lora"]["alpha"] = 9.0
     changes = {20: {"bases": {"whisper": "a", "llm": "b"}}, 30: {"config": config}, 40: {}, 50: {}}
-    workdir, _ = trained(changes, shift=1e-3)
+    trained(changes, shift=1e-3)
     assert error(2).endswith(
         f"{workdir}/checkpoints: the frozen parameter hfq_former/compressor_1/context_positions of "
         "step 50 differs from that of step 40; average fewer checkpoints"
