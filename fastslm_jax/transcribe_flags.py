@@ -24,6 +24,11 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     string("llm", None, "Folder or hub id of the language model (default: the config's).")
     enum("task", "asr", sorted(TASKS), "What to do with the audio.")
     string("prompt", None, "An instruction that replaces the task's default.")
+    string(
+        "context",
+        "",
+        "Phrases that may occur in the audio, separated by commas, or a text about it.",
+    )
     enum(
         "format",
         "text",
