@@ -85,10 +85,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
 
         # ------------------------------------------------------------------------------------ data
         rows = experiment.make_rows(config.data.train, setup, tokenizer)
-        rows.examples(0)  # plans the first epoch: an example that does not fit a row raises here
+        # Plans the first epoch: an example that does not fit in a row raises here.
+        first_batch = [rows.examples(row) for row in range(config.global_batch_size)]
         dev = dev_sets(config.data)
         bases = setup.fingerprints()
         data = experiment.data_fingerprints(config.data.train)
+    distributed.check_equal(
+        {f"the manifest of config.data.train.{name}": found for name, found in data.items()}
+        | {f"the content of config.base.{name}": found for name, found in bases.items()}
+        | {"the order of rows": text_hash(repr(first_batch))}
+    )
 
     # ---------------------------------------------------------------------------------- parameters
     # A later source overrides an earlier one.
@@ -135,13 +141,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         donate_argnums=0,
     )
     if jax.process_count() > 1:
-        batch_rows = range(first_row, first_row + config.global_batch_size)
-        facts = {f"the manifest of config.data.train.{name}": data[name] for name in data}
-        facts |= {f"the content of config.base.{name}": bases[name] for name in bases}
-        facts["the order of rows"] = text_hash(repr([rows.examples(row) for row in batch_rows]))
         lowered = train_step.lower(step_specs.state, step_specs.frozen, step_specs.batch)
-        facts["the program of a step"] = text_hash(lowered.as_text())
-        distributed.check_equal({"the first step": first_step} | facts)
+        program = text_hash(lowered.as_text())
+        distributed.check_equal({"the first step": first_step, "the program of a step": program})
 
     # ------------------------------------------------------------------------------------- logging
     writer = make_writer(workdir, first_step - 1, is_first_process)
