@@ -52,6 +52,7 @@ from fastslm_jax.inference.generator import Generator
 from fastslm_jax.training import checkpoint, config_changes, experiment, optim, specs
 from fastslm_jax.training.logging import Profile, StepLog, Timer, make_writer
 from fastslm_jax.training.step import TrainState
+from fastslm_jax.training.wandb_writer import check_wandb
 
 
 def main(_: Sequence[str]) -> None:
@@ -77,6 +78,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
 
         # -------------------------------------------------------------------------- mesh and model
         config_lib.check(config)
+        check_wandb(config.wandb)
         mesh = sharding.make_mesh(**config.mesh)
         setup = experiment.build(config, mesh=mesh)
         model, tokenizer = setup.model, setup.prompt_tokenizer()
@@ -146,9 +148,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         distributed.check_equal({"the first step": first_step, "the program of a step": program})
 
     # ------------------------------------------------------------------------------------- logging
-    writer = make_writer(workdir, first_step - 1, is_first_process)
-    if is_first_process:
-        write_description(workdir, config, step_specs)
+    with distributed.shared_errors():
+        writer = make_writer(workdir, first_step - 1, is_first_process, config)
+        if is_first_process:
+            write_description(workdir, config, step_specs)
     process_part, num_parts = distributed.rows_of_process(mesh)
     log = StepLog(
         writer=writer,

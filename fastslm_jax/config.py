@@ -110,6 +110,7 @@ def full_size() -> ConfigDict:
     config.checkpoint_every = 500  # steps between checkpoints
     config.keep_checkpoints = 2  # newest checkpoints to keep, besides the best one
     config.profile = ""  # "5:8" writes a trace of steps 5 to 8 to WORKDIR/profile
+    config.wandb = ""  # Weights & Biases project for the metrics, too; see docs/training.md
     config.max_skipped = 10  # consecutive non-finite steps that end the run
     config.eval = ConfigDict(
         {

@@ -164,5 +164,6 @@ class Config(Fields):
     checkpoint_every: Count
     keep_checkpoints: Count
     profile: Annotated[str, AfterValidator(_span)]
+    wandb: Annotated[str, Field(pattern=r"^[^/\\#?%:]{0,128}$")] = ""  # W&B allows no others
     max_skipped: Count
     eval: Eval

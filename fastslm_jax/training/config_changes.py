@@ -14,6 +14,7 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_skipped",
+    "wandb",
     "profile",
 )
 FREE_GROUPS = ("mesh.", "eval.")
