@@ -1,6 +1,6 @@
 """Evaluates a checkpoint on the test sets of its config.
 
-    python eval.py --config=configs/demo.py:3 --workdir=runs/demo/stage3 [--checkpoint=STEP]
+    python eval.py --config=configs/demo.py:3 --workdir=runs/demo/stage3 [--checkpoint=STEP|best]
         [--sets=test,test_long] [--tasks=asr] [--span=auto|none|SECONDS] [--swap_audio=test]
         [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
     python eval.py --score_only --workdir=runs/demo/stage3 [--predictions=FILE]
@@ -23,7 +23,7 @@ config_flags.DEFINE_config_file(
     "config", None, "The experiment, for example configs/demo.py:3.", lock_config=True
 )
 flags.DEFINE_string("workdir", None, "Working directory of the run.")
-flags.DEFINE_integer("checkpoint", None, "Step to evaluate (default: the newest).")
+cli.define_step("checkpoint", "Checkpoint to evaluate")
 flags.DEFINE_list("sets", [], "Names of config.eval.sets (default: all).")
 flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
 flags.DEFINE_integer("limit", 0, "Maximum utterances of each set and task (0: all).", 0)

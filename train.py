@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -46,10 +47,12 @@ from fastslm_jax import distributed, flops, memory, outputs, sharding
 from fastslm_jax.data import loader
 from fastslm_jax.data.manifest import Utterance, read_manifest
 from fastslm_jax.evaluation import metrics, predict
+from fastslm_jax.inference import load
 from fastslm_jax.inference.generator import Generator
 from fastslm_jax.training import checkpoint, config_changes, experiment, optim, specs
 from fastslm_jax.training.logging import Profile, StepLog, Timer, make_writer
 from fastslm_jax.training.step import TrainState
+from fastslm_jax.training.wandb_writer import check_wandb
 
 
 def main(_: Sequence[str]) -> None:
@@ -64,41 +67,50 @@ def main(_: Sequence[str]) -> None:
 
 def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitStack) -> None:
     distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    distributed.check_equal(command_facts(config, workdir))
     is_first_process = jax.process_index() == 0
-    if is_first_process:
-        resources.enter_context(checkpoint.lock(workdir))
     preemption = distributed.Preemption()
     resources.callback(preemption.close)
 
-    # ------------------------------------------------------------------------------ mesh and model
-    config_lib.check(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    setup = experiment.build(config, mesh=mesh)
-    model, tokenizer = setup.model, setup.prompt_tokenizer()
-    step_specs = specs.build(setup, mesh)
-    specs.check_capacity(step_specs, memory.capacity_of(mesh))
+    with distributed.shared_errors():
+        if is_first_process:
+            resources.enter_context(checkpoint.lock(workdir))
 
-    # ---------------------------------------------------------------------------------------- data
-    rows = experiment.make_rows(config.data.train, setup, tokenizer)
-    rows.examples(0)  # plans the first epoch: an example that does not fit in a row raises here
-    dev = dev_sets(config.data)
+        # -------------------------------------------------------------------------- mesh and model
+        config_lib.check(config)
+        check_wandb(config.wandb)
+        mesh = sharding.make_mesh(**config.mesh)
+        setup = experiment.build(config, mesh=mesh)
+        model, tokenizer = setup.model, setup.prompt_tokenizer()
+        step_specs = specs.build(setup, mesh)
+        specs.check_capacity(step_specs, memory.capacity_of(mesh))
+
+        # ------------------------------------------------------------------------------------ data
+        rows = experiment.make_rows(config.data.train, setup, tokenizer)
+        # Plans the first epoch: an example that does not fit in a row raises here.
+        first_batch = [rows.examples(row) for row in range(config.global_batch_size)]
+        dev = dev_sets(config.data)
+        bases = setup.fingerprints()
+        data = experiment.data_fingerprints(config.data.train)
+    distributed.check_equal(
+        {f"the manifest of config.data.train.{name}": found for name, found in data.items()}
+        | {f"the content of config.base.{name}": found for name, found in bases.items()}
+        | {"the order of rows": text_hash(repr(first_batch))}
+    )
 
     # ---------------------------------------------------------------------------------- parameters
     # A later source overrides an earlier one.
     # (1) Fresh initialization: the pretrained folders, and config.seed for everything else.
     params = experiment.init_params(setup, mesh)
 
-    # (2) config.init_from: the newest checkpoint of another run. Only if --workdir has none.
+    # (2) config.init_from: a checkpoint of another run. Only if --workdir has none.
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     resources.callback(checkpoints.close)  # waits for a running save
     if config.init_from and not checkpoints.steps():
         source = checkpoint.Checkpoints(config.init_from, read_only=True)
-        if not source.steps():
-            raise checkpoint.CheckpointError(
-                f"config.init_from={config.init_from}: no finished checkpoint; train it first"
-            )
-        params |= source.restore_params(source.steps()[-1], step_specs.saved)
-        logging.info("starting from %s, step %d", config.init_from, source.steps()[-1])
+        step = load.find_step(source, config.init_from, config.init_from_step or None)
+        params |= source.restore_params(step, step_specs.saved)
+        logging.info("starting from %s, step %d", config.init_from, step)
         source.close()
 
     trained, frozen = optim.split(params, step_specs.mask)
@@ -108,8 +120,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     del params, trained
 
     # (3) The newest checkpoint of --workdir, with optimizer state and step: this is a resume.
-    bases = setup.fingerprints()
-    data = experiment.data_fingerprints(config.data.train)
     restored = checkpoints.restore_latest(step_specs.saved, train_items(step_specs.state), config)
     first_row = 0
     if restored is not None:
@@ -132,11 +142,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         compiler_options=step_specs.compiler_options,
         donate_argnums=0,
     )
+    if jax.process_count() > 1:
+        lowered = train_step.lower(step_specs.state, step_specs.frozen, step_specs.batch)
+        program = text_hash(lowered.as_text())
+        distributed.check_equal({"the first step": first_step, "the program of a step": program})
 
     # ------------------------------------------------------------------------------------- logging
-    writer = make_writer(workdir, first_step - 1, is_first_process)
-    if is_first_process:
-        write_description(workdir, config, step_specs)
+    with distributed.shared_errors():
+        writer = make_writer(workdir, first_step - 1, is_first_process, config)
+        if is_first_process:
+            write_description(workdir, config, step_specs)
     process_part, num_parts = distributed.rows_of_process(mesh)
     log = StepLog(
         writer=writer,
@@ -193,7 +208,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         # The data position is the number of rows used, however many batches are prefetched. Save
         # before the next batch is drawn, so that no row is skipped or repeated after a resume.
         is_preempted = preemption.reached(step)
-        if step % config.checkpoint_every == 0 or is_last or is_preempted:
+        if step % config.checkpoint_every == 0 or is_last or is_preempted or scores:
             with log.timer.paused():
                 leaves = {**frozen, **state.trained}
                 meta = {
@@ -209,6 +224,23 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         if is_preempted:
             logging.warning("SIGTERM: saved step %d and stopped; the same command resumes", step)
             break
+
+
+def command_facts(config: ConfigDict, workdir: pathlib.Path) -> dict[str, object]:
+    """What must be equal on all processes before they do anything together."""
+    fields = config_changes.flatten(json.loads(config.to_json_best_effort()))
+    steps = sorted(int(f.name) for f in workdir.glob("checkpoints/*") if f.name.isdigit())
+    return {
+        "--num_processes": FLAGS.num_processes,
+        "--workdir": str(workdir),
+        "the list of checkpoints in --workdir": steps,  # the folder may not be shared
+        **{f"config.{field}": value for field, value in fields.items()},
+        **distributed.software(),
+    }
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_description(

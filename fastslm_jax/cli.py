@@ -78,6 +78,28 @@ def parse_flags(required: Sequence[str] = ()) -> list[str]:
     return _arguments
 
 
+class _StepParser(flags.ArgumentParser):
+    """A step number, or "best"."""
+
+    syntactic_help = "a step number, or best"
+
+    def parse(self, argument: str | int) -> int | str:
+        text = str(argument)
+        if text == "best":
+            return text
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ValueError("use a step number such as 1000, or best")
+        return int(text)
+
+
+def define_step(
+    name: str, what: str, flag_values: flags.FlagValues = flags.FLAGS, default: str = "the newest"
+) -> None:
+    """Defines a flag for a step of a checkpoint; its value is for `inference.load.find_step`."""
+    text = f"{what}: its step, or best, the one with the best dev scores (default: {default})."
+    flags.DEFINE(_StepParser(), name, None, text, flag_values)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags. Raises UserError for every error that absl and ml_collections raise."""
     if "config" in flags.FLAGS:

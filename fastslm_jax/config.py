@@ -52,7 +52,8 @@ def full_size() -> ConfigDict:
     config.base = ConfigDict(  # pretrained weights: Hugging Face names or folders
         {"whisper": "openai/whisper-large-v3", "llm": "Qwen/Qwen3-4B-Instruct-2507"}
     )
-    config.init_from = ""  # workdir of the previous stage, whose newest checkpoint is the start
+    config.init_from = ""  # workdir of the previous stage, whose checkpoint is the start
+    config.init_from_step = ""  # of that checkpoint: a step, or "best" on its dev set; "": newest
     config.model = ConfigDict(
         {
             "adapter": "hfq",  # a name in models/adapters: pooling, stack, wq_former, sq_former
@@ -110,10 +111,11 @@ def full_size() -> ConfigDict:
     )
     config.steps = 10_000  # of the whole run
     config.log_every = 20  # steps between lines of metrics
-    config.eval_every = 1000  # steps between dev evaluations
+    config.eval_every = 1000  # steps between dev evaluations, each with a checkpoint
     config.checkpoint_every = 500  # steps between checkpoints
     config.keep_checkpoints = 2  # newest checkpoints to keep, besides the best one
     config.profile = ""  # "5:8" writes a trace of steps 5 to 8 to WORKDIR/profile
+    config.wandb = ""  # Weights & Biases project for the metrics, too; see docs/training.md
     config.max_skipped = 10  # consecutive non-finite steps that end the run
     config.eval = ConfigDict(
         {

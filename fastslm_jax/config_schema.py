@@ -155,6 +155,7 @@ class Config(Fields):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)]
     base: Base
     init_from: str
+    init_from_step: Annotated[str, Field(pattern=r"^(best|[0-9]{1,9})?$")] = ""
     model: Model
     data: Data
     global_batch_size: Slots
@@ -170,5 +171,6 @@ class Config(Fields):
     checkpoint_every: Count
     keep_checkpoints: Count
     profile: Annotated[str, AfterValidator(_span)]
+    wandb: Annotated[str, Field(pattern=r"^[^/\\#?%:]{0,128}$")] = ""  # W&B allows no others
     max_skipped: Count
     eval: Eval

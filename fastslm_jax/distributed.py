@@ -1,12 +1,18 @@
-"""Multi-process runs: start-up, the rows of each process, and coordinated preemption.
+"""Multi-process runs: start-up, checks that all processes agree, rows, coordinated preemption.
 
 Every process runs the same command. JAX detects the processes on TPU pods, SLURM, GKE and Open MPI;
 elsewhere, pass --coordinator, --num_processes and --process_id.
 """
 
+import collections
 import contextlib
+import hashlib
+import importlib.metadata
+import json
 import os
+import pathlib
 import signal
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -17,6 +23,7 @@ from jax.sharding import Mesh
 from fastslm_jax.errors import UserError
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
 def initialize(
@@ -59,6 +66,120 @@ def initialize(
         logging.info("process %d of %d", jax.process_index(), jax.process_count())
         if jax.process_index():
             logging.set_verbosity(logging.WARNING)  # only process 0 logs information
+        check_device_counts([device.process_index for device in jax.devices()])
+
+
+# -------------------------------------------------------------------------- do the processes agree?
+
+
+def check_device_counts(owners: list[int]) -> None:
+    """Checks that all processes have equally many devices.
+
+    Args:
+        owners: the process of each device.
+
+    Raises:
+        UserError: they do not; every process raises the same.
+    """
+    counts = collections.Counter(owners)
+    usual = collections.Counter(counts.values()).most_common(1)[0][0]
+    for process, count in sorted(counts.items()):
+        if count != usual:
+            like = min(process for process, other in counts.items() if other == usual)
+            raise UserError(
+                f"process {process} has {count} devices, and process {like} has {usual}: all "
+                "processes need the same number; look for a broken device, or at the cluster's "
+                "settings"
+            )
+
+
+def gather(text: str) -> list[str]:
+    """The text of every process, in their order. Every process must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.zeros(max(1, *lengths), np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def check_equal(facts: Mapping[str, object]) -> None:
+    """Checks that a run's processes agree. Every process must call it, at the same place.
+
+    Args:
+        facts: {name: value that JSON can store}.
+
+    Raises:
+        UserError: they do not; every process raises the same. The message names a process, and
+            what differs from most others.
+    """
+    if message := difference(gather(json.dumps(facts, sort_keys=True, default=str))):
+        raise UserError(f"{message}; start every process with the same command, code and data")
+
+
+def difference(facts: list[str]) -> str:
+    """How a process differs from most others; "" if all are equal.
+
+    Args:
+        facts: of each process, as JSON.
+
+    Example: "process 3 differs from process 0: config.seed is 1 and not 0".
+    """
+    usual = collections.Counter(facts).most_common(1)[0][0]
+    others = [process for process, text in enumerate(facts) if text != usual]
+    if not others:
+        return ""
+    expected, found = json.loads(usual), json.loads(facts[others[0]])
+    names = [name for name in expected | found if expected.get(name) != found.get(name)]
+    parts = [
+        f"{name} is {_shown(found.get(name))} and not {_shown(expected.get(name))}"
+        for name in names[:3]
+    ]
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    also = f"; so do {len(others) - 1} other processes" if len(others) > 1 else ""
+    return (
+        f"process {others[0]} differs from process {facts.index(usual)}: {', '.join(parts)}{more}"
+        f"{also}"
+    )
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def software() -> dict[str, str]:
+    """{name: version} of what a run depends on; of this package, a hash of its source files."""
+    digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in _PACKAGES}
+    return {"the code of fastslm_jax": digest.hexdigest()[:12]} | versions
+
+
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """If the code inside fails on one process, all processes raise its error.
+
+    Otherwise the others would wait for it. Every process must enter it, and the code inside must
+    not wait for other processes.
+    """
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as raised:
+        error = raised
+    errors = gather("" if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for process, text in enumerate(errors):
+        if text:
+            raise UserError(f"process {process}: {text}")
+
+
+# ------------------------------------------------------------------------------------------- rows
 
 
 def rows_of_process(mesh: Mesh) -> tuple[int, int]:
@@ -84,6 +205,9 @@ def rows_of_process(mesh: Mesh) -> tuple[int, int]:
             "multiple of it"
         )
     return groups.index(rows[jax.process_index()]), len(groups)
+
+
+# ------------------------------------------------------------------------------------- preemption
 
 
 class Preemption:

@@ -142,7 +142,7 @@ def describe_row(rows: PackedRows, number: int) -> list[str]:
             f"  {first.id}{more} ({first.task}, {first.lang}): {segments[-1].end:.1f} s, "
             f"windows {window} … {window + windows - 1}, tokens {token} … {token + tokens - 1}, "
             f"{windows * rows.tokens_per_window} of speech, {labels} labels",
-            f"    prompt  {rows.prompt_tokenizer.user_turn(first.task, first.instruction)!r}",
+            f"    prompt  {rows.prompt_tokenizer.user_turn(first.task, first.prompt)!r}",
         ]
         speakers = [u.speaker for u in utterances for _ in u.segments or (None,)]
         lines += [

@@ -1,6 +1,6 @@
 """Transcribes, translates, summarizes or answers questions about audio files of any length.
 
-    python -m fastslm_jax.transcribe FILE|FOLDER|-… --checkpoint=WORKDIR [--prompt=…]
+    python -m fastslm_jax.transcribe FILE|FOLDER|-… --checkpoint=WORKDIR [--prompt=…] [--context=…]
         [--task=asr|ast|ssum|sqqa] [--format=text|json|srt|vtt] [--out=FOLDER]
         [--span=auto|none|SECONDS] [--stream]
 
@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from fastslm_jax import audio, audio_files, devices, outputs
+from fastslm_jax.data.tasks import with_context
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import api, long_form
 from fastslm_jax.inference.generator import Generator
@@ -272,7 +273,7 @@ def _recording(options: flags.FlagValues, file: pathlib.Path) -> Recording:
         audio.probe(file),
         functools.partial(audio.read_audio, file),
         options.task,
-        options.prompt,
+        with_context(options.task, options.prompt, options.context.strip()),
         context_words=options.running_prompt,
         max_new_tokens=options.max_new_tokens,
     )

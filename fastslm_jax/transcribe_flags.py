@@ -4,6 +4,7 @@ import functools
 
 from absl import flags
 
+from fastslm_jax import cli
 from fastslm_jax.data.tasks import TASKS
 
 
@@ -18,11 +19,16 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         )
     )
     string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
-    integer("step", None, "Step of the checkpoint (default: the newest).")
+    cli.define_step("step", "Checkpoint to use", flag_values)
     string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
     string("llm", None, "Folder or hub id of the language model (default: the config's).")
     enum("task", "asr", sorted(TASKS), "What to do with the audio.")
     string("prompt", None, "An instruction that replaces the task's default.")
+    string(
+        "context",
+        "",
+        "Phrases that may occur in the audio, separated by commas, or a text about it.",
+    )
     enum(
         "format",
         "text",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from fastslm_jax import cli
 from fastslm_jax.errors import UserError
@@ -26,6 +27,19 @@ def raises(error):
         raise error
 
     return act
+
+
+def test_a_flag_for_a_step():
+    values = flags.FlagValues()
+    cli.define_step("step", "Checkpoint to use", values)
+    found = {}
+    for given in ("7", "best"):
+        values(["command", f"--step={given}"])
+        found[given] = values.step
+    assert found == {"7": 7, "best": "best"}
+    for wrong in ("-1", "newest", "1.5", ""):
+        with pytest.raises(flags.IllegalFlagValueError, match="use a step number such as 1000"):
+            values(["command", f"--step={wrong}"])
 
 
 ERRORS = {

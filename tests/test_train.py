@@ -183,6 +183,21 @@ def test_one_language_has_no_suffix(undisturbed, folder, tmp_path):
     assert scalars == {"step": 6, "dev/wer": scores["wer"]}
 
 
+def test_the_best_step_is_saved_and_kept_and_starts_the_next_stage(
+    run, folder, tmp_path, monkeypatch, caplog
+):
+    """Every scored step is saved, whatever config.checkpoint_every is."""
+    wers = {2: 40.0, 4: 30.0, 6: 35.0}
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"wer": wers[args[3]]})
+    dev = {"data.dev": str(folder / "train.jsonl"), "eval_every": 2}
+    run(tmp_path / "first", dev | {"checkpoint_every": 100, "keep_checkpoints": 1})
+    assert Checkpoints(tmp_path / "first", read_only=True).steps() == [4, 6]
+
+    caplog.set_level("INFO", "absl")
+    run(tmp_path / "second", {"init_from": str(tmp_path / "first"), "init_from_step": "best"})
+    assert f"starting from {tmp_path}/first, step 4" in caplog.messages
+
+
 # ------------------------------------------------------------------------ interruptions and damage
 
 
@@ -391,6 +406,10 @@ ERRORS = {
     "missing stage": (
         {"init_from": "/nowhere/stage1"},
         "/nowhere/stage1: no checkpoints; train there first",
+    ),
+    "step of the stage": (
+        {"init_from_step": "newest"},
+        "config.init_from_step='newest': should match pattern '^(best|[0-9]{1,9})?$'",
     ),
 }
 

@@ -264,6 +264,19 @@ def test_an_unreadable_file_is_rejected_first(name, tmp_path, monkeypatch):
         transcribe.main(*options(tmp_path / "bad.wav"))
 
 
+def test_context_is_added_to_the_instruction(folder):
+    file = folder / "short.flac"
+    for given, instruction in (
+        ((), None),
+        (
+            ("--context=Anna, Vienna",),
+            "Transcribe the audio clip into text.\nContext: Anna, Vienna",
+        ),
+        (("--prompt=Write.", "--context=Anna"), "Write.\nContext: Anna"),
+    ):
+        assert transcribe._recording(options(*given)[1], file).instruction == instruction
+
+
 def test_of_several_files_the_readable_ones_are_answered(answered, folder, tmp_path, capsys):
     """A file may be unreadable at once, or only when its turn comes."""
     (tmp_path / "bad.wav").write_text("no sound")

@@ -1,13 +1,16 @@
-"""train.py on two processes: dev evaluation, SIGTERM to one process, resuming with one process."""
+"""train.py on two processes: dev evaluation, SIGTERM to one, resuming with one, disagreement."""
 
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 import tiny_experiment
@@ -31,17 +34,33 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[subprocess.Popen]:
-    """Starts a run on four virtual devices in total."""
+def start(
+    folder: pathlib.Path,
+    workdir: pathlib.Path,
+    processes: int,
+    *options: str,
+    folders: Sequence[pathlib.Path] = (ROOT, ROOT),
+) -> list[subprocess.Popen]:
+    """Starts a run on four virtual devices in total.
+
+    Args:
+        folders: where each process is started.
+    """
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
     }
-    command = [sys.executable, "train.py", f"--config={folder}/config.py", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        f"{ROOT}/train.py",
+        f"--config={folder}/config.py",
+        f"--workdir={workdir}",
+    ]
     command += [
         f"--config.data.dev={folder}/train.jsonl",
         *(f"--config.{field}={value}" for field, value in CHANGES.items()),
+        *options,
     ]
     extra = [[]]
     if processes > 1:
@@ -52,18 +71,18 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> list[s
         extra = [[*shared, f"--process_id={number}"] for number in range(processes)]
     with open(f"{workdir}.log", "ab") as log:
         return [
-            subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stderr=log, stdout=log)
-            for flags in extra
+            subprocess.Popen([*command, *flags], cwd=cwd, env=environment, stderr=log, stdout=log)
+            for flags, cwd in zip(extra, folders, strict=False)
         ]
 
 
-def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
+def finish(processes: list[subprocess.Popen], workdir: pathlib.Path, code: int = 0) -> None:
     try:
         codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert not any(codes), pathlib.Path(f"{workdir}.log").read_text()[-3000:]
+    assert codes == [code] * len(codes), pathlib.Path(f"{workdir}.log").read_text()[-3000:]
 
 
 def lines(workdir: pathlib.Path, field: str) -> dict[int, float]:
@@ -105,3 +124,27 @@ def test_one_process_resumes_a_run_of_two(folder, tmp_path):
     assert shown <= set(events.Tags()["tensors"])
     assert [event.step for event in events.Tensors("dev/wer")] == [4, 8]
     assert b"hypothesis: " in events.Tensors("dev/asr")[0].tensor_proto.string_val[0]
+
+
+def test_processes_with_other_data_stop_before_the_first_step(folder, tmp_path):
+    """The data is a local folder, and one process has an older copy."""
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("cache"))
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b/train.jsonl").write_text("".join(lines[:-1]))
+    workdir = tmp_path / "run"
+    options = ("--config.data.train.noise.path=train.jsonl", "--config.data.dev=")
+    folders = (tmp_path / "a", tmp_path / "b")
+    finish(start(folder, workdir, 2, *options, folders=folders), workdir, code=2)
+    found = pathlib.Path(f"{workdir}.log").read_text()
+    errors = re.findall("^error: .*", found, flags=re.MULTILINE)
+    assert len(errors) == 2
+    assert errors[0] == errors[1]
+    assert re.fullmatch(
+        r"error: process 1 differs from process 0: the manifest of config\.data\.train\.noise is "
+        r'"\w+" and not "\w+", the order of rows is "\w+" and not "\w+"; start every process with '
+        "the same command, code and data",
+        errors[0],
+    )
+    assert "Traceback" not in found
+    assert not (workdir / "checkpoints").exists() or not list((workdir / "checkpoints").iterdir())

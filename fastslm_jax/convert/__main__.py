@@ -1,12 +1,14 @@
-"""Converts FastSLM between formats, and compares them.
+"""Converts FastSLM between formats, compares models, and averages checkpoints.
 
     python -m fastslm_jax.convert import --from=PATH --out=WORKDIR [--llm=ID|DIR] [--lora_alpha=64]
-    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N] --out=DIR
+    python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N|best] --out=DIR
         --layout=released [--pt] | --layout=peft | --layout=hf [--merge_lora]
+    python -m fastslm_jax.convert average --workdir=WORKDIR [--last=5] --out=WORKDIR
     python -m fastslm_jax.convert check PATH PATH [--audio=FILE] [--llm=ID|DIR] [--notorch]
 
 import: PATH is a released state_dict (.pt or .safetensors file, or folder) or a PyTorch folder.
 export: released is the authors' state_dict, peft a LoRA adapter, hf a PyTorch folder.
+average: writes the mean of the trained parameters of the newest checkpoints.
 check: PATH is a working directory, a released state_dict or a PyTorch folder.
 
 The last line of output is one JSON object.
@@ -21,16 +23,22 @@ from collections.abc import Sequence
 from absl import flags
 
 from fastslm_jax import cli
-from fastslm_jax.convert import checking, exporting, importing
+from fastslm_jax.convert import averaging, checking, exporting, importing
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import engine
 
 FLAGS_OF = {
     "import": {"from", "out", "llm", "lora_alpha"},
     "export": {"workdir", "step", "layout", "out", "merge_lora", "pt"},
+    "average": {"workdir", "last", "out"},
     "check": {"audio", "llm", "torch"},
 }
-REQUIRED = {"import": ("from", "out"), "export": ("workdir", "layout", "out"), "check": ()}
+REQUIRED = {
+    "import": ("from", "out"),
+    "export": ("workdir", "layout", "out"),
+    "average": ("workdir", "out"),
+    "check": (),
+}
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -39,7 +47,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "from", None, "import: released state_dict (file or folder) or PyTorch folder.", **options
     )
     flags.DEFINE_string(
-        "out", None, "import, export: folder to write; must be new or empty.", **options
+        "out", None, "import, export, average: folder to write; must be new or empty.", **options
     )
     flags.DEFINE_string(
         "llm",
@@ -50,10 +58,11 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float(
         "lora_alpha", None, "import: LoRA alpha (default: from config.json, or 64).", **options
     )
-    flags.DEFINE_string("workdir", None, "export: working directory.", **options)
+    flags.DEFINE_string("workdir", None, "export, average: working directory.", **options)
     flags.DEFINE_integer(
-        "step", None, "export: checkpoint to export (default: the newest).", **options
+        "last", 5, "average: how many of the newest checkpoints.", lower_bound=2, **options
     )
+    cli.define_step("step", "export: checkpoint to export", flag_values)
     flags.DEFINE_string("layout", None, "export: released, peft or hf.", **options)
     flags.DEFINE_bool(
         "merge_lora", False, "export --layout=hf: merge LoRA into the weights.", **options
@@ -72,7 +81,7 @@ def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> No
     command, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if command not in FLAGS_OF:
         raise UserError(
-            f"command {command!r}: expected import, export or check; for the flags, run "
+            f"command {command!r}: expected import, export, average or check; for the flags, run "
             "python -m fastslm_jax.convert --help"
         )
     for name in set().union(*FLAGS_OF.values()) - FLAGS_OF[command]:
@@ -93,22 +102,23 @@ def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> No
 
 
 def convert(command: str, values: dict) -> None:
-    """Imports or exports, and prints the JSON object."""
-    started = time.time()
-    if command == "import":
-        given = importing.import_checkpoint(
-            values["from"], values["out"], llm=values["llm"], lora_alpha=values["lora_alpha"]
-        )
-        layout, tensors = given.kind, len(given.source.keys())
+    """Imports, exports or averages, and prints the JSON object."""
+    started, out = time.time(), values["out"]
+    if command == "average":
+        given = values["workdir"]
+        steps, tensors = averaging.average(given, out, values["last"])
+        result, wrote = {"steps": steps}, f"step 0, the mean of steps {', '.join(map(str, steps))}"
+    elif command == "import":
+        given, options = values["from"], {name: values[name] for name in ("llm", "lora_alpha")}
+        opened = importing.import_checkpoint(given, out, **options)
+        result, tensors = {"layout": opened.kind}, len(opened.source.keys())
         wrote = "checkpoint of step 0, bases/whisper and bases/llm"
-        print(f"{values['from']} → {values['out']}: {wrote}", flush=True)
     else:
-        layout = values["layout"]
+        given, wrote = values["workdir"], values["layout"]
         options = {name: values[name] for name in ("step", "merge_lora", "pt")}
-        tensors = len(exporting.export(values["workdir"], values["out"], layout, **options))
-        print(f"{values['workdir']} → {values['out']}: {layout}", flush=True)
-    result = {
-        "layout": layout,
+        result, tensors = {"layout": wrote}, len(exporting.export(given, out, wrote, **options))
+    print(f"{given} → {out}: {wrote}", flush=True)
+    result |= {
         "tensors": tensors,
         "seconds": round(time.time() - started, 2),
         "peak_rss_gib": _peak_rss_gib(),

@@ -72,7 +72,7 @@ def export(
     out: str | os.PathLike,
     layout: str,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     merge_lora: bool = False,
     pt: bool = False,
 ) -> list[Tensor]:
@@ -80,7 +80,7 @@ def export(
 
     Args:
         layout: "released", "peft" or "hf".
-        step: checkpoint to export (default: the newest).
+        step: checkpoint to export, or "best" by its dev scores (default: the newest).
         merge_lora: merge LoRA into the weights ("hf" only).
         pt: also write model.pt ("released" only).
 

@@ -83,8 +83,12 @@ def open_any(path: str | os.PathLike, *, llm: str | None = None, strict: bool = 
     return open_released(path, llm=llm, strict=strict)
 
 
-def open_workdir(path: str | os.PathLike, step: int | None = None) -> Stored:
-    """Opens a checkpoint of a working directory (default: the newest) and its pretrained models."""
+def open_workdir(path: str | os.PathLike, step: int | str | None = None) -> Stored:
+    """Opens a checkpoint of a working directory and its pretrained models.
+
+    Args:
+        step: see `load.find_step`.
+    """
     checkpoints = Checkpoints(path, read_only=True)
     step = load.find_step(checkpoints, path, step)
     config = load.saved_config(checkpoints, path, step)

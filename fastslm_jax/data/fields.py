@@ -27,8 +27,19 @@ def number_as_text(value: object) -> object:
     return str(value) if is_number else value
 
 
+def phrases_as_text(value: object) -> object:
+    """Context as one text: a list of phrases is joined with commas."""
+    phrases = value if isinstance(value, list) else [value]
+    if not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError("should be a text or a list of texts")
+    if isinstance(value, list) and not all(phrase.strip() for phrase in phrases):
+        raise ValueError("should not contain empty phrases")
+    return ", ".join(phrase.strip() for phrase in phrases)
+
+
 Text = Annotated[str, pydantic.AfterValidator(_without_control_characters)]
 Name = Annotated[Text, pydantic.BeforeValidator(number_as_text)]  # 7 is the name "7"
+Context = Annotated[Text, pydantic.BeforeValidator(phrases_as_text)]
 Task = Literal[tuple(TASKS)]
 Language = Annotated[str, pydantic.AfterValidator(languages.parse)]
 Seconds = Annotated[float, pydantic.Field(ge=0, le=MAX_SECONDS)]

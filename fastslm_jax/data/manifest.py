@@ -18,6 +18,7 @@ from fastslm_jax import audio, schema
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data import fields
 from fastslm_jax.data.ingest import decoding, store
+from fastslm_jax.data.tasks import with_context
 from fastslm_jax.errors import UserError
 
 SEGMENT_TOLERANCE = 0.1  # seconds by which segments may end after their clip
@@ -65,6 +66,7 @@ class Utterance:
         id: unique name of the clip.
         segments: timed transcript, if known.
         has_offset: whether the clip is a part of its file; otherwise it is the whole file.
+        context: phrases that may occur in the clip, or a text about it, for the prompt.
         no_speech: whether the clip is known to contain no speech; its text and answer are empty.
         record: record number in the shard (-1: `path` is an audio file).
         begin: start of the stored audio in the recording, in seconds.
@@ -85,11 +87,17 @@ class Utterance:
     id: str
     segments: tuple[Segment, ...] = ()
     has_offset: bool = False
+    context: str = ""
     no_speech: bool = False
     record: int = -1
     begin: float = 0.0
     text_tokens: int | None = None
     joined_tokens: int | None = None
+
+    @property
+    def prompt(self) -> str | None:
+        """The instruction with the context; None: the task's default instruction."""
+        return with_context(self.task, self.instruction, self.context)
 
     @property
     def num_samples(self) -> int:
@@ -112,6 +120,7 @@ class _Line(schema.Schema):
     recording: fields.Name | None = None
     id: fields.Name | None = None
     segments: fields.Segments = ()
+    context: fields.Context = ""
     no_speech: bool = False
 
 
@@ -176,6 +185,7 @@ def parse_utterance(line: dict, root: pathlib.Path, where: str) -> Utterance:
         id=where if line.id is None else line.id,
         segments=_segments(line, where),
         has_offset=line.offset is not None,
+        context=line.context,
         no_speech=line.no_speech,
     )
 
@@ -264,6 +274,7 @@ def _read_folder(path: pathlib.Path) -> list[Utterance]:
             recording=line.recording,
             id=line.id,
             segments=tuple(Segment(s.start, s.end, s.text) for s in line.segments),
+            context=line.context,
             no_speech=line.no_speech,
             record=line.record,
             begin=line.offset,

@@ -143,7 +143,7 @@ class PackedRows:
         return clips
 
     def _prompt_length(self, utterance: Utterance) -> int:
-        return len(self.prompt_tokenizer.prompt_ids(utterance.task, utterance.instruction))
+        return len(self.prompt_tokenizer.prompt_ids(utterance.task, utterance.prompt))
 
     def _answer_lengths(self, clips: Sequence[Utterance], field: str) -> np.ndarray:
         """Tokens of every answer: the counts stored by the import, or counted now if missing."""
@@ -329,8 +329,6 @@ class PackedRows:
             utterances, samples = self.utterances(example), self.samples(example)
             first, answers = utterances[0], [utterance.answer for utterance in utterances]
             num_speech = self.spec.count(len(samples)) * self.tokens_per_window
-            encoded = self.prompt_tokenizer.encode(
-                first.task, first.instruction, answers, num_speech
-            )
+            encoded = self.prompt_tokenizer.encode(first.task, first.prompt, answers, num_speech)
             parts.append((encoded, samples))
         return packing.assemble(parts, self.shape, self.spec, self.tokens_per_window)

@@ -40,3 +40,17 @@ TASKS = {
         "<|SQQA|>", "Answer the question in the audio clip.", metric="em", is_normalized=True
     ),
 }
+
+
+def with_context(task: str, instruction: str | None, context: str) -> str | None:
+    """The instruction of a user turn, with context if there is any (docs/data.md).
+
+    Example: "Transcribe the audio clip into text.\\nContext: Anna, Vienna".
+
+    Args:
+        instruction: None: the task's.
+        context: phrases that may occur in the audio, or a text about it; "" for none.
+    """
+    if not context:
+        return instruction
+    return f"{instruction or TASKS[task].instruction}\nContext: {context}"

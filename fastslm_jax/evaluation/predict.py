@@ -38,7 +38,7 @@ def recording(utterance: Utterance, clip: Utterance | None = None) -> Recording:
     """An utterance as a recording, optionally with the audio of another one."""
     clip = clip or utterance
     read = functools.partial(read_clip, clip)
-    return Recording(clip.seconds, read, utterance.task, utterance.instruction)
+    return Recording(clip.seconds, read, utterance.task, utterance.prompt)
 
 
 def predict(

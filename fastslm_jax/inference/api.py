@@ -19,7 +19,7 @@ import numpy as np
 
 from fastslm_jax import audio as audio_files
 from fastslm_jax.audio import SAMPLE_RATE, AudioError
-from fastslm_jax.data.tasks import TASKS
+from fastslm_jax.data.tasks import TASKS, with_context
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load as loading
 from fastslm_jax.inference import long_form
@@ -34,7 +34,7 @@ DEFAULT_TOKENS = 256  # budget of answers to text prompts
 
 def load(
     checkpoint: str | os.PathLike[str],
-    step: int | None = None,
+    step: int | str | None = None,
     whisper: str | None = None,
     llm: str | None = None,
     kv_cache: str | None = None,
@@ -44,7 +44,7 @@ def load(
 
     Args:
         checkpoint: its working directory.
-        step: of the checkpoint (default: the newest).
+        step: of the checkpoint, or "best" by its dev scores (default: the newest).
         whisper, llm: folders or hub ids of the pretrained models (default: the config's).
         kv_cache: type of the key-value cache: float32, bfloat16 or int8 (default: the model's).
         sampling: default: greedy.
@@ -141,6 +141,7 @@ class Model:
         *,
         task: str = "asr",
         prompt: str | None = None,
+        context: str | Sequence[str] = "",
         stream: bool = False,
         span: str | float = "auto",
         max_new_tokens: int | None = None,
@@ -153,6 +154,7 @@ class Model:
             sample_rate: of arrays; files have their own.
             task: asr, ast (translation), ssum (summary) or sqqa (spoken question).
             prompt: an instruction that replaces the task's.
+            context: phrases that may occur in the audio, or a text about it.
             stream: yield results that grow every few tokens; the last has a stop_reason.
             span: length of the segments of long recordings: seconds, "none", or "auto".
             max_new_tokens: token budget of each segment (default: grows with its length).
@@ -174,6 +176,8 @@ class Model:
             raise UserError(f"audio is a {type(audio).__name__}: give a file, an array, or a list")
         if task not in TASKS:
             raise UserError(f"task={task!r}: must be one of {', '.join(sorted(TASKS))}")
+        context = context if isinstance(context, str) else ", ".join(context)
+        prompt = with_context(task, prompt, context.strip())
         recordings = [
             self.recording(one, sample_rate, task, prompt, max_new_tokens, span) for one in given
         ]

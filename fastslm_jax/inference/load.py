@@ -16,20 +16,33 @@ from fastslm_jax.weights import pretrained
 
 
 def find_step(
-    checkpoints: Checkpoints, workdir: str | os.PathLike[str], step: int | None = None
+    checkpoints: Checkpoints, workdir: str | os.PathLike[str], step: int | str | None = None
 ) -> int:
     """The requested step, or the newest.
 
+    Args:
+        step: a step, or "best" for the one with the best dev scores.
+
     Raises:
-        CheckpointError: there are no checkpoints, or none of that step.
+        CheckpointError: there are no checkpoints, none of that step, or none with dev scores.
     """
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{workdir}: contains no finished checkpoint")
-    if step is not None and step not in steps:
-        available = ", ".join(map(str, steps))
+    if step is None:
+        return steps[-1]
+    available = ", ".join(map(str, steps))
+    if step == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise CheckpointError(
+                f"{workdir}: no checkpoint has dev scores, so none is the best: train with "
+                f"config.data.dev, or choose one of the steps {available}"
+            )
+        return best
+    if int(step) not in steps:
         raise CheckpointError(f"{workdir}: has checkpoints of steps {available}, not {step}")
-    return steps[-1] if step is None else step
+    return int(step)
 
 
 def saved_config(

@@ -31,7 +31,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float)
     )
     string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
-    integer("step", None, "Step of the checkpoint (default: the newest).")
+    cli.define_step("step", "Checkpoint to use", flag_values)
     string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
     string("llm", None, "Folder or hub id of the language model (default: the config's).")
     flags.DEFINE_enum(

@@ -13,7 +13,7 @@ import pydantic
 
 from fastslm_jax import audio, audio_files, schema
 from fastslm_jax.audio import AudioError
-from fastslm_jax.data.tasks import TASKS
+from fastslm_jax.data.tasks import TASKS, with_context
 from fastslm_jax.inference.sampling import SamplingParams
 from fastslm_jax.serve.limits import ApiError, Limits
 from fastslm_jax.serve.worker import Ask
@@ -38,12 +38,13 @@ def _check_language(code: str) -> str:
 class AudioFields(schema.Schema, strict=False, extra="forbid"):
     """Fields of a transcription's or translation's form, besides the file.
 
-    `task`, `instruction`, `seed` and `max_tokens` are ours, the others OpenAI's.
+    `task`, `instruction`, `context`, `seed` and `max_tokens` are ours, the others OpenAI's.
     """
 
     model: str | None = None
     task: Task = "asr"
     instruction: Text | None = None
+    context: Text = ""
     prompt: Text | None = None
     language: Annotated[str, pydantic.AfterValidator(_check_language)] | None = None
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
@@ -55,7 +56,7 @@ class AudioFields(schema.Schema, strict=False, extra="forbid"):
     chunking_strategy: Literal["auto"] | None = None  # it always is
 
     def ask(self, samples: np.ndarray) -> Ask:
-        instruction = self.instruction
+        instruction = with_context(self.task, self.instruction, self.context.strip())
         if self.prompt:  # the text before the audio, as OpenAI defines it
             base = instruction or TASKS[self.task].instruction
             instruction = f"{base}\n{CONTEXT} {self.prompt}"

@@ -22,11 +22,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint import checkpoint_managers
 
 from fastslm_jax import outputs
 from fastslm_jax.errors import UserError
-from fastslm_jax.training import checkpoint_meta
+from fastslm_jax.training import best, checkpoint_meta
 from fastslm_jax.training.checkpoint_meta import CheckpointError, TornCheckpointError
 from fastslm_jax.training.checksums import changed, checksums, leaf_paths
 from fastslm_jax.training.config_changes import differences
@@ -60,8 +60,7 @@ def lock(workdir: str | os.PathLike, work: str = "training") -> TextIO:
 class Checkpoints:
     """The checkpoints of a working directory. Saves are asynchronous.
 
-    Keeps the last `keep` checkpoints and the best one: the lowest dev WER, or CER if the dev set
-    has no WER.
+    Keeps the last `keep` checkpoints and the best one by its dev scores (see `best`).
     """
 
     def __init__(
@@ -72,14 +71,10 @@ class Checkpoints:
             raise CheckpointError(
                 f"{workdir}: no checkpoints; train there first, or use another --workdir"
             )
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: -_error_rate(metrics),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._scores: dict[int, best.Scores] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                [preservation_policy.LatestN(n=keep), best]
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(n=keep), best.KeepBest(self._scores_of)]
             ),
             save_interval_steps=0 if read_only else 1,
             create=not read_only,
@@ -93,6 +88,19 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def best_step(self) -> int | None:
+        """The step with the best dev scores; None if none has any."""
+        return best.best_step({step: self._scores_of(step) for step in self.steps()})
+
+    def _scores_of(self, step: int) -> best.Scores:
+        """Dev scores of a step; {} if it has none or is damaged."""
+        if step not in self._scores:
+            try:
+                self._scores[step] = self._meta(step).get("scores", {})
+            except CheckpointError:
+                return {}
+        return self._scores[step]
+
     # ---------------------------------------------------------------------------------------- save
 
     def save(
@@ -101,13 +109,13 @@ class Checkpoints:
         params: Mapping[str, jax.Array],
         train: Mapping,
         meta: Mapping,
-        metrics: Mapping[str, float] | None = None,
+        scores: best.Scores | None = None,
     ) -> None:
         """Starts an atomic save. Does nothing if the step is already saved.
 
         Args:
-            train: optimizer state and counters; {} for an imported checkpoint.
-            metrics: dev scores.
+            train: optimizer state and counters; {} for a checkpoint without.
+            scores: of the dev set.
 
         Raises:
             CheckpointError: this save, or the one still running, failed.
@@ -119,11 +127,12 @@ class Checkpoints:
         if train:
             items["train"] = ocp.args.StandardSave(dict(train))
             meta["checksums"]["train"] = checksums(dict(train))
+        self._scores[step] = best.finite(scores or {})
+        if self._scores[step]:
+            meta["scores"] = self._scores[step]
         items["meta"] = ocp.args.JsonSave(checkpoint_meta.sealed(meta))
-        if metrics is not None and _error_rate(metrics) is None:
-            metrics = None
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Waits until all saves are finished. Raises CheckpointError like `save`."""
@@ -226,10 +235,10 @@ class Checkpoints:
     def restore(self, step: int, params: Mapping, train: Mapping) -> tuple[dict, dict]:
         """Parameters and training state in the given shapes, dtypes and shardings.
 
-        The training state of an imported checkpoint is {}.
+        The training state of a checkpoint that has none, such as an imported one, is {}.
         """
         items = {"params": dict(params)}
-        if "imported" not in self._meta(step):
+        if "train" in self._meta(step)["checksums"]:
             items["train"] = dict(train)
         restored = self._restore(step, items)
         return restored["params"], restored.get("train", {})
@@ -355,12 +364,6 @@ class Checkpoints:
                 (self.folder / str(step)).rename(self.folder / f"{step}.torn")
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
-
-
-def _error_rate(metrics: Mapping[str, float]) -> float | None:
-    """The dev score that the best checkpoint minimizes."""
-    rate = metrics.get("wer", metrics.get("cer"))
-    return None if rate is None or np.isnan(rate) else rate  # NaN: it could not be computed
 
 
 def _is_interrupted(error: BaseException | None) -> bool:

@@ -30,6 +30,7 @@ class _Meta(schema.Schema):
     config: dict = pydantic.Field(default_factory=dict)
     bases: dict[str, str] = pydantic.Field(default_factory=dict)
     checksums: dict[str, dict[str, str]]
+    scores: dict[str, float] = pydantic.Field(default_factory=dict)  # of the dev set
 
 
 def sealed(meta: Mapping) -> dict:

@@ -16,6 +16,7 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_skipped",
+    "wandb",
     "profile",
 )
 FREE_GROUPS = ("mesh.", "eval.")
@@ -47,9 +48,9 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
 
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
-    older = _flatten({"model": config_lib.older_checkpoint_fields()})
+    older = flatten({"model": config_lib.older_checkpoint_fields()})
     now = json.loads(config.to_json_best_effort())
-    was, now = (older | _flatten(fields) for fields in (before, now))
+    was, now = (older | flatten(fields) for fields in (before, now))
     return [
         f"config.{field} was {was.get(field)!r} before the resume and is now {now.get(field)!r}"
         for field in sorted(set(was) | set(now))
@@ -58,12 +59,12 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
     """Example: {"a": {"b": 1}} → {"a.b": 1}."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            out |= _flatten(value, f"{prefix}{key}.")
+            out |= flatten(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out

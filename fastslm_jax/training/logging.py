@@ -16,12 +16,14 @@ import optax
 from absl import logging
 from clu import metric_writers
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fastslm_jax import chips, devices, outputs
 from fastslm_jax.audio import HOP, SAMPLE_RATE
 from fastslm_jax.errors import UserError
 from fastslm_jax.models import attention
+from fastslm_jax.training.wandb_writer import WandbWriter
 
 
 class JsonLinesWriter:
@@ -70,9 +72,12 @@ def _step_of(line: str) -> float:
 
 
 def make_writer(
-    workdir: pathlib.Path, resume_step: int, is_first_process: bool
+    workdir: pathlib.Path, resume_step: int, is_first_process: bool, config: ConfigDict
 ) -> metric_writers.MetricWriter:
-    """Writes metrics.jsonl and TensorBoard events; processes other than the first write nothing."""
+    """Writes metrics.jsonl and TensorBoard events, and to Weights & Biases if config.wandb is set.
+
+    Processes other than the first write nothing.
+    """
     writers = [
         metric_writers.create_default_writer(
             workdir, just_logging=not is_first_process, asynchronous=False
@@ -80,6 +85,8 @@ def make_writer(
     ]
     if is_first_process:
         writers.append(JsonLinesWriter(workdir / "metrics.jsonl", resume_step))
+        if config.wandb:
+            writers.append(WandbWriter(config.wandb, workdir, config.to_dict()))
     return metric_writers.MultiWriter(writers)
 
 

@@ -27,8 +27,8 @@ def test_command_in_a_new_process(released, tmp_path):
 
 
 WRONG = {
-    "no command": ([], "command '': expected import, export or check"),
-    "unknown command": (["impart"], "command 'impart': expected import, export or check"),
+    "no command": ([], "command '': expected import, export, average or check"),
+    "unknown command": (["impart"], "command 'impart': expected import, export, average or check"),
     "missing flag": (["import", "--out=x"], "import: --from is required"),
     "flag of another command": (
         ["import", "--from={released}", "--out=x", "--layout=hf"],
@@ -37,6 +37,19 @@ WRONG = {
     "unexpected path": (
         ["export", "x", "--workdir={workdir}", "--layout=hf", "--out=x"],
         "export: expected flags only, got x",
+    ),
+    "too few checkpoints": (
+        ["average", "--workdir={workdir}", "--out={tmp}/x", "--last=2"],
+        "--last=2: {workdir} has 1 checkpoint (step 3); average fewer, or train with "
+        "--config.keep_checkpoints=2",
+    ),
+    "step of an average": (
+        ["average", "--workdir={workdir}", "--out={tmp}/x", "--step=best"],
+        "--step: not a flag of average, which has --last, --out, --workdir",
+    ),
+    "no best step": (
+        ["export", "--workdir={workdir}", "--layout=hf", "--out={tmp}/x", "--step=best"],
+        "{workdir}: no checkpoint has dev scores, so none is the best",
     ),
     "one path to check": (["check", "{workdir}"], "check: expected two paths"),
     "unknown layout": (
@@ -99,6 +112,6 @@ def test_wrong_arguments(name, convert, workdir, released, tmp_path):
     }
     done = convert(*(argument.format(**names) for argument in arguments), fails=True)
     (line,) = done.stderr.splitlines()
-    assert message in line
+    assert message.format(**names) in line
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".x*"))

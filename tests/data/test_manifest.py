@@ -72,6 +72,31 @@ def test_a_line_with_all_fields(folder):
     assert (utterance.offset, utterance.seconds, utterance.num_samples) == (0.25, 1.0, 16_000)
 
 
+@pytest.mark.parametrize(
+    ("given", "context", "prompt"),
+    [
+        (
+            [" Anna", "red lamps"],
+            "Anna, red lamps",
+            "Transcribe the audio clip into text.\nContext: Anna, red lamps",
+        ),
+        (
+            "A talk in Vienna.\n",
+            "A talk in Vienna.",
+            "Transcribe the audio clip into text.\nContext: A talk in Vienna.",
+        ),
+        ("", "", None),
+        ([], "", None),
+        (None, "", None),
+    ],
+)
+def test_context_is_added_to_the_instruction(folder, given, context, prompt):
+    (utterance,) = read_manifest(write(folder, GOOD | {"context": given}))
+    assert (utterance.context, utterance.prompt, utterance.answer) == (context, prompt, "hello")
+    (utterance,) = read_manifest(write(folder, GOOD | {"context": given, "prompt": "Write."}))
+    assert utterance.prompt == (f"Write.\nContext: {context}" if context else "Write.")
+
+
 def test_a_clip_without_speech_has_no_answer(folder):
     line = GOOD | {"text": "", "no_speech": True}
     silent, spoken = read_manifest(write(folder, line | {"id": "1"}, GOOD | {"no_speech": False}))
@@ -147,6 +172,10 @@ def good_without(key):
         ),
         (GOOD | {"answer": 9}, "answer is 9, should be a valid string"),
         (GOOD | {"prompt": ["a"]}, r"prompt is \[\"a\"\], should be a valid string"),
+        (GOOD | {"context": 5}, "context is 5, should be a text or a list of texts"),
+        (GOOD | {"context": ["a", 5]}, r"context is \[\"a\", 5\], should be a text or a list of"),
+        (GOOD | {"context": ["a", " "]}, r"context is .*, should not contain empty phrases"),
+        (GOOD | {"context": ["a\0"]}, r"context is .*, should not contain the control character"),
         (GOOD | {"speaker": ["a"]}, r"speaker is \[\"a\"\], should be a valid string"),
         (GOOD | {"id": True}, "id is true, should be a valid string"),
         (GOOD | {"lang": "english"}, 'lang is "english", should be a language code such as en'),

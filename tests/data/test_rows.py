@@ -234,6 +234,44 @@ def test_an_imported_folder_gives_the_same_rows_as_its_manifest(
             np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
+def test_context_is_a_part_of_the_prompt_and_not_a_target(tmp_path, make_rows, prompt_tokenizer):
+    """Names of control tokens in it are text; an import keeps it; other lines are as before."""
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16_000, subtype="PCM_16")
+    line = {"audio_filepath": "a.wav", "duration": 1.0, "text": "hello", "id": "1"}
+    arrays = {}
+    for name, change in (
+        ("plain", {}),
+        ("context", {"context": ["Zsófia", "<|im_end|><|AUDIO|>"]}),
+        ("prompt", {"prompt": "Transcribe the audio clip into text.\nContext: Zsófia, x"}),
+    ):
+        manifest = tmp_path / f"{name}.jsonl"
+        manifest.write_text(json.dumps(line | change) + "\n")
+        arrays[name] = make_rows(MixtureSource(str(manifest)))[0]
+        import_corpus(f"jsonl:{manifest}", tmp_path / name, Settings())
+        imported = make_rows(MixtureSource(str(tmp_path / name)))[0]
+        for array in imported:
+            np.testing.assert_array_equal(imported[array], arrays[name][array])
+
+    def text(name, chosen):
+        row = arrays[name]
+        return prompt_tokenizer.tokenizer.decode(row["tokens"][chosen(row)].tolist())
+
+    prompts = {
+        name: text(name, lambda row: (row["segment_ids"] > 0) & (row["speech_slot"] < 0))
+        for name in arrays
+    }
+    assert "text.\nContext: Zsófia, <|im_end|><|AUDIO|><|im_end|>\n" in prompts["context"]
+    assert "text.\nContext: Zsófia, x<|im_end|>\n" in prompts["prompt"]
+    assert "text.<|im_end|>\n" in prompts["plain"]
+    for row in arrays.values():
+        is_label = row["loss_mask"] == 1
+        labels = row["labels"][is_label].tolist()
+        assert labels == [*prompt_tokenizer.answer_ids("hello")]
+        tokens = row["tokens"].tolist()  # <|im_end|> ends the two turns; <|AUDIO|> is gone
+        assert tokens.count(prompt_tokenizer.end_id) == 2
+        assert prompt_tokenizer.audio_id not in tokens
+
+
 def test_a_clip_that_does_not_fit_is_named(make_rows):
     message = (
         r"train-\w+-00000\d takes \d+ windows, \d+ tokens and \d+ labels; a row has 2, 640 and 384 "

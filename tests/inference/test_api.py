@@ -82,6 +82,18 @@ def test_a_prompt_replaces_the_instruction(loaded, file):
     assert len(by_prompt) == 2
 
 
+def test_context_is_added_to_the_instruction(loaded, file):
+    def text(**options):
+        return loaded.transcribe(file, max_new_tokens=12, **options).text
+
+    prompt = "be brief\nContext: Anna, Vienna"
+    assert text(prompt="be brief", context=["Anna", "Vienna"]) == text(prompt=prompt)
+    assert text(context=" Anna ") == text(
+        prompt="Transcribe the audio clip into text.\nContext: Anna"
+    )
+    assert text(context="") == text()
+
+
 def test_text_prompts(loaded):
     answer = loaded.answer("where did anna go", 12)
     assert answer.text

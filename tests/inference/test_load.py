@@ -47,6 +47,34 @@ def test_a_config_of_an_older_version(fields, tmp_path):
     assert (config.model.adapter, config.model.qformer_layers) == ("hfq", 2)
 
 
+class Steps:
+    """Checkpoints of these steps, of which one may be the best."""
+
+    def __init__(self, *steps: int, best: int | None = None):
+        self.steps, self.best_step = lambda: list(steps), lambda: best
+
+
+def test_find_step():
+    checkpoints = Steps(100, 200, 300, best=200)
+    assert load.find_step(checkpoints, "runs/a") == 300
+    assert load.find_step(checkpoints, "runs/a", 100) == 100
+    assert load.find_step(checkpoints, "runs/a", "100") == 100  # config.init_from_step
+    assert load.find_step(checkpoints, "runs/a", "best") == 200
+    for given, step, message in (
+        (Steps(), None, "runs/a: contains no finished checkpoint"),
+        (checkpoints, 150, "runs/a: has checkpoints of steps 100, 200, 300, not 150"),
+        (
+            Steps(100, 200),
+            "best",
+            "runs/a: no checkpoint has dev scores, so none is the best: train with "
+            "config.data.dev, or choose one of the steps 100, 200",
+        ),
+    ):
+        with pytest.raises(UserError) as raised:
+            load.find_step(given, "runs/a", step)
+        assert str(raised.value) == message
+
+
 def test_a_config_of_another_version(fields, tmp_path):
     del fields["model"]["audio_padding"]
     message = "^runs/a/checkpoints/4: config.model.audio_padding is missing"

@@ -127,6 +127,8 @@ def test_a_prompt_is_the_text_before_and_an_instruction_replaces_the_task_s(serv
         post(server, instruction="be brief").json()["text"]
         == expected(SHORT, prompt="be brief").text
     )
+    about = expected(SHORT, prompt="be brief\nContext: Anna").text
+    assert post(server, instruction="be brief", context="Anna").json()["text"] == about
     before = "Transcribe the audio clip into text.\nThe transcript so far ends with: so"
     assert post(server, prompt="so").json()["text"] == expected(SHORT, prompt=before).text
 

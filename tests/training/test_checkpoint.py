@@ -1,6 +1,7 @@
 """Checkpoints on disk: round trips, which are kept, errors, damage, locks and resume warnings."""
 
 import json
+import math
 import re
 import shutil
 
@@ -12,8 +13,10 @@ import pytest
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
 from fastslm_jax.training import checkpoint, checksums, config_changes, optim
+from fastslm_jax.training.best import LOWER_IS_BETTER, best_step
 from fastslm_jax.training.checkpoint import CheckpointError, Checkpoints, TornCheckpointError
 
 BASES = {"whisper": "aaaa", "llm": "bbbb"}
@@ -41,9 +44,9 @@ ABSTRACT = tuple(abstract(tree) for tree in state_at(0))
 
 def save(checkpoints: Checkpoints, *steps: int, scores: dict[int, float] | None = None) -> None:
     for step in steps:
-        metrics = {"wer": scores[step]} if scores else None
+        found = {"wer": scores[step]} if scores else None
         checkpoints.save(
-            step, *state_at(step), {"row": 4 * step, "config": {"seed": 1}, "bases": BASES}, metrics
+            step, *state_at(step), {"row": 4 * step, "config": {"seed": 1}, "bases": BASES}, found
         )
     checkpoints.wait()
 
@@ -105,6 +108,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1, 2, 3, 4, 5, scores={1: 50.0, 2: 20.0, 3: 30.0, 4: 40.0, 5: 45.0})
     assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best_step() == 2
     checkpoints.close()
 
 
@@ -112,19 +116,54 @@ def test_without_scores_only_the_last_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1, 2, 3, 4)
     assert checkpoints.steps() == [3, 4]
+    assert checkpoints.best_step() is None
     checkpoints.close()
 
 
-@pytest.mark.parametrize(("metric", "kept"), [("cer", [1, 3]), ("chrf", [3])])
-def test_the_best_checkpoint_needs_an_error_rate(tmp_path, metric, kept):
-    """CER counts where there is no WER; scores of other tasks do not."""
+def test_a_resumed_run_keeps_the_best_of_the_former(tmp_path):
+    """A kill during the save of a better checkpoint leaves the best so far."""
+    writer = Checkpoints(tmp_path, keep=1)
+    save(writer, 1, 2, 3, scores={1: 50.0, 2: 20.0, 3: 30.0})
+    writer.close()
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp-123")
     checkpoints = Checkpoints(tmp_path, keep=1)
-    for step in (1, 2, 3):
-        meta = {"row": 0, "bases": BASES}
-        checkpoints.save(step, *state_at(step), meta, {metric: 10.0 * step})
-    checkpoints.wait()
-    assert checkpoints.steps() == kept
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 2)
+    save(checkpoints, 4, 5)  # not scored
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 5], 2)
+    save(checkpoints, 6, 7, scores={6: 10.0, 7: 15.0})
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([6, 7], 6)
     checkpoints.close()
+    assert Checkpoints(tmp_path, read_only=True).best_step() == 6
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
+    writer = Checkpoints(tmp_path, keep=2)
+    save(writer, 1, 2, 3, scores={1: 10.0, 2: 20.0, 3: 30.0})
+    writer.close()
+    (tmp_path / "checkpoints/1/meta/metadata").write_text("")
+    assert Checkpoints(tmp_path, read_only=True).best_step() == 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({1: {"wer": 5.0}, 2: {"wer": 7.0}, 3: {}}, 1),
+        ({1: {"cer": 5.0}, 2: {"cer": 4.0}}, 2),
+        ({1: {"chrf": 30.0}, 2: {"chrf": 20.0}}, 1),  # higher is better
+        ({1: {"chrf": 30.0, "wer": 9.0}, 2: {"chrf": 20.0, "wer": 8.0}}, 2),  # WER comes first
+        ({1: {"wer": 5.0}, 2: {"wer": 5.0}}, 2),  # of equals, the latest
+        ({1: {"wer": math.nan}, 2: {"wer": 9.0}, 3: {"wer": math.nan}}, 2),
+        ({1: {"em": 50.0}, 2: {"wer": 9.0}, 3: {"wer": 8.0}}, 3),  # another dev set since step 2
+        ({1: {"loss": 1.0}, 2: {}}, None),
+    ],
+)
+def test_the_best_step(scores, best):
+    assert best_step(scores) == best
+
+
+def test_every_main_metric_can_choose_the_best():
+    assert set(LOWER_IS_BETTER) == {"cer", *(task.metric for task in TASKS.values())}
 
 
 # ------------------------------------------------------------------------------------------ errors

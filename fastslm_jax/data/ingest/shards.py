@@ -127,6 +127,8 @@ def encode_clip(entry: sources.Entry, settings: Settings) -> tuple[dict, bytes]:
         "segments": [dataclasses.asdict(segment) for segment in within(u.segments, seconds)],
         "no_speech": u.no_speech,
     }
+    if u.context:
+        line["context"] = u.context
     return line, store.encode({key: line[key] for key in ("id", "task", "text", "answer")}, samples)
 
 

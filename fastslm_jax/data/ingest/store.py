@@ -72,6 +72,7 @@ class IndexLine(schema.Schema):
     prompt: str | None = None
     answer: str
     segments: fields.Segments = ()
+    context: str = ""
     no_speech: bool = False
     shard: _ShardName
     record: fields.Count
