@@ -24,11 +24,7 @@ LLMS = {
     "1.7b": "Qwen/Qwen3-1.7B",
     "0.6b": "Qwen/Qwen3-0.6B",
 }
-# {GB of the card: (rows at a time, activations to keep for the backward pass)}
-CARDS = {
-    "24": (1, "attention,query,key,value,out"),
-    "80": (4, "attention,query,key,value,out,gate,up"),
-}
+ROWS = {"24": 1, "80": 4}  # {GB of the card: rows at a time}
 
 
 def get_config(arg: str = "large,4b,24") -> ConfigDict:
@@ -38,7 +34,7 @@ def get_config(arg: str = "large,4b,24") -> ConfigDict:
     (default data/librispeech) has the imported train, dev-clean, test-clean and test-other.
     """
     encoder, llm, card, folder = [*arg.split(",", 3), *[""] * 4][:4]
-    for name, values in ((encoder, ENCODERS), (llm, LLMS), (card, CARDS)):
+    for name, values in ((encoder, ENCODERS), (llm, LLMS), (card, ROWS)):
         if name not in values:
             raise ValueError(
                 f"configs/librispeech_finetune.py:{arg}: {name!r} is not one of "
@@ -48,10 +44,9 @@ def get_config(arg: str = "large,4b,24") -> ConfigDict:
     config = config_lib.full_size()
     config.name = f"librispeech-{encoder}-{llm}"
     config.base.update({"whisper": ENCODERS[encoder], "llm": LLMS[llm]})
-    rows, kept = CARDS[card]
-    config.model.update({"remat": kept, "window_batch": 4})
+    config.model.update({"remat": "attention,query,key,value,out,gate,up", "window_batch": 4})
     config.global_batch_size = 16
-    config.accumulate = config.global_batch_size // rows
+    config.accumulate = config.global_batch_size // ROWS[card]
     config.data.train.utterances = config_lib.source(f"{folder}/train", ("asr",), 0.5)
     join = {"min_seconds": 20.0, "max_seconds": 30.0, "grouping": "speaker"}
     config.data.train.joined = config_lib.source(f"{folder}/train", ("asr",), 0.5, join)
