@@ -101,7 +101,7 @@ def test_the_shell_parses_it(block):
 def trainings(content: str) -> list[str]:
     """The trainings and evaluations in a block for other hardware, also inside of quotes."""
     joined = re.sub(r"\\\n\s*", " ", content)
-    found = re.findall(r"python (?:train|eval)\.py[^\"&;|#\n]*", joined)
+    found = re.findall(r"python (?:train|eval)\.py[^\"&;|#>\n]*", joined)
     return [command.replace("/mnt/shared", "runs").replace("/shared", "runs") for command in found]
 
 
