@@ -246,12 +246,25 @@ def text_hash(text: str) -> str:
 def write_description(
     workdir: pathlib.Path, config: ConfigDict, step_specs: specs.StepSpecs
 ) -> None:
-    """Writes config.json, and parameters.txt: names, shapes and types of trained parameters."""
+    """Writes config.json, and parameters.txt: the trained parameters and their learning rates."""
     outputs.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+    groups = optim.learning_rate_groups(
+        step_specs.trained,
+        config.optimizer.name,
+        config.optimizer.learning_rate,
+        config.optimizer.learning_rate_ratios,
+        config.optimizer.adam_learning_rate_ratio,
+    )
+    rates = [
+        f"{pattern}: {tensors} tensors, {size:,} parameters, {rule}, learning rate {rate:g}"
+        for pattern, rule, tensors, size, rate in groups
+    ]
     table = parameter_overview.get_parameter_overview(step_specs.trained, include_stats=False)
-    outputs.write_text(workdir / "parameters.txt", table + "\n")
+    outputs.write_text(workdir / "parameters.txt", "\n".join([*rates, table]) + "\n")
     counts = optim.count(step_specs.trained), optim.count(step_specs.params)
     logging.info("%d of %d parameters are trained, see %s/parameters.txt", *counts, workdir)
+    for line in rates:
+        logging.info("%s", line)
 
 
 def train_items(state: TrainState) -> dict:

@@ -5,6 +5,8 @@
 
 The argument is the grouping of clips, which the paper does not specify. A row of 30 windows is 15
 minutes of audio, one long recording or several shorter ones; a step of 64 rows is 16 hours.
+Optimizer: borrowed, see stage 1 (its sources are in configs/stage1_shortform.py). The HFQ-Former is
+trained now: a fifth of its rate there, half of LoRA's.
 Hardware: as configured, 64 TPU v5e chips with one row each; plan for others with
 `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 Time and metrics: not measured.
@@ -26,7 +28,8 @@ def get_config(grouping: str = "random") -> ConfigDict:
     config.global_batch_size = 64
     config.mesh.update({"data": -1, "fsdp": 16})
     config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
-    config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 500})
+    config.optimizer.update({"learning_rate": 1e-4, "weight_decay": 1e-3, "warmup_steps": 500})
+    config.optimizer.learning_rate_ratios = ((r"llm/.*", 0.5),)  # LoRA: 5e-5
     config.steps = 10_000
     config.eval.sets.test_long = "data/asr/test_long.jsonl"
     config.lock()

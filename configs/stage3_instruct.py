@@ -4,6 +4,8 @@
         --config.init_from=/mnt/shared/stage2
 
 A tenth of the examples are long-form ASR, so that the model retains what it learned in stage 2.
+Optimizer: borrowed, see stage 1; one rate for the HFQ-Former and LoRA, and a warmup of 3 % of the
+steps from LLaVA-1.5 (github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh).
 Hardware: as configured, 64 TPU v5e chips with one row each; plan for others with
 `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 Time and metrics: not measured.
@@ -28,7 +30,7 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 64
     config.mesh.update({"data": -1, "fsdp": 16})
     config.model.update({"remat": "attention,query,key,value,out", "window_batch": 10})
-    config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 500})
+    config.optimizer.update({"learning_rate": 5e-5, "weight_decay": 1e-3, "warmup_steps": 300})
     config.steps = 10_000
     config.eval.sets.test = "data/instruct/test.jsonl"
     config.lock()

@@ -2,8 +2,9 @@
 
 Sources: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x (key specifications per chip;
 the DCN bandwidth of v5e is that of two 100 Gb/s NICs shared by eight chips), and the NVIDIA data
-sheets of A100, H100 SXM, H200 SXM, DGX B200 and GB200 NVL72 (dense bfloat16, half of the rate with
-sparsity). The network of a GPU is one NIC per GPU: 200 Gb/s in a DGX A100, 400 Gb/s in the others.
+sheets of A100, H100 SXM, H200 SXM, DGX B200, GB200 NVL72 and L4 (dense bfloat16, half of the rate
+with sparsity). The network of a GPU is one NIC per GPU: 200 Gb/s in a DGX A100, 400 Gb/s in the
+others. An L4 has no NVLink: its figure is PCIe 4.0 x16, and its network an assumed 100 Gb/s.
 Vendors list interconnect bandwidth as the sum of both directions over all ports; the table has half
 of it, what a chip can send. `targets/` has what XLA's GPU compiler must know of a card.
 """
@@ -43,6 +44,8 @@ CHIPS = (
     Chip("v5p", ("TPU v5", "TPU v5p"), 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, torus=3),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, torus=2),
     Chip("tpu7x", ("TPU7x",), 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, torus=3, devices=2),
+    # 24 GB, of which ECC takes 6 %: what nvidia-smi reports.
+    Chip("L4", ("NVIDIA L4",), 23_034 * 2**20, 121e12, 300e9, 32e9, 12.5e9, target="l4"),
     Chip("A100-40GB", ("NVIDIA A100-SXM4-40GB",), 40 * GIB, 312e12, 1555e9, 300e9, 25e9),
     Chip(
         *("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 80 * GIB, 312e12, 2039e9, 300e9, 25e9),

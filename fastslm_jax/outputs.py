@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 
 from fastslm_jax.errors import UserError
@@ -14,8 +15,13 @@ def check_folder(path: str | os.PathLike, flag: str) -> pathlib.Path:
         flag: the flag that names it, for the message.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or is the address of a bucket.
     """
+    if re.match(r"\w+:/", str(path)):  # a pathlib.Path has one slash of gs://
+        raise UserError(
+            f"{flag}={path}: is an address, not a folder; mount the bucket and name its folder "
+            "(docs/quickstart_tpu.md)"
+        )
     folder = pathlib.Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ def test_parse_topology(text, chip, shape, slices, count):
         ("h200:4", "H200", 4, 1, 4),
         ("b200:8x2", "B200", 8, 2, 16),
         ("gb200:72", "GB200", 72, 1, 72),
+        ("l4:1", "L4", 1, 1, 1),
     ],
 )
 def test_parse_gpu_topology(text, chip, gpus, nodes, count):
@@ -71,7 +72,7 @@ def test_a_gpu_topology_without_the_plugin_is_one_line():
         (
             "v9:4x4",
             r"--topology=v9:4x4: unknown TPU or GPU 'v9'; valid topologies are v5e:4x4, v5p:4x4x4, "
-            r".*a100-80:8, h100:8, h200:8, b200:8, gb200:72",
+            r".*l4:8, a100-80:8, h100:8, h200:8, b200:8, gb200:72",
         ),
         ("v5e", r"--topology=v5e: expected a shape such as v5e:4x4; supported slices are 1x1, 2x2"),
         ("v5e:4x0", "expected a shape such as v5e:4x4"),

@@ -15,6 +15,7 @@ from fastslm_jax.errors import UserError
 
 CONFIGS = {
     "demo": ("1", "2", "3"),
+    "librispeech_finetune": ("large,4b,24", "large,1.7b,80", "base,0.6b,24,FOLDER"),
     "stage1_shortform": (),
     "stage2_longform": ("random", "speaker", "recording", "semantic"),
     "stage3_instruct": (),

@@ -3,8 +3,8 @@
 The language of a fenced block says how:
   bash      commands that run here as they stand. The folder that they run in has a finished demo
             in runs/demo (its checkpoint is assets/demo_model, its corpus is small), recordings
-            FILE and clip.flac, manifests in my/ and DIR/, and a LibriSpeech folder. Trainings take
-            two steps.
+            FILE and clip.flac, manifests in my/ and DIR/, and small folders of LibriSpeech.
+            Trainings take two steps.
   console   a session: the lines after "$ " run, the rest is their output.
   sh        commands for other hardware: the shell parses them, and the trainings and evaluations
             in them run with the demo's pretrained models and small rows.
@@ -23,6 +23,8 @@ import sys
 
 import pytest
 
+from fastslm_jax.data.ingest.importing import import_corpus
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))))
 GENERATED = ("docs/tpu_plan.md", "docs/gpu_plan.md")  # by benchmarks/, with the commands that ran
@@ -30,9 +32,10 @@ SMALL = "--config.steps=2 --config.log_every=1 --config.data.dev_utterances=1"
 SMALL += " --config.checkpoint_every=2"
 BASES = "--config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo_llm"
 BASES += " --config.model.dtype=float32 --config.model.base_dtype=float32"
-TINY = f"{SMALL} {BASES} --config.global_batch_size=8 --config.data.workers=0"
-TINY += " --config.mesh.fsdp=8 --config.model.window_batch=0"
+TINY = f"{SMALL} {BASES} --config.data.workers=0 --config.model.window_batch=0"
 TINY += " --config.data.row.windows=4 --config.data.row.tokens=512 --config.data.row.labels=160"
+SLICE = "--config.global_batch_size=8 --config.mesh.fsdp=8"
+CARD = "--config.global_batch_size=2 --config.accumulate=2"
 STAGE1 = "python train.py --config=configs/stage1_shortform.py --workdir=runs/stage1"
 STAGE1 += " --config.data.train.asr.path=DIR/train.jsonl"
 FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -98,7 +101,7 @@ def test_the_shell_parses_it(block):
 def trainings(content: str) -> list[str]:
     """The trainings and evaluations in a block for other hardware, also inside of quotes."""
     joined = re.sub(r"\\\n\s*", " ", content)
-    found = re.findall(r"python (?:train|eval)\.py[^\"&;|#\n]*", joined)
+    found = re.findall(r"python (?:train|eval)\.py[^\"&;|#>\n]*", joined)
     return [command.replace("/mnt/shared", "runs").replace("/shared", "runs") for command in found]
 
 
@@ -117,8 +120,10 @@ def place(tmp_path_factory):
         "#!/bin/bash\n"
         'case "$*" in\n'
         f"  *train.py*configs/stage*) export XLA_FLAGS='{FAST} {EIGHT}'\n"
-        f'    exec {sys.executable} "$@" {TINY} ;;\n'
-        f'  *eval.py*configs/stage*) exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
+        f'    exec {sys.executable} "$@" {TINY} {SLICE} ;;\n'
+        f'  *train.py*librispeech*) exec {sys.executable} "$@" {TINY} {CARD} ;;\n'
+        f"  *eval.py*configs/stage* | *eval.py*librispeech*)\n"
+        f'    exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
         f'  *train.py*) exec {sys.executable} "$@" {SMALL} ;;\n'
         f'  *) exec {sys.executable} "$@" ;;\n'
         "esac\n"
@@ -143,10 +148,16 @@ def place(tmp_path_factory):
     (place / "cut.safetensors").write_bytes(weights[:1000])
     released = f"--workdir={demo}/stage3 --layout=released --out=FastSLM --pt"
     run(place, f"python -m fastslm_jax.convert export {released}")
-    chapter = place / "LibriSpeech/test-clean/1/2"
-    chapter.mkdir(parents=True)
-    shutil.copy(recording, chapter / "1-2-0000.flac")
-    (chapter / "1-2.trans.txt").write_text("1-2-0000 ANNA BOUGHT TWO RED LAMPS\n")
+    for part in ("train-clean-100", "dev-clean", "test-clean", "test-other"):
+        chapter = place / f"LibriSpeech/{part}/1/2"
+        chapter.mkdir(parents=True)
+        ids = [f"1-2-{number:04d}" for number in range(3)]
+        for name in ids:
+            shutil.copy(recording, chapter / f"{name}.flac")
+        lines = [f"{name} ANNA BOUGHT TWO RED LAMPS\n" for name in ids]
+        (chapter / "1-2.trans.txt").write_text("".join(lines))
+    for name in ("train", "dev"):
+        import_corpus(f"jsonl:{demo}/corpus/{name}.jsonl", place / f"runs/data/{name}")
     return place
 
 

@@ -1,5 +1,7 @@
 """Outputs are checked before the work starts, and replaced as a whole."""
 
+import pathlib
+
 import pytest
 
 from fastslm_jax import outputs
@@ -20,6 +22,12 @@ def test_a_folder_that_cannot_be_made(tmp_path, name):
     with pytest.raises(UserError, match="cannot write files in this folder"):
         outputs.check_file(tmp_path / name / "x.png", "--png")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", pathlib.Path("gs://bucket/run")])
+def test_an_address_is_not_a_folder(path):
+    with pytest.raises(UserError, match=r"--workdir=gs:/.* is an address, .*; mount the bucket"):
+        outputs.check_folder(path, "--workdir")
 
 
 def test_a_folder_in_place_of_a_file(tmp_path):

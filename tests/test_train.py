@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -126,6 +127,11 @@ def test_metrics_of_a_run(undisturbed):
         assert 0 <= line["data_wait_fraction"] <= 1
         assert "mfu" not in line  # the peak of a CPU is unknown
     assert list((undisturbed / "profile").rglob("*.xplane.pb"))
+    group, *table = (undisturbed / "parameters.txt").read_text().splitlines()
+    assert re.fullmatch(
+        r"others: \d+ tensors, [\d,]+ parameters, adamw, learning rate 0.003", group
+    )
+    assert len(table) > int(group.split()[1])
 
 
 # -------------------------------------------------------------------------------------- dev scores

@@ -35,8 +35,8 @@ def define_flags() -> None:
         "topology",
         "",
         "TPU topology: v5e:4x4, v5p:8x8x16, v6e:16x16, v5e:16x16x2 (two slices), …; or GPUs of a "
-        "node, and nodes: a100-80:8, h100:8, h100:8x32, h200:8, b200:8, gb200:72, …; default: the "
-        "local devices.",
+        "node, and nodes: l4:1, a100-80:8, h100:8, h100:8x32, h200:8, b200:8, gb200:72, …; "
+        "default: the local devices.",
     )
     flags.DEFINE_integer(
         "rows_per_chip",

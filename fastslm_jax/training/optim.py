@@ -178,12 +178,48 @@ def make_optimizer(
     return optax.chain(*chain)
 
 
+def learning_rate_groups(
+    leaves: Mapping[str, jax.Array],
+    name: str,
+    learning_rate: float,
+    learning_rate_ratios: Sequence[tuple[str, float]] = (),
+    adam_learning_rate_ratio: float = 1.0,
+) -> list[tuple[str, str, int, int, float]]:
+    """(pattern, update rule, tensors, parameters, learning rate) of what `make_optimizer` trains.
+
+    Example: [("llm/.*", "adamw", 14, 33_030_144, 1e-4), ("others", "adamw", 56, 56_293_120, 5e-4)].
+
+    Args:
+        leaves: {path: trained parameter}.
+        name, learning_rate_ratios, adam_learning_rate_ratio: of `make_optimizer`.
+        learning_rate: at the end of the warmup.
+    """
+    groups: dict[tuple[str, str, float], list] = {}
+    for path, row in _deciding(leaves, learning_rate_ratios).items():
+        is_adam_of_muon = name == "muon" and _muon_axes(path, leaves[path]) is None
+        rule = "adam" if is_adam_of_muon else name
+        pattern, ratio = row or ("others", 1.0)
+        rate = learning_rate * ratio * (adam_learning_rate_ratio if is_adam_of_muon else 1.0)
+        groups.setdefault((pattern, rule, rate), []).append(leaves[path])
+    return [
+        (pattern, rule, len(group), sum(leaf.size for leaf in group), rate)
+        for (pattern, rule, rate), group in sorted(groups.items())
+    ]
+
+
+def _deciding(
+    leaves: Mapping[str, jax.Array], table: Sequence[tuple[str, float]]
+) -> dict[str, tuple[str, float] | None]:
+    """{path: the first row of `table` whose pattern matches, or None}."""
+    return {
+        path: next((row for row in table if re.fullmatch(row[0], path)), None) for path in leaves
+    }
+
+
 def _scale_by_path(
     updates: Mapping[str, jax.Array], table: Sequence[tuple[str, float]]
 ) -> dict[str, jax.Array]:
-    deciding = {
-        path: next((row for row in table if re.fullmatch(row[0], path)), None) for path in updates
-    }
+    deciding = _deciding(updates, table)
     used = {row[0] for row in deciding.values() if row}
     if unused := _unused(table, used, updates):
         raise TrainableError(

@@ -199,6 +199,26 @@ def test_learning_rate_ratios_scale_updates_by_pattern():
     )
 
 
+def test_learning_rate_groups():
+    leaves = {
+        "llm/layers/query/lora_a": jnp.zeros((3, 32, 8)),
+        "llm/layers/query/lora_b": jnp.zeros((3, 8, 32)),
+        "hfq_former/out/kernel": jnp.zeros((32, 8)),
+        "hfq_former/out/bias": jnp.zeros(8),
+    }
+    table = [("llm/.*", 0.2)]
+    assert optim.learning_rate_groups(leaves, "adamw", 5e-4, table) == [
+        ("llm/.*", "adamw", 2, 1536, pytest.approx(1e-4)),
+        ("others", "adamw", 2, 264, pytest.approx(5e-4)),
+    ]
+    # Muon leaves vectors to Adam, with its own ratio.
+    assert optim.learning_rate_groups(leaves, "muon", 1e-2, table, 0.4) == [
+        ("llm/.*", "muon", 2, 1536, pytest.approx(2e-3)),
+        ("others", "adam", 1, 8, pytest.approx(4e-3)),
+        ("others", "muon", 1, 256, pytest.approx(1e-2)),
+    ]
+
+
 def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
     leaves = {"hfq_former/out/kernel": jnp.zeros((8, 4))}
     table = [("hfq_former/.*", 0.5), ("hfq_former/out/.*", 0.1)]  # the first decides both

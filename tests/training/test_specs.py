@@ -10,7 +10,7 @@ import tiny_experiment
 from fastslm_jax import audio, memory, sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.plan import published_configs
-from fastslm_jax.training import experiment, specs
+from fastslm_jax.training import experiment, optim, specs
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,15 @@ def test_the_config_is_checked_before_any_work(config):
         experiment.build(config)
 
 
-@pytest.mark.parametrize("stage", ["stage1_shortform", "stage2_longform", "stage3_instruct"])
-def test_the_full_size_stages_build_by_shape(stage, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "hfq_former_rate", "lora_rate"),
+    [
+        ("stage1_shortform", 5e-4, 1e-4),
+        ("stage2_longform", 1e-4, 5e-5),
+        ("stage3_instruct", 5e-5, 5e-5),
+    ],
+)
+def test_the_full_size_stages_build_by_shape(stage, hfq_former_rate, lora_rate, tmp_path):
     """Rows, mesh (of eight devices here), trainable patterns and parameters fit each other."""
     config = importlib.import_module(f"configs.{stage}").get_config()
     for base in ("whisper", "llm"):
@@ -113,3 +120,40 @@ def test_the_full_size_stages_build_by_shape(stage, tmp_path):
     assert 55e6 < trained["hfq_former"] < 57e6
     assert set(trained) == {"hfq_former", "llm"}
     assert built.batch["audio"].shape == (64, config.data.row.windows, 480_000 + 2 * audio.CONTEXT)
+    assert rates(config, built) == {"hfq_former": hfq_former_rate, "llm": lora_rate}
+
+
+def rates(config, built: specs.StepSpecs) -> dict[str, float]:
+    """{module: learning rate after the warmup}, rounded."""
+    ratios = [tuple(row) for row in config.optimizer.learning_rate_ratios]
+    found = {}
+    for module in ("hfq_former", "llm"):
+        leaves = {path: leaf for path, leaf in built.trained.items() if path.startswith(module)}
+        ((*_, rate),) = optim.learning_rate_groups(
+            leaves, "adamw", config.optimizer.learning_rate, ratios
+        )
+        found[module] = round(rate, 7)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arg", "layers", "width", "ffn", "heads", "rows_at_a_time"),
+    [
+        ("large,4b,24", 36, 2560, 9728, 32, 1),
+        ("large,1.7b,80", 28, 2048, 6144, 16, 4),
+        ("base,0.6b,24", 28, 1024, 3072, 16, 1),
+    ],
+)
+def test_the_librispeech_recipe_builds_by_shape(
+    arg, layers, width, ffn, heads, rows_at_a_time, tmp_path
+):
+    config = importlib.import_module("configs.librispeech_finetune").get_config(arg)
+    for base in ("whisper", "llm"):
+        config.base[base] = published_configs.local(config.base[base], tmp_path)
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
+    built = specs.build(experiment.build(config, weights=False, mesh=mesh), mesh)
+    lora = sum(leaf.size for path, leaf in built.trained.items() if path.startswith("llm/"))
+    query, kv = heads * 128, 8 * 128
+    assert lora == layers * 16 * (2 * (width + query) + 2 * (width + kv) + 3 * (width + ffn))
+    assert config.global_batch_size == config.accumulate * rows_at_a_time == 16
+    assert rates(config, built) == {"hfq_former": 5e-4, "llm": 1e-4}
