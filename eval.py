@@ -142,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
     if tasks:
         sets = {name: s for name, label, s in rows if label in ("asr", "asr-en")}
         text = leaderboard.eval_results(tasks, sets)
-        outputs.write_text(folder / ".eval_results/open_asr_leaderboard.yaml", text)
+        written = outputs.check_folder(folder / ".eval_results", "--workdir")
+        outputs.write_text(written / "open_asr_leaderboard.yaml", text)
     plots.picture(folder / "eval.png", rows)
     print(plots.table(rows))
     failed = [f"{name} {label} {key}" for name, label, s in rows for key in s.get("failed", {})]
