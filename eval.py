@@ -4,14 +4,19 @@
         [--sets=test,test_long] [--tasks=asr] [--span=auto|none|SECONDS] [--swap_audio=test]
         [--judge=URL --judge_model=NAME] [--rtfx_batches=1,4,16]
     python eval.py --score_only --workdir=runs/demo/stage3 [--predictions=FILE]
+        [--eval_results=librispeech_clean_wer=librispeech_clean,…]
+    python eval.py --compare A.jsonl B.jsonl [--compare_by=recording|speaker|utterance]
 
 Writes WORKDIR/eval/SET/TASK/{predictions.jsonl, metrics.json} and WORKDIR/eval/eval.png, and prints
 a table. A stopped run resumes when it is started again. --swap_audio names sets that are also
 transcribed with the audio of other utterances (into SET/asr-swapped): a control on which a model
 that uses the audio must score poorly. --score_only scores existing predictions, or those of a
 file, without a model. Predictions of another manifest, or of more utterances, are only replaced
-with --overwrite. docs/eval.md describes the scoring conventions.
+with --overwrite. --compare tests whether the second of two files of predictions of one set is
+better than the first. docs/eval.md describes the scoring conventions.
 """
+
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -57,7 +62,38 @@ flags.DEFINE_string("judge_model", None, "Name of the judge's model at that endp
 flags.DEFINE_list(
     "rtfx_batches", [], "Batch sizes to measure the speed of, on the first utterances of each set."
 )
-REQUIRED = ("workdir",)
+flags.DEFINE_bool(
+    "yarn",
+    True,
+    "Scale positions beyond the language model's native context (YaRN); matters with --span=none.",
+)
+flags.DEFINE_list(
+    "chunks",
+    [],
+    "Sets whose lines are chunks of recordings, in order, each with the recording's whole "
+    "transcript: answers are joined before they are scored.",
+)
+flags.DEFINE_list(
+    "eval_results",
+    [],
+    "Also write WORKDIR/eval/.eval_results/open_asr_leaderboard.yaml for the Hugging Face hub: "
+    "TASK_ID=SET, or TASK_ID=SET+SET for their mean; the task id rtfx is the speed.",
+)
+flags.DEFINE_string(
+    "bertscore", None, "Model (hub id or folder) for BERTScore of translations and summaries."
+)
+flags.DEFINE_integer("bertscore_layer", None, "Its layer, if the package does not know it.", 1)
+flags.DEFINE_string(
+    "compare", None, "A file of predictions; the file that follows is compared with it."
+)
+flags.DEFINE_enum(
+    "compare_by",
+    None,
+    ["recording", "speaker", "utterance"],
+    "What --compare resamples (default: recordings, or utterances if a file does not name them).",
+)
+IS_COMPARISON = any(argument.lstrip("-").split("=")[0] == "compare" for argument in sys.argv)
+REQUIRED = () if IS_COMPARISON else ("workdir",)
 if __name__ == "__main__":
     cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
 
@@ -70,11 +106,12 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
-from fastslm_jax import devices
+from fastslm_jax import devices, outputs
 from fastslm_jax.data.manifest import Utterance, fingerprint, read_manifest
 from fastslm_jax.data.tasks import TASKS
 from fastslm_jax.errors import UserError
-from fastslm_jax.evaluation import plots, predict, results
+from fastslm_jax.evaluation import compare, leaderboard, plots, predict, results
+from fastslm_jax.evaluation.bertscore import BertScore
 from fastslm_jax.evaluation.judge import Judge
 from fastslm_jax.inference import load, long_form
 from fastslm_jax.inference.generator import Generator
@@ -84,20 +121,32 @@ from fastslm_jax.training.checkpoint import Checkpoints
 RTFX_UTTERANCES = 32
 
 
-def main(_: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    if FLAGS.compare is not None:
+        compare_files(argv[1:])
+        return
     workdir = pathlib.Path(FLAGS.workdir)
     folder = workdir / "eval"
     if (FLAGS.judge is None) != (FLAGS.judge_model is None):
         raise UserError("--judge and --judge_model: give both")
     if FLAGS.predictions and not FLAGS.score_only:
         raise UserError(f"--predictions={FLAGS.predictions}: works only with --score_only")
-    judge = Judge(FLAGS.judge, FLAGS.judge_model) if FLAGS.judge else None
+    tasks = leaderboard.parse_results(FLAGS.eval_results)
+    raters = (
+        Judge(FLAGS.judge, FLAGS.judge_model) if FLAGS.judge else None,
+        BertScore(FLAGS.bertscore, FLAGS.bertscore_layer) if FLAGS.bertscore else None,
+    )
     if FLAGS.score_only and FLAGS.predictions:
-        rows = results.score_file(folder, pathlib.Path(FLAGS.predictions), judge)
+        rows = results.score_file(folder, pathlib.Path(FLAGS.predictions), *raters)
     elif FLAGS.score_only:
-        rows = results.score_again(folder, judge)
+        rows = results.score_again(folder, *raters)
     else:
-        rows = answer_and_score(FLAGS.config, workdir, folder, judge)
+        rows = answer_and_score(FLAGS.config, workdir, folder, *raters)
+    if tasks:
+        sets = {name: s for name, label, s in rows if label in ("asr", "asr-en")}
+        text = leaderboard.eval_results(tasks, sets)
+        written = outputs.check_folder(folder / ".eval_results", "--workdir")
+        outputs.write_text(written / "open_asr_leaderboard.yaml", text)
     plots.picture(folder / "eval.png", rows)
     print(plots.table(rows))
     failed = [f"{name} {label} {key}" for name, label, s in rows for key in s.get("failed", {})]
@@ -108,8 +157,21 @@ def main(_: Sequence[str]) -> None:
         )
 
 
+def compare_files(others: Sequence[str]) -> None:
+    if len(others) != 1:
+        raise UserError("--compare: needs two files: eval.py --compare A.jsonl B.jsonl")
+    first, second = pathlib.Path(FLAGS.compare), pathlib.Path(others[0])
+    found = compare.files(first, second, FLAGS.compare_by)
+    print(f"A: {first}\nB: {second}")
+    print("\n".join(map(str, found)))
+
+
 def answer_and_score(
-    config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, judge: Judge | None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    folder: pathlib.Path,
+    judge: Judge | None,
+    bertscore: BertScore | None,
 ) -> plots.Rows:
     # ------------------------------------------------------------------------------------- sets
     long_form.parse_span(FLAGS.span)
@@ -123,6 +185,7 @@ def answer_and_score(
         "span": FLAGS.span,
         "kv_cache": FLAGS.kv_cache,
         "bases": [config.base.whisper, config.base.llm],
+        **({} if FLAGS.yarn else {"yarn": False}),
     }
     if not FLAGS.redo_loops:
         run["redo_loops"] = False
@@ -130,12 +193,17 @@ def answer_and_score(
     for name, label, utterances, clips in parts(sets, config.seed):
         manifest = config.eval.sets[name]
         settings = run | {"manifest": str(manifest), "manifest_sha256": fingerprint(manifest)}
+        chunks: list[dict] = [{}] * len(utterances)
+        if name in FLAGS.chunks and utterances[0].task == "asr":
+            chunks, settings["chunks"] = predict.chunk_fields(utterances), True
         ids = {utterance.id for utterance in utterances}
         log = results.PredictionLog(folder / name / label, settings, ids, FLAGS.overwrite)
-        todo.append((log, name, label, utterances, clips))
+        todo.append((log, name, label, utterances, clips, chunks))
 
     # ------------------------------------------------------------------------------------ model
     generator = load.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
+    if not FLAGS.yarn:
+        generator.capacity = dataclasses.replace(generator.capacity, native_positions=None)
     trained = long_form.trained_seconds(config.data.train, generator.model.window.seconds)
 
     def as_recordings(utterances: Sequence[Utterance], clips: Sequence[Utterance]) -> list:
@@ -151,7 +219,7 @@ def answer_and_score(
 
     # ------------------------------------------------------------------------ predict and score
     rows = []
-    for log, name, label, utterances, clips in todo:
+    for log, name, label, utterances, clips, chunks in todo:
         started = time.time()
         recordings = as_recordings(utterances, clips)
         seconds = sum(u.seconds for u in utterances)
@@ -167,8 +235,8 @@ def answer_and_score(
             ):
                 bar.update(progress)
                 if prediction is not None:
-                    found[i] = prediction
-                    log.add(prediction)
+                    found[i] = prediction | chunks[i]
+                    log.add(found[i])
         measured = {
             "run_seconds": round(time.time() - started, 2),
             "device": devices.name(),
@@ -180,7 +248,7 @@ def answer_and_score(
             own = as_recordings(utterances, utterances)
             measured["rtfx_by_batch"] = rtfx_by_batch(generator, utterances, own, batch_sizes)
         predictions = [found[i] for i in range(len(utterances))]
-        rows.append((name, label, log.finish(predictions, measured, judge)))
+        rows.append((name, label, log.finish(predictions, measured, judge, bertscore)))
     return rows
 
 
@@ -211,12 +279,22 @@ def read_sets(config: ConfigDict, folder: pathlib.Path) -> dict[str, list[Uttera
         sets = {name: members for name, members in sets.items() if members}
         if not sets:
             raise UserError(f"--tasks={','.join(FLAGS.tasks)}: no set contains these tasks")
-    for name in FLAGS.swap_audio:
+    for task, needed in leaderboard.parse_results(FLAGS.eval_results).items():
+        if missing := set(needed) - set(sets):
+            raise UserError(f"--eval_results={task}: {sorted(missing)[0]!r} is not evaluated")
+    if FLAGS.limit and set(FLAGS.chunks) & set(sets):
+        raise UserError("--limit: would leave out chunks of recordings; omit it with --chunks")
+    for flag in ("chunks", "swap_audio"):
+        check_transcribed(flag, sets)
+    return sets
+
+
+def check_transcribed(flag: str, sets: dict[str, list[Utterance]]) -> None:
+    for name in FLAGS[flag].value:
         if not any(utterance.task == "asr" for utterance in sets.get(name, ())):
             raise UserError(
-                f"--swap_audio={name}: not an evaluated set with transcriptions ({', '.join(sets)})"
+                f"--{flag}={name}: not an evaluated set with transcriptions ({', '.join(sets)})"
             )
-    return sets
 
 
 def parts(

@@ -8,9 +8,10 @@ SQQA  exact match and word F1; accuracy if all references are options A to D.
 
 import collections
 import functools
+import importlib.metadata
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jiwer
@@ -94,10 +95,26 @@ def bootstrap(
     ]
 
 
-def _mean_interval(values: Sequence[float]) -> list[float] | None:
-    return bootstrap(
-        lambda sums: sums[:, 0] / sums[:, 1], np.stack([values, np.ones(len(values))], axis=1)
-    )
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """The score from sums of `contributions`: [..., 2] → [...]."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1)
+
+
+def contributions(
+    task: str, references: Sequence[str], hypotheses: Sequence[str], lang: str
+) -> dict[str, np.ndarray]:
+    """{score: rows [utterances, 2]} of the scores that are ratios of sums over the utterances.
+
+    BLEU and chrF are not.
+    """
+    if task == "asr":
+        return _asr_contributions(*_asr_texts(references, hypotheses, lang))
+    values = {"ssum": _ssum_values, "sqqa": _sqqa_values}[task](references, hypotheses, lang)
+    return {name: np.stack([each, np.ones(len(each))], axis=1) for name, each in values.items()}
+
+
+def _intervals(rows: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
+    return {name: bootstrap(ratio, pairs) for name, pairs in rows.items()}
 
 
 def error_counts(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
@@ -120,11 +137,7 @@ def asr(
     words, and the number of these words, which are insertions. Without any words, WER is 100 times
     the insertions.
     """
-    references, hypotheses = _normalized(references, lang), _normalized(hypotheses, lang)
-    spaceless = [
-        text.replace(" ", "") if is_spaceless(lang) else text for text in (*references, *hypotheses)
-    ]
-    characters = spaceless[: len(references)], spaceless[len(references) :]
+    references, hypotheses, characters = _asr_texts(references, hypotheses, lang)
     words, letters = (
         jiwer.process_words(references, hypotheses),
         jiwer.process_characters(*characters),
@@ -144,23 +157,42 @@ def asr(
             "no_speech_words": sum(len(hypothesis.split()) for hypothesis in without_words),
         }
     if intervals:
-        counts = np.array(
-            [error_counts(*pair) for pair in zip(references, hypotheses, strict=True)]
-        )
-        letter_counts = []
-        for reference, hypothesis in zip(*characters, strict=True):
-            found = jiwer.process_characters(reference, hypothesis)
-            wrong = found.substitutions + found.deletions
-            letter_counts.append((wrong + found.insertions, found.hits + wrong))
-        pairs = {
-            "wer": np.stack([counts[:, :3].sum(axis=1), counts[:, 3]], axis=1),
-            "cer": np.array(letter_counts),
-        }
-        scores["intervals"] = {
-            name: bootstrap(lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1), pair)
-            for name, pair in pairs.items()
-        }
+        scores["intervals"] = _intervals(_asr_contributions(references, hypotheses, characters))
     return scores
+
+
+def _asr_texts(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str
+) -> tuple[list[str], list[str], tuple[list[str], list[str]]]:
+    """Normalized references and hypotheses, and both as they are compared by characters."""
+    pair = _normalized(references, lang), _normalized(hypotheses, lang)
+    spaceless = is_spaceless(lang)
+    characters = tuple(
+        [text.replace(" ", "") if spaceless else text for text in texts] for texts in pair
+    )
+    return *pair, characters
+
+
+def _asr_contributions(
+    references: Sequence[str], hypotheses: Sequence[str], characters: tuple[list[str], list[str]]
+) -> dict[str, np.ndarray]:
+    words = [error_counts(*pair) for pair in zip(references, hypotheses, strict=True)]
+    letters = [
+        jiwer.process_characters(reference, hypothesis)
+        for reference, hypothesis in zip(*characters, strict=True)
+    ]
+    return {
+        "wer": np.array([(100 * (s + i + d), count) for s, i, d, count in words]),
+        "cer": np.array(
+            [
+                (
+                    100 * (each.substitutions + each.insertions + each.deletions),
+                    each.hits + each.substitutions + each.deletions,
+                )
+                for each in letters
+            ]
+        ),
+    }
 
 
 def ast(
@@ -178,13 +210,13 @@ def ast(
     }
     for name, make in makers.items():
         metric = make()
-        score = _attempt(failed, name, metric.corpus_score, hypotheses, [references])
+        score = attempt(failed, name, metric.corpus_score, hypotheses, [references])
         if score is None:
             continue
         scores[name], scores[f"{name}_signature"] = score.score, str(metric.get_signature())
         if intervals:
             key = f"{name} interval"
-            found[name] = _attempt(failed, key, _sacrebleu_interval, make(), references, hypotheses)
+            found[name] = attempt(failed, key, _sacrebleu_interval, make(), references, hypotheses)
     return scores | ({"intervals": found} if intervals else {}) | {"failed": failed}
 
 
@@ -211,6 +243,12 @@ def ssum(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
     """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measures from 0 to 1, without stemming."""
+    return _means(_ssum_values(references, hypotheses, lang), intervals)
+
+
+def _ssum_values(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str
+) -> dict[str, list[float]]:
     names = ("rouge1", "rouge2", "rougeL")
     tokenizer = DefaultTokenizer(use_stemmer=False) if is_english(lang) else _Whitespace()
     scorer = rouge_scorer.RougeScorer(names, tokenizer=tokenizer)
@@ -218,13 +256,15 @@ def ssum(
         scorer.score(reference, hypothesis)
         for reference, hypothesis in zip(references, hypotheses, strict=True)
     ]
-    values = {name: [score[name].fmeasure for score in each] for name in names}
-    scores = {name: float(np.mean(value)) for name, value in values.items()}
-    return scores | (
-        {"intervals": {name: _mean_interval(value) for name, value in values.items()}}
-        if intervals
-        else {}
-    )
+    return {name: [score[name].fmeasure for score in each] for name in names}
+
+
+def _means(values: Mapping[str, Sequence[float]], intervals: bool) -> dict:
+    scores = {name: float(np.mean(each)) for name, each in values.items()}
+    if intervals:
+        rows = {name: np.stack([v, np.ones(len(v))], axis=1) for name, v in values.items()}
+        scores["intervals"] = _intervals(rows)
+    return scores
 
 
 def word_f1(reference: str, hypothesis: str, lang: str = "en") -> float:
@@ -256,6 +296,12 @@ def sqqa(
     references: Sequence[str], hypotheses: Sequence[str], lang: str = "en", intervals: bool = False
 ) -> dict:
     """Exact match and word F1 after normalization, and accuracy of options, in percent."""
+    return _means(_sqqa_values(references, hypotheses, lang), intervals)
+
+
+def _sqqa_values(
+    references: Sequence[str], hypotheses: Sequence[str], lang: str
+) -> dict[str, list[float]]:
     pairs = list(zip(_normalized(references, lang), _normalized(hypotheses, lang), strict=True))
     values = {
         "em": [100.0 * (reference == hypothesis) for reference, hypothesis in pairs],
@@ -266,15 +312,29 @@ def sqqa(
         values["accuracy"] = [
             100.0 * (option(reference) == option(hypothesis)) for reference, hypothesis in chosen
         ]
-    scores = {name: float(np.mean(value)) for name, value in values.items()}
-    return scores | (
-        {"intervals": {name: _mean_interval(value) for name, value in values.items()}}
-        if intervals
-        else {}
-    )
+    return values
 
 
 SCORERS = {"asr": asr, "ast": ast, "ssum": ssum, "sqqa": sqqa}
+
+
+def scorers(task: str, lang: str) -> dict[str, str]:
+    """{score: the library and the normalizer that it is of}."""
+
+    def of(package: str) -> str:
+        return f"{package} {importlib.metadata.version(package)}"
+
+    spaceless = ", split into characters" if is_spaceless(lang) else ""
+    kind = "English" if is_english(lang) else f"basic, diacritics kept{spaceless}"
+    whisper = f"Whisper's normalizer ({of('whisper-normalizer')}, {kind})"
+    if task == "asr":
+        return dict.fromkeys(("wer", "cer"), f"{of('jiwer')}; {whisper}")
+    if task == "ast":
+        return dict.fromkeys(("chrf", "chrf_pp", "bleu"), f"{of('sacrebleu')}; not normalized")
+    if task == "ssum":
+        tokens = "its own tokenizer, no stemming" if is_english(lang) else "lower case, white space"
+        return dict.fromkeys(("rouge1", "rouge2", "rougeL"), f"{of('rouge-score')}; {tokens}")
+    return dict.fromkeys(("em", "f1"), whisper) | {"accuracy": "option letters; not normalized"}
 
 
 def main_metric(task: str, lang: str) -> str:
@@ -290,9 +350,9 @@ def score(predictions: Sequence[dict], intervals: bool = False) -> dict:
     task, lang = predictions[0]["task"], languages.parse(predictions[0]["lang"])
     texts = [[p[name] for p in predictions] for name in ("reference", "hypothesis")]
     failed: dict[str, str] = {}
-    found = _attempt(failed, "intervals", SCORERS[task], *texts, lang, True) if intervals else None
+    found = attempt(failed, "intervals", SCORERS[task], *texts, lang, True) if intervals else None
     if found is None:
-        found = _attempt(failed, "scores", SCORERS[task], *texts, lang) or {}
+        found = attempt(failed, "scores", SCORERS[task], *texts, lang) or {}
     scores = {}
     for name, value in found.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -303,7 +363,7 @@ def score(predictions: Sequence[dict], intervals: bool = False) -> dict:
     return scores | ({"failed": failed} if failed else {})
 
 
-def _attempt(
+def attempt(
     failed: dict[str, str], name: str, compute: Callable[..., _Result], *arguments: object
 ) -> _Result | None:
     """What a function returns, or None if it raises: one score must not cost the others.

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 from fastslm_jax.evaluation import metrics
 
 SHOWN = (
-    *("wer", "cer", "bleu", "chrf_pp", "chrf", "rougeL", "em", "f1", "accuracy", "judge", "rtfx"),
+    *("wer", "leaderboard_wer", "cer", "bleu", "chrf_pp", "chrf", "rougeL", "em", "f1"),
+    *("accuracy", "bertscore_f1", "judge", "rtfx"),
 )
 
 Rows = Sequence[tuple[str, str, dict]]  # (set, label, scores)

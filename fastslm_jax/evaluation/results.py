@@ -13,11 +13,14 @@ from fastslm_jax.data import fields
 from fastslm_jax.data.manifest import numbered_lines
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import predict
+from fastslm_jax.evaluation.bertscore import BertScore
 from fastslm_jax.evaluation.judge import Judge, JudgeError
 from fastslm_jax.evaluation.plots import Rows
 from fastslm_jax.training import checkpoint
 
 JUDGED = ("ssum", "sqqa")
+BERTSCORED = ("ast", "ssum")
+TEXTS = ("source", "reference", "hypothesis")  # of translations, one file each
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"
 _Positive = Annotated[float, pydantic.Field(ge=0)]
 
@@ -37,6 +40,12 @@ class Prediction(schema.Schema):
     covered_seconds: _Positive | None = None
     batch_seconds: _Positive | None = None
     first_token_seconds: _Positive | None = None
+    again: fields.Count | None = None
+    recording: fields.Name | None = None
+    speaker: fields.Name | None = None
+    source: str | None = None
+    parent_id: fields.Name | None = None
+    chunk_index: fields.Count | None = None
 
 
 class Measured(schema.Schema):
@@ -149,10 +158,16 @@ class PredictionLog:
         with open(self._part, "a", encoding="utf-8") as file:
             file.write(_json_lines([prediction]))
 
-    def finish(self, predictions: Sequence[dict], measured: dict, judge: Judge | None) -> dict:
+    def finish(
+        self,
+        predictions: Sequence[dict],
+        measured: dict,
+        judge: Judge | None,
+        bertscore: BertScore | None = None,
+    ) -> dict:
         """Writes predictions.jsonl and metrics.json; returns the scores."""
         outputs.write_text(self.folder / PREDICTIONS, _json_lines(predictions))
-        scores = _score(self.folder, predictions, measured | self._measured, judge)
+        scores = _score(self.folder, predictions, measured | self._measured, judge, bertscore)
         self._part.unlink()
         self.close()
         return scores
@@ -193,15 +208,29 @@ def _json_lines(records: Iterable[dict]) -> str:
 
 
 def _score(
-    folder: pathlib.Path, predictions: Sequence[dict], measured: dict, judge: Judge | None
+    folder: pathlib.Path,
+    predictions: Sequence[dict],
+    measured: dict,
+    judge: Judge | None,
+    bertscore: BertScore | None,
 ) -> dict:
-    """Writes metrics.json. Scores that fail are named in it and in a warning."""
+    """Writes metrics.json, and of translations the texts by line, which `comet-score` reads.
+
+    Scores that fail are named in metrics.json and in a warning.
+    """
     scores = predict.summarize(predictions, intervals=True)
     if judge and predictions[0]["task"] in JUDGED:
         try:
             scores |= judge.score(predictions)
         except JudgeError as error:
             scores["failed"] = scores.get("failed", {}) | {"judge": str(error)}
+    if bertscore and predictions[0]["task"] in BERTSCORED:
+        predict.add(scores, bertscore.score(predictions))
+    if predictions[0]["task"] == "ast":
+        for name in TEXTS:
+            if all(name in p for p in predictions):
+                lines = "".join(" ".join(p[name].split()) + "\n" for p in predictions)
+                outputs.write_text(folder / f"{name}.txt", lines)
     scores |= measured
     outputs.write_text(folder / METRICS, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     for name, reason in scores.get("failed", {}).items():
@@ -247,7 +276,12 @@ def read_predictions(path: pathlib.Path) -> list[dict]:
     return predictions
 
 
-def score_file(folder: pathlib.Path, file: pathlib.Path, judge: Judge | None = None) -> Rows:
+def score_file(
+    folder: pathlib.Path,
+    file: pathlib.Path,
+    judge: Judge | None = None,
+    bertscore: BertScore | None = None,
+) -> Rows:
     """Scores the predictions of one file, from any model, into FOLDER/NAME/TASK.
 
     Raises:
@@ -261,15 +295,19 @@ def score_file(folder: pathlib.Path, file: pathlib.Path, judge: Judge | None = N
                 f"{out}: has the predictions of an evaluated set; rename {file} to score it"
             )
         out.mkdir(parents=True, exist_ok=True)
-    return [(file.stem, label, _score(out, found, {}, judge)) for out, label, found in parts]
+    return [
+        (file.stem, label, _score(out, found, {}, judge, bertscore)) for out, label, found in parts
+    ]
 
 
-def score_again(folder: pathlib.Path, judge: Judge | None = None) -> Rows:
+def score_again(
+    folder: pathlib.Path, judge: Judge | None = None, bertscore: BertScore | None = None
+) -> Rows:
     """Scores all predictions below a folder again; measurements of their runs are kept."""
     rows = []
     for path in sorted(folder.glob(f"*/*/{PREDICTIONS}")):
         measured = read_measured(path.parent / METRICS)
-        scores = _score(path.parent, read_predictions(path), measured, judge)
+        scores = _score(path.parent, read_predictions(path), measured, judge, bertscore)
         rows.append((path.parent.parent.name, path.parent.name, scores))
     if not rows:
         raise UserError(

@@ -163,6 +163,53 @@ def test_wer_by_duration():
     assert [(b["from"], b["to"], b["utterances"], b["wer"]) for b in found] == [
         (0, 5, 2, 25.0),
         (30, 60, 1, 50.0),
-        (7200, None, 1, 0.0),
+        (5400, None, 1, 0.0),
     ]
     assert predict.summarize(predictions, intervals=True)["wer_by_duration"] == found
+
+
+def test_lost_and_invented_text_by_duration():
+    """Recordings of 5 and 15 minutes have buckets of their own.
+
+    One of two short recordings is half processed: 3/4 of the audio, 2 + 1 words of 2 + 2. The
+    long one repeats "b" 30 times after the first: 32 words of 2.
+    """
+    short = prediction(task="asr", seconds=299.0, reference="a b", hypothesis="a b", again=1)
+    half = short | {"hypothesis": "a", "covered_seconds": 149.5}
+    long = short | {"seconds": 899.0, "hypothesis": "a" + 31 * " b", "stop_reason": "loop"}
+    found = predict.wer_by_duration(
+        [short | {"covered_seconds": 299.0}, half, long | {"covered_seconds": 899.0}]
+    )
+    names = ("from", "to", "coverage", "words_ratio", "loops", "again", "repeated_words")
+    assert [[bucket[name] for name in names] for bucket in found] == [
+        [180, 300, 0.75, 0.75, 0, 2, 0],
+        [300, 900, 1.0, 16.0, 1, 1, 30],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("no no no no", 0),
+        ("so " + 8 * "we go on " + "then", 0),  # 21 repeated words are no loop
+        ("so " + 9 * "We go on " + "then", 24),
+        (3 * "a b c d e f g h i j " + "and", 0),  # three times
+        (25 * "a " + "then " + 25 * "b ", 48),
+    ],
+)
+def test_repeated_words(text, count):
+    assert predict.repeated_words(text) == count
+
+
+def test_chunks_of_recordings_are_numbered(utterances):
+    lines = [
+        dataclasses.replace(utterances[0], recording=name, answer=name.upper()) for name in "abaab"
+    ]
+    found = predict.chunk_fields(lines)
+    assert [(f["parent_id"], f["chunk_index"]) for f in found] == [
+        *(("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1))
+    ]
+    other = dataclasses.replace(lines[0], answer="other")
+    with pytest.raises(UserError, match="'a' have different transcripts"):
+        predict.chunk_fields([*lines, other])

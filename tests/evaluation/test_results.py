@@ -28,6 +28,7 @@ EXPECTED = {
         "deletions": 1,
         "insertions": 0,
         "words": 12,
+        "leaderboard_wer": 16.6667,
     },
     "asr-ko": {"wer": 20.0, "cer": 7.1429},
     "ast": {"bleu": 84.0896, "chrf": 79.7024, "chrf_pp": 66.0268},
@@ -38,6 +39,7 @@ EXPECTED = {
 
 def test_score_only_gives_the_hand_checked_scores(tmp_path):
     command = ["eval.py", "--score_only", f"--workdir={tmp_path}", f"--predictions={HAND_CHECKED}"]
+    command += ["--eval_results=librispeech_clean_wer=hand_checked"]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -54,6 +56,8 @@ def test_score_only_gives_the_hand_checked_scores(tmp_path):
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if "hand_checked" in line}
     assert "wer 16.667 [" in lines["asr-en"]
     assert lines["asr-ko"].index("cer 7.143 [") < lines["asr-ko"].index("wer 20.000")
+    written = (tmp_path / "eval/.eval_results/open_asr_leaderboard.yaml").read_text()
+    assert "task_id: librispeech_clean_wer\n  value: 16.67\n" in written
     assert (tmp_path / "eval/eval.png").stat().st_size > 10_000
 
 
