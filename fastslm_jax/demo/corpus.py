@@ -45,7 +45,7 @@ Counts = Mapping[str, Mapping[str, int]]  # set -> task -> number of examples
 
 TRANSCRIPTS = "train_transcripts.jsonl"
 DEFAULT_COUNTS: Counts = {
-    "train": {"asr": 6000, "ast": 1500, "ssum": 1200, "sqqa": 3200},
+    "train": {"asr": 5000, "ast": 1500, "ssum": 600, "sqqa": 3200},
     "dev": {"asr": 100, "ast": 100, "ssum": 100, "sqqa": 100},
     "test": {"asr": 200, "ast": 100, "ssum": 100, "sqqa": 300},
     "test_unseen_voices": {"asr": 200},
