@@ -235,6 +235,7 @@ def command_facts(config: ConfigDict, workdir: pathlib.Path) -> dict[str, object
         "--workdir": str(workdir),
         "the list of checkpoints in --workdir": steps,  # the folder may not be shared
         **{f"config.{field}": value for field, value in fields.items()},
+        "the code of train.py": text_hash(pathlib.Path(__file__).read_text(encoding="utf-8")),
         **distributed.software(),
     }
 

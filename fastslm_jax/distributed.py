@@ -120,10 +120,10 @@ def check_equal(facts: Mapping[str, object]) -> None:
 
 
 def difference(facts: list[str]) -> str:
-    """How a process differs from most others; "" if all are equal.
+    """How processes differ from most others; "" if all are equal.
 
     Args:
-        facts: of each process, as JSON.
+        facts: of each process, as JSON. Of several processes that differ, those of the first count.
 
     Example: "process 3 differs from process 0: config.seed is 1 and not 0".
     """
@@ -138,11 +138,9 @@ def difference(facts: list[str]) -> str:
         for name in names[:3]
     ]
     more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    also = f"; so do {len(others) - 1} other processes" if len(others) > 1 else ""
-    return (
-        f"process {others[0]} differs from process {facts.index(usual)}: {', '.join(parts)}{more}"
-        f"{also}"
-    )
+    listed = ", ".join(map(str, others[:8])) + (", …" if len(others) > 8 else "")
+    who = f"processes {listed} differ" if len(others) > 1 else f"process {listed} differs"
+    return f"{who} from process {facts.index(usual)}: {', '.join(parts)}{more}"
 
 
 def _shown(value: object) -> str:

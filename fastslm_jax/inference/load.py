@@ -40,7 +40,7 @@ def find_step(
                 f"config.data.dev, or choose one of the steps {available}"
             )
         return best
-    if int(step) not in steps:
+    if str(step) not in map(str, steps):
         raise CheckpointError(f"{workdir}: has checkpoints of steps {available}, not {step}")
     return int(step)
 

@@ -63,6 +63,7 @@ def test_find_step():
     for given, step, message in (
         (Steps(), None, "runs/a: contains no finished checkpoint"),
         (checkpoints, 150, "runs/a: has checkpoints of steps 100, 200, 300, not 150"),
+        (checkpoints, "newest", "runs/a: has checkpoints of steps 100, 200, 300, not newest"),
         (
             Steps(100, 200),
             "best",
