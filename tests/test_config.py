@@ -14,6 +14,7 @@ from fastslm_jax import config_schema
 from fastslm_jax.errors import UserError
 
 CONFIGS = {
+    "ablation": ("1", "2"),
     "demo": ("1", "2", "3"),
     "stage1_shortform": (),
     "stage2_longform": ("random", "speaker", "recording", "semantic"),
