@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
 
 from absl import flags, logging
+from ml_collections.config_flags import config_flags
 from tqdm import tqdm
 
 from fastslm_jax import config, config_comments
@@ -106,8 +107,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         config.accept_new_names(argv)
     try:
         rest = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            flags.FLAGS.config.keys()  # a missing config file raises only on access
+        for name in flags.FLAGS:
+            flag = flags.FLAGS[name]
+            if config_flags.is_config_flag(flag) and flag.value is not None:
+                flag.value.keys()  # a missing config file raises only on access
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         lines = str(error).replace("\\n", "\n").splitlines()

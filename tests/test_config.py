@@ -14,6 +14,7 @@ from fastslm_jax import config_schema
 from fastslm_jax.errors import UserError
 
 CONFIGS = {
+    "ablation": ("1", "2"),
     "demo": ("1", "2", "3"),
     "librispeech_finetune": ("large,4b,24", "large,1.7b,80", "base,0.6b,24,FOLDER"),
     "stage1_shortform": (),

@@ -58,6 +58,8 @@ if __name__ == "__main__":
     define_flags()
     cli.parse_flags(REQUIRED)  # before the imports below, which take seconds
 
+import jax
+
 from fastslm_jax import config as config_lib
 from fastslm_jax import devices, outputs
 from fastslm_jax.ablate import probing, recordings, report, robustness, runs
@@ -70,6 +72,7 @@ from fastslm_jax.training import checkpoint, experiment
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a flag, --name=value")
+    jax.config.update("jax_platforms", "cpu")  # other devices are for the trainings' processes
     workdir = outputs.check_folder(FLAGS.workdir, "--workdir")
     with checkpoint.lock(workdir, work="running experiments"):
         if FLAGS.suite in EVALUATIONS:
@@ -83,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
             planned = runs.plan(FLAGS.suite, suite, stage1, stage2, FLAGS.seeds)
             if stage1.config.name.startswith("ablation-"):
                 make_data(workdir, stage1, suite.has_lengths)
+            check_data(stage1, stage2)
         run_all(workdir, FLAGS.suite, question, planned)
 
 
@@ -109,6 +113,18 @@ def make_data(workdir: pathlib.Path, stage1: Stage, has_lengths: bool) -> None:
         Phases(workdir).run("corpus", [*command, f"--workers={devices.cores()}"])
     if has_lengths:
         recordings.build(pathlib.Path(stage1.config.eval.sets.recordings).parent)
+
+
+def check_data(*stages: Stage | None) -> None:
+    """Raises UserError if a manifest of a stage is missing, before the first training."""
+    for stage in filter(None, stages):
+        sources = stage.config.data.train.items()
+        paths = {f"data.train.{name}.path": source.path for name, source in sources}
+        if stage.name == "stage1":
+            paths |= {f"eval.sets.{name}": path for name, path in stage.config.eval.sets.items()}
+        for field, path in paths.items():
+            if not pathlib.Path(path).expanduser().exists():
+                raise UserError(f"{stage.flags[0]}: {field}={path}: no such file")
 
 
 def run_all(

@@ -109,20 +109,23 @@ def picture(path: pathlib.Path, question: str, records: Sequence[dict]) -> None:
     plt.close(figure)
 
 
-def _points(axes: Axes, labels: Sequence[str], values: Sequence[Sequence[float]], **style) -> None:
+def _points(
+    axes: Axes, places: Sequence[str | float], values: Sequence[Sequence[float]], **style
+) -> None:
     means, deviations = zip(*map(mean_and_deviation, values), strict=True)
-    axes.errorbar(labels, means, yerr=deviations, marker="o", capsize=3, **style)
+    axes.errorbar(places, means, yerr=deviations, marker="o", capsize=3, **style)
 
 
 def _by_variant(found: Columns) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     names = dict.fromkeys(name for columns in found.values() for name in columns)
     sets = [name for name in names if name.startswith(SCORES)]
-    for name in sets:
-        present = [variant for variant, columns in found.items() if name in columns]
-        values = [found[variant][name] for variant in present]
-        _points(axes, present, values, label=name.partition(", ")[2], linestyle="none")
-    axes.tick_params(axis="x", rotation=20)
+    for number, name in enumerate(sets):
+        shift = 0.12 * (number - (len(sets) - 1) / 2)  # side by side
+        present = [(at + shift, c[name]) for at, c in enumerate(found.values()) if name in c]
+        places, values = zip(*present, strict=True)
+        _points(axes, places, values, label=name.partition(", ")[2], linestyle="none")
+    axes.set_xticks(range(len(found)), found, rotation=20)
     axes.set(ylabel=f"{sets[0].partition(', ')[0]}, %")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

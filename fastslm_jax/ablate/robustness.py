@@ -6,7 +6,6 @@ import pathlib
 import random
 from collections.abc import Callable
 
-from fastslm_jax import devices
 from fastslm_jax.ablate import runs as trained_runs
 from fastslm_jax.demo import examples
 from fastslm_jax.demo.phases import Phases
@@ -144,7 +143,7 @@ class Run:
             )
             out = folder / "speech" / each.name
             if not (out / "summary.json").exists():
-                corpus.build(recipe, out, self.clips, devices.cores())
+                corpus.build(recipe, out, self.clips)
         Phases(folder).run("eval", self.command(runs), log=folder / "eval.log")
 
     def records(self, runs: pathlib.Path) -> list[dict]:

@@ -178,14 +178,16 @@ def model_costs(folder: pathlib.Path) -> dict:
 def costs(config: ConfigDict) -> dict:
     """{"parameters": {"adapter", "trained", "all"}, "flops_per_audio_second"} of a config.
 
-    Forward and backward pass of a full row (`flops.minimum`).
+    Those of the adapter are trained as well. FLOPs: forward and backward pass of a full row
+    (`flops.minimum`).
     """
     setup = experiment.build(config, weights=False)
     params = experiment.abstract_params(setup.model, setup.base_dtype)
     mask = optim.trainable_mask(sorted(params), setup.trainable)
+    trained = [path for path in params if mask[path]]
     parts = {
-        "adapter": [path for path in params if not path.startswith(("encoder/", "llm/"))],
-        "trained": [path for path in params if mask[path]],
+        "adapter": [path for path in trained if not path.startswith(("encoder/", "llm/"))],
+        "trained": trained,
         "all": list(params),
     }
     seconds = setup.row.windows * setup.model.window.seconds

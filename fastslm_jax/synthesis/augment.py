@@ -7,6 +7,7 @@ import dataclasses
 import random
 
 import numpy as np
+import scipy.interpolate
 import scipy.signal
 import soxr
 
@@ -27,6 +28,7 @@ CLEAN = Augmentation(0.0, 0.0, 0.0, 0.0)
 
 TELEPHONE_RATE = 8000
 TELEPHONE_BAND = (300.0, 3400.0)  # Hz
+_ENVELOPE = 30  # coefficients of the cepstrum, below the period of a voice of 530 Hz
 _MU = 255.0  # of mu-law, ITU-T G.711
 
 
@@ -100,6 +102,24 @@ def augment(signal: np.ndarray, rng: random.Random, augmentation: Augmentation) 
 def change_speed(signal: np.ndarray, factor: float) -> np.ndarray:
     """Plays a signal `factor` times as fast: [n] → [n / factor]. The pitch rises by the factor."""
     return soxr.resample(signal, factor * SAMPLE_RATE, SAMPLE_RATE)
+
+
+def change_pitch(signal: np.ndarray, factor: float) -> np.ndarray:
+    """Multiplies the pitch, and keeps formants: [n] → [n / factor], so slow the speech first.
+
+    The played faster signal gets the spectral envelope, the smoothed part of its cepstrum, of the
+    original.
+    """
+    faster = change_speed(signal, factor)
+    settings = {"fs": SAMPLE_RATE, "nperseg": 512, "noverlap": 384}
+    _, _, spectrum = scipy.signal.stft(faster, **settings)
+    cepstrum = np.fft.irfft(np.log(np.abs(spectrum) + 1e-6), axis=0)
+    cepstrum[_ENVELOPE : 1 - _ENVELOPE] = 0.0
+    envelope = np.fft.rfft(cepstrum, axis=0).real  # of log amplitudes: [frequency, frame]
+    position = np.minimum(factor * np.arange(len(envelope)), len(envelope) - 1)
+    original = scipy.interpolate.interp1d(np.arange(len(envelope)), envelope, axis=0)(position)
+    _, changed = scipy.signal.istft(spectrum * np.exp(original - envelope), **settings)
+    return changed[: len(faster)]
 
 
 def mu_law(signal: np.ndarray) -> np.ndarray:

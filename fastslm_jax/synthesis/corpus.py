@@ -121,11 +121,11 @@ class Clip:
             return augment.send(no_speech.draw(self.kind, rng), rng, self.recipe.channel, None)
         manner, manner_rng = self.recipe.manner, random.Random(f"manner/{self.name}")
         text = manner.say(self.text, manner_rng)
-        # Spoken slower and played faster: a higher voice of the same rate.
+        # Spoken slower, for a higher voice of the same rate.
         samples, rate = self.voice.speak(text, self.speed * manner.rate / manner.pitch_factor)
         speech = resample(samples.astype(np.float64), rate)
         if manner.pitch:
-            speech = augment.change_speed(speech, manner.pitch_factor)
+            speech = augment.change_pitch(speech, manner.pitch_factor)
         loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
         speech = speech[loud[0] : loud[-1] + 1] / np.abs(speech).max()
         silences = [np.zeros(round(rng.uniform(0.05, 0.5) * SAMPLE_RATE)) for _ in range(2)]

@@ -25,7 +25,7 @@ class Manner:
         repetitions: probability that a word is said twice.
         restarts: probability that a sentence is broken off after up to four words, and begun again.
         rate: factor of the speaking rate.
-        pitch: semitones by which the voice is higher. Formants move as well.
+        pitch: semitones by which the voice is higher.
         snr_db: level of the speech above that of noise, white or pink, in dB; None: no noise.
         reverb_seconds: time in which reverberation decays by 60 dB.
     """

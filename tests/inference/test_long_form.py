@@ -148,6 +148,12 @@ def test_a_loop_is_decoded_again_in_halves():
     assert result.covered_seconds == 16.0
 
 
+def test_loops_stay_if_asked_for():
+    clip = dataclasses.replace(recording(noise_with_pauses(20)), redo_loops=False)
+    (result,) = results(FakeGenerator(loops_from=6), clip)
+    assert (result.stop_reason, result.again, len(result.segments)) == ("loop", 0, 1)
+
+
 def test_loops_that_cannot_be_split_stay():
     (result,) = results(FakeGenerator(loops_from=0), recording(noise_with_pauses(5)))
     assert (result.stop_reason, result.again, len(result.segments)) == ("loop", 1, 2)

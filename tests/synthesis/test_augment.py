@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import scipy.signal
 
 from fastslm_jax.synthesis import augment
 
@@ -70,6 +71,26 @@ def test_a_faster_signal_is_shorter_and_higher():
     assert len(fast) == round(16_000 / 1.1)
     spectrum = np.abs(np.fft.rfft(fast))
     assert spectrum.argmax() * 16_000 / len(fast) == pytest.approx(1100, abs=2)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_a_pitch_is_changed_without_the_formants(factor):
+    """A pulse train of 100 Hz through a resonance at 1500 Hz."""
+    pulses = np.zeros(16_000)
+    pulses[::160] = 1.0
+    radius, angle = 0.97, 2 * np.pi * 1500 / 16_000
+    voice = scipy.signal.lfilter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], pulses)
+    changed = augment.change_pitch(voice, factor)
+    assert len(changed) == round(16_000 / factor)
+    power = np.abs(np.fft.rfft(changed * np.hanning(len(changed)))) ** 2
+    frequency = np.arange(len(power)) * 16_000 / len(changed)
+    near = (frequency > 700) & (frequency < 2500)
+    center = np.sum(frequency[near] * power[near]) / np.sum(power[near])
+    assert center == pytest.approx(1500, rel=0.05)  # moved by the factor without the correction
+    spacing = np.fft.irfft(power)[60:400].argmax() + 60  # of the autocorrelation, in samples
+    assert len(changed) / (2 * (len(power) - 1)) * 16_000 / spacing == pytest.approx(
+        100 * factor, rel=0.02
+    )
 
 
 def test_a_channel_sets_the_peak_and_depends_on_the_generator_only():
