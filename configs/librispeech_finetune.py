@@ -10,7 +10,7 @@ Recipe: Whisper and Qwen3 are frozen in bfloat16; the HFQ-Former and LoRA are tr
 examples are single utterances, the others utterances of one speaker joined to 20 to 30 s, so that
 windows are used to their end. A step of 16 rows of 8 windows is up to 64 minutes of audio; a card
 of 24 GB takes one row at a time, a card of 80 GB four.
-Hardware: planned for L4 and H100 (docs/quickstart_gpu.md), not run at full size.
+Hardware: as configured for 24 GB, one L4 (docs/quickstart_gpu.md; compiled, not run).
 Time and metrics: not measured.
 """
 
