@@ -91,7 +91,8 @@ def maps(model: FastSLM, params: dict, samples: np.ndarray) -> dict[str, np.ndar
         )
     windows, frames = spec.cut(samples)
     recording = np.zeros((1, len(windows)), np.int32)
-    mel = log_mel.log_mel(windows[None], frames[None], recording, model.encoder.num_mels)[0]
+    spectrogram = jax.jit(log_mel.log_mel, static_argnums=3)
+    mel = spectrogram(windows[None], frames[None], recording, model.encoder.num_mels)[0]
     parts = []
     for start in range(0, len(mel), BATCH):
         part = mel[start : start + BATCH]
@@ -217,6 +218,7 @@ def picture(
     spectrogram.set(ylabel="mel band")
     _write_words(spectrogram, words, span)
 
+    distilled = arrays["semantic_distillation"][window].mean(axis=0)
     share = arrays["distillation_mass"][window].mean(axis=0)
     level_seconds = [
         np.diff(arrays["frame_seconds"][arrays["frame_level"] == k + 1][:2])[0]
@@ -229,8 +231,9 @@ def picture(
         milliseconds = 1000 * level_seconds[k]
         axes.set(ylabel="query")
         axes.set_title(f"compressor {k + 1}, frames of {milliseconds:.0f} ms", fontsize=9)
-        queries = arrays["semantic_distillation"][window][:, ends[k] - len(attention) : ends[k]]
-        side.barh(np.arange(len(attention)), queries.mean(axis=0), height=1.0, color=f"C{k}")
+        queries = distilled[ends[k] - len(attention) : ends[k]]
+        side.barh(np.arange(len(attention)), queries, height=1.0, color=f"C{k}")
+        side.set_xlim(0, 1.05 * distilled.max())
         side.set_title(f"distillation reads {100 * share[k]:.0f} %", fontsize=9)
         _set_rows(side, len(attention))
 
