@@ -1,9 +1,11 @@
 # Each target installs what it needs into .venv. `make demo` needs two CPU cores and 8 GiB.
 # SEED and OUT may be given: make demo SEED=1 OUT=runs/demo1. It runs on a GPU or TPU where there is
 # one (ACCELERATOR=cuda or tpu, found below); `make demo ACCELERATOR=` stays on the CPU.
+# PIP="uv pip" installs with uv.
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= runs/demo
+PIP ?= $(VENV)/python -m pip
 ON_GOOGLE := $(shell grep -s Google /sys/class/dmi/id/product_name)
 ACCELERATOR ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,$(if $(and $(ON_GOOGLE),$(wildcard \
   /dev/accel0 /dev/vfio/0)),tpu))
@@ -69,17 +71,17 @@ $(VENV)/python:
 	$(VENV)/python -m pip install -q --upgrade pip
 
 $(RUN): requirements.txt requirements-demo.txt | $(VENV)/python
-	$(VENV)/python -m pip install -q -r requirements.txt -r requirements-demo.txt
+	$(PIP) install -q -r requirements.txt -r requirements-demo.txt
 	touch $@
 
 .venv/.%-installed: pyproject.toml | $(RUN)
-	$(VENV)/python -m pip install -q -e .[$*]
+	$(PIP) install -q -e .[$*]
 	touch $@
 
 $(TEST): requirements.txt requirements-demo.txt requirements-test.txt | $(VENV)/python
-	$(VENV)/python -m pip install -q -r requirements-test.txt
+	$(PIP) install -q -r requirements-test.txt
 	touch $@ $(RUN)
 
 $(GPU): $(TEST) pyproject.toml
-	$(VENV)/python -m pip install -q -e .[plan-gpu]
+	$(PIP) install -q -e .[plan-gpu]
 	touch $@
