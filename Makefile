@@ -1,26 +1,43 @@
 # Each target installs what it needs into .venv. `make demo` needs two CPU cores and 8 GiB.
-# SEED and OUT may be given: make demo SEED=1 OUT=runs/demo1.
+# SEED and OUT may be given: make demo SEED=1 OUT=runs/demo1. It runs on a GPU or TPU where there is
+# one (ACCELERATOR=cuda or tpu, found below); `make demo ACCELERATOR=` stays on the CPU.
+# PIP="uv pip" installs with uv.
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= runs/demo
-export JAX_PLATFORMS ?= cpu
+PIP ?= $(VENV)/python -m pip
+ON_GOOGLE := $(shell grep -s Google /sys/class/dmi/id/product_name)
+ACCELERATOR ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,$(if $(and $(ON_GOOGLE),$(wildcard \
+  /dev/accel0 /dev/vfio/0)),tpu))
 # By default glibc returns large buffers to the kernel after every step and faults them in again,
 # page by page: about 40 000 page faults per second in training, about 10 with these settings.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MALLOC_ARENA_MAX ?= 1
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
+ifeq ($(ACCELERATOR),)
+# Without it, an installed libtpu searches for chips and fills the log with errors.
+demo: export JAX_PLATFORMS ?= cpu
 # Small programs compile faster at level 2 and run as fast as at level 3 (0.25 s and 0.28 s a step).
 demo: export XLA_FLAGS ?= --xla_backend_optimization_level=2
+else  # one device: the demo's steps have one or two rows
+demo: export CUDA_VISIBLE_DEVICES ?= 0
+demo: export TPU_VISIBLE_CHIPS ?= 0
+demo: export TPU_PROCESS_BOUNDS ?= 1,1,1
+demo: export TPU_CHIPS_PER_PROCESS_BOUNDS ?= 1,1,1
+endif
+# Tests compare with figures of CPUs, on eight virtual devices.
+test test-gpu-compile test-real fuzz: export JAX_PLATFORMS ?= cpu
 
 VENV := .venv/bin
 RUN := .venv/.run-installed
+RUN_ACCELERATED := $(if $(ACCELERATOR),.venv/.$(ACCELERATOR)-installed)
 TEST := .venv/.test-installed
 GPU := .venv/.gpu-compile-installed
 
 .PHONY: demo test test-gpu-compile test-real fuzz lint clean
 
-demo: $(RUN)
+demo: $(RUN) $(RUN_ACCELERATED)
 	$(VENV)/python -m fastslm_jax.demo --out=$(OUT) --seed=$(SEED)
 
 test: $(TEST)
@@ -54,13 +71,17 @@ $(VENV)/python:
 	$(VENV)/python -m pip install -q --upgrade pip
 
 $(RUN): requirements.txt requirements-demo.txt | $(VENV)/python
-	$(VENV)/python -m pip install -q -r requirements.txt -r requirements-demo.txt
+	$(PIP) install -q -r requirements.txt -r requirements-demo.txt
+	touch $@
+
+.venv/.%-installed: pyproject.toml | $(RUN)
+	$(PIP) install -q -e .[$*]
 	touch $@
 
 $(TEST): requirements.txt requirements-demo.txt requirements-test.txt | $(VENV)/python
-	$(VENV)/python -m pip install -q -r requirements-test.txt
+	$(PIP) install -q -r requirements-test.txt
 	touch $@ $(RUN)
 
 $(GPU): $(TEST) pyproject.toml
-	$(VENV)/python -m pip install -q -e .[plan-gpu]
+	$(PIP) install -q -e .[plan-gpu]
 	touch $@

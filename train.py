@@ -40,7 +40,6 @@ import jax
 from absl import logging
 from clu import metric_writers, parameter_overview
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fastslm_jax import config as config_lib
 from fastslm_jax import distributed, flops, memory, outputs, sharding
@@ -155,7 +154,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     process_part, num_parts = distributed.rows_of_process(mesh)
     log = StepLog(
         writer=writer,
-        bar=tqdm(
+        bar=cli.Bar(
             total=config.steps,
             initial=first_step - 1,
             desc=config.name,

@@ -10,6 +10,7 @@ import logging as stdlib_logging
 import os
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
@@ -25,6 +26,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # the exit code of a shell for a command that Ctrl-C ended
 PIPE_CLOSED = 141  # the same for SIGPIPE
 _MAX_MESSAGE = 300  # characters of another library's error message
+_LOG_FORMAT, _LOG_TIME = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
+_BAR_LINE_EVERY = 300.0  # seconds between the lines of a progress bar in a log file
 
 _ENVIRONMENT = {  # read when TensorFlow is imported; only its event files and TFDS are used
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -265,7 +268,34 @@ def _is_shown(record: stdlib_logging.LogRecord) -> bool:
     )
 
 
-class AudioBar(tqdm):
+class Bar(tqdm):
+    """A progress bar; in a log file, a line every five minutes and one at the end."""
+
+    _last_line: float | None = None  # time of the latest line in a log file, or of the start
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self.fp.isatty():
+            return super().display(msg, pos)
+        now = time.monotonic()
+        if self._last_line is None:
+            self._last_line = now
+        elif now - self._last_line >= _BAR_LINE_EVERY:
+            self._last_line = now
+            self.fp.write(f"{self}\n")
+        return False
+
+    def clear(self, nolock: bool = False) -> None:
+        if self.fp.isatty():
+            super().clear(nolock)
+
+    def close(self) -> None:
+        if not self.disable and not self.fp.isatty():
+            self.leave = False  # tqdm would add an empty line
+            self.fp.write(f"{self}\n")
+        super().close()
+
+
+class AudioBar(Bar):
     """A progress bar in seconds of audio, which ends at 100 % if a file is longer than announced.
 
     Args:
@@ -305,7 +335,7 @@ def run(main: Callable[[Sequence[str]], None], required: Sequence[str] = ()) -> 
     """
     argv = parse_flags(required)
     handler = _LogHandler()
-    handler.setFormatter(logging.PythonFormatter())
+    handler.setFormatter(stdlib_logging.Formatter(_LOG_FORMAT, _LOG_TIME))
     handler.addFilter(_is_shown)
     stdlib_logging.root.handlers = [handler]
     logging.set_verbosity(logging.INFO)

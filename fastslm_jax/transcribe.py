@@ -25,6 +25,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 
 from fastslm_jax import audio, audio_files, devices, outputs
@@ -300,6 +301,7 @@ def transcribe(
         streams = failures.num_files == 1 and is_text and sys.stdout.isatty()
     terminal = TerminalStream()
     covered = [0.0] * len(files)
+    started, compiled_before = time.perf_counter(), devices.compiled_so_far()
     hide = streams or not sys.stderr.isatty()
     with cli.AudioBar(sum(recording.seconds for recording in fitting), "audio", hide=hide) as bar:
         for i, result in long_form.stream(
@@ -321,6 +323,10 @@ def transcribe(
             else:
                 write(options, files[i], result, num_files=failures.num_files)
             warn(files[i], result)
+    compiling = (devices.compiled_so_far() - compiled_before).seconds
+    running = max(0.0, time.perf_counter() - started - compiling)
+    summary = f"{sum(covered):.1f} s of audio in {running:.1f} s on {devices.name()}"
+    cli.report(f"{summary}, after {compiling:.1f} s of compilation", prefix="")
 
 
 def display_name(file: pathlib.Path) -> str:

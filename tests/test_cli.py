@@ -1,5 +1,6 @@
 """What all commands share: errors as one line, help and flags before slow imports, UTF-8 output."""
 
+import io
 import os
 import pathlib
 import subprocess
@@ -159,6 +160,33 @@ def test_a_bar_of_audio_stays_within_its_total(capsys):
         bar.update(1.1046875)
         bar.update(2.0)  # the file was longer than announced
         assert bar.n == 2.5
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert last.startswith("audio: 100%")
-    assert "| 2/2 s [" in last
+    # Into a file, one line at the end.
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("audio: 100%")
+    assert "| 2/2 s [" in line
+
+
+def test_a_bar_in_a_log_file_is_a_line_every_five_minutes(capsys, monkeypatch):
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    clock = [1000.0]
+    with cli.Bar(total=3, desc="steps", mininterval=0) as bar:
+        for clock[0] in (1299.0, 1301.0, 1302.0):
+            bar.update()
+            bar.set_postfix(loss="0.5")
+            cli.print_above_bars("a line of the log", sys.stderr)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.split("|")[0] for line in lines if line != "a line of the log"]
+    assert shown == ["steps:  67%", "steps: 100%"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal_is_redrawn_in_place():
+    terminal = Terminal()
+    with cli.Bar(total=2, desc="steps", mininterval=0, file=terminal) as bar:
+        bar.update(2)
+    shown = [part.split("|")[0] for part in terminal.getvalue().split("\r") if part.strip()]
+    assert shown == ["steps:   0%", "steps: 100%", "steps: 100%"]

@@ -1,4 +1,7 @@
-"""The whole demo in one command: corpus, three training stages, evaluation, report (`make demo`).
+"""The whole demo in one command (`make demo`).
+
+It transcribes three recordings with the model in assets/, then builds a corpus, trains a model like
+it in three stages, evaluates it, and writes a report.
 
     python -m fastslm_jax.demo [--out=runs/demo] [--seed=0]
 
@@ -15,6 +18,8 @@ from fastslm_jax.demo import report
 from fastslm_jax.demo.phases import Phases
 
 STAGES = ("stage1", "stage2", "stage3")
+RECORDINGS = [f"assets/recordings/sentence{number}.flac" for number in (1, 2, 3)]
+MODEL = "assets/demo_model"
 FLAGS = flags.FLAGS
 
 
@@ -32,6 +37,8 @@ def define_flags() -> None:
 def main(_: Sequence[str]) -> None:
     out = outputs.check_folder(FLAGS.out, "--out")
     phases, seed = Phases(out), FLAGS.seed
+    transcribe = ["-m", "fastslm_jax.transcribe"]
+    phases.run("transcribe", [*transcribe, *RECORDINGS, f"--checkpoint={MODEL}"])
     corpus = [
         "-m",
         "fastslm_jax.demo.corpus",
@@ -52,8 +59,8 @@ def main(_: Sequence[str]) -> None:
     summary = report.write(out, phases.state)
     print(report.table(summary))
     print(f"\nreport: {out}/report.json and {out}/report.png; curves: tensorboard --logdir {out}")
-    transcribe = f"{sys.executable} -m fastslm_jax.transcribe FILE --checkpoint={out}/stage3"
-    print(f"to transcribe a file: {transcribe}")
+    command = " ".join([sys.executable, *transcribe, "FILE", f"--checkpoint={out}/stage3"])
+    print(f"to transcribe a file: {command}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Phases:
         phase = self.state.setdefault(
             name, {"done": False, "seconds": 0.0, "peak_rss_gib": 0.0, "command": command}
         )
-        say(f"[{name}] {' '.join(command)}", flush=True)
+        say(f"[{name}] python {' '.join(command)}", flush=True)
         before, started = phase["seconds"], time.time()
         with contextlib.nullcontext() if log is None else open(log, "ab") as output:
             process = subprocess.Popen(

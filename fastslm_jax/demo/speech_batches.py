@@ -8,9 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
-from fastslm_jax import audio, devices
+from fastslm_jax import audio, cli, devices
 from fastslm_jax.demo import corpus
 from fastslm_jax.demo.recordings import SyntheticRecording, word_times
 from fastslm_jax.synthesis.augment import Augmentation
@@ -52,7 +51,7 @@ def read_clips(
     rows = [row for row in rows if row["task"] == "asr"][:limit]
     samples = [
         audio.read_audio(folder / row["audio_filepath"])
-        for row in tqdm(rows, desc=f"read {split}", mininterval=5)
+        for row in cli.Bar(rows, desc=f"read {split}", mininterval=5)
     ]
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     augmentation = Augmentation(**settings["train" if split == "train" else "evaluation"])
@@ -65,7 +64,7 @@ def read_clips(
     words_of = functools.partial(_word_at_features, vocabulary=vocabulary)
     with multiprocessing.get_context("spawn").Pool(devices.cores()) as pool:
         frames = list(
-            tqdm(
+            cli.Bar(
                 pool.imap(words_of, recordings, chunksize=64),
                 desc=f"word times of {split}",
                 total=len(recordings),

@@ -1,6 +1,7 @@
 """The resumable training loop of the demo's pretrained models."""
 
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -8,8 +9,8 @@ import jax
 import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
-from tqdm import tqdm
 
+from fastslm_jax import cli
 from fastslm_jax.training.checkpoint import Checkpoints
 
 SAVE_EVERY = 250  # steps between checkpoints and reported metrics
@@ -59,14 +60,14 @@ def train(
         state, earlier_seconds = train_state["state"], meta["seconds"]
     started, losses = time.time(), []
     remaining = range(done + 1, steps + 1)
-    for step in tqdm(remaining, name, steps, initial=done, unit="step", mininterval=5):
+    for step in cli.Bar(remaining, name, steps, initial=done, unit="step", mininterval=5):
         leaves, state, loss = update(leaves, state, *batch_of(step))
         losses.append(loss)
         if step % SAVE_EVERY == 0 or step == steps:
             metrics = {"loss": float(np.mean(losses))}
             metrics |= metrics_of(unflatten_dict(leaves, sep="/"))
             report = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-            tqdm.write(f"{name} step {step}: {report}")
+            cli.print_above_bars(f"{name} step {step}: {report}", sys.stdout)
             losses = []
             seconds = earlier_seconds + time.time() - started
             checkpoints.save(step, leaves, {"state": state}, {"seconds": seconds})

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soundfile
-import tqdm
 
-from fastslm_jax import outputs, schema
+from fastslm_jax import cli, outputs, schema
 from fastslm_jax.audio import SAMPLE_RATE, resample
 from fastslm_jax.data.contamination import words
 from fastslm_jax.errors import UserError
@@ -278,7 +277,7 @@ def build(recipe: Recipe, out: str | os.PathLike, count: int, workers: int = 1) 
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     failed: list[str] = []
     built = _build_all(recipe, out, count, workers)
-    for result in tqdm.tqdm(built, total=count, unit="clip", desc=str(out), disable=None):
+    for result in cli.Bar(built, str(out), count, unit="clip"):
         if isinstance(result, str):
             failed.append(result)
         else:

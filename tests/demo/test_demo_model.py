@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import soundfile
 
 from fastslm_jax import audio
 from fastslm_jax.data.manifest import read_manifest
+from fastslm_jax.demo.__main__ import RECORDINGS
 from fastslm_jax.demo.corpus import DEFAULT_COUNTS, build_corpus
 from fastslm_jax.evaluation import predict
 from fastslm_jax.inference import load
@@ -75,11 +77,22 @@ def test_flac_wav_and_mp3_of_a_sentence_give_the_same_speech_tokens(generator, c
     assert mp3 @ flac / (np.linalg.norm(mp3) * np.linalg.norm(flac)) > 0.75
 
 
-def test_transcribe_from_the_command_line(corpus):
-    utterance = read_manifest(str(corpus / "test_unseen_voices.jsonl"), ["asr"])[0]
-    command = [sys.executable, "-m", "fastslm_jax.transcribe", str(utterance.path)]
+def test_the_recordings_that_the_demo_begins_with():
+    command = [sys.executable, "-m", "fastslm_jax.transcribe", *RECORDINGS]
     command += ["--checkpoint=assets/demo_model", "--format=json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    record = json.loads(done.stdout.splitlines()[-1])
-    assert record["covered_seconds"] == record["seconds"]
-    assert record["stop_reason"] == "eos"
+    records = {}
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        records[pathlib.Path(record["file"]).stem] = record["text"]
+        assert record["covered_seconds"] == record["seconds"]
+        assert record["stop_reason"] == "eos"
+    assert records == {
+        "sentence1": "please call daniel about the recipe on monday",
+        "sentence2": "i would like eleven green chairs and two cookies please",
+        "sentence3": "please send the report to thomas before monday afternoon",
+    }
+    (summary,) = done.stderr.splitlines()
+    assert re.fullmatch(
+        r"8\.9 s of audio in [\d.]+ s on cpu, after [\d.]+ s of compilation", summary
+    )
