@@ -65,6 +65,11 @@ def _count_equation(equation: JaxprEqn) -> int:
         return _count_cudnn(equation)
     if name == "pallas_call" and str(params["name"]).startswith("mha_"):
         return _count_triton(equation)
+    if name == "pallas_call" and str(params["name"]).startswith("rotary_"):
+        return 0  # no products
+    if name == "pallas_call" and params["name"] == "paired_attention":  # scores and values
+        batch, length, width = equation.invars[0].aval.shape
+        return 2 * 2 * batch * length * equation.invars[1].aval.shape[1] * width
     if name == "pallas_call":
         return _count_splash(equation)
     inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]

@@ -10,9 +10,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-import tqdm
-
-from fastslm_jax import devices, outputs
+from fastslm_jax import cli, devices, outputs
 from fastslm_jax.demo import corpus
 from fastslm_jax.demo.recordings import SyntheticRecording
 from fastslm_jax.synthesis import espeak
@@ -45,7 +43,7 @@ def build(
     for split in ("train", "test"):
         (out / split).mkdir(parents=True, exist_ok=True)
     built = corpus.build_all(recordings, out, workers or devices.cores())
-    progress = tqdm.tqdm(built, total=len(recordings), unit="recording", desc=str(out))
+    progress = cli.Bar(built, str(out), len(recordings), unit="recording", mininterval=2)
     rows = list(progress)
     count = sum(train.values())
     _write(out / "train.jsonl", itertools.chain.from_iterable(map(clips, rows[:count])))

@@ -26,24 +26,22 @@ h head dimension.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.experimental.pallas.ops.gpu import attention as triton
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.extend.core import Primitive
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from fastslm_jax.errors import UserError
-from fastslm_jax.models import blockwise_attention
+from fastslm_jax.models import blockwise_attention, tpu_attention
+from fastslm_jax.models.attention_arrays import CausalSegments, pad, segment_ids, shard
 
 NAMES = ("auto", "xla", "splash", "splash_interpret", "cudnn", "triton", "triton_interpret")
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}
-# Splash attention blocks; the largest one that divides the padded length is used.
-BLOCKS = (512, 384, 256, 128)
 # Triton blocks: the largest whose kernels fit the registers of an H100 with heads of 128 (ptxas
 # reports no spills for 8 warps).
 TRITON_BLOCKS = triton.BlockSizes(
@@ -52,16 +50,6 @@ TRITON_BLOCKS = triton.BlockSizes(
 TRITON_WARPS = 8
 # Number of traced calls by "kernel: shapes (reason for a fallback)".
 CHOICES: collections.Counter[str] = collections.Counter()
-
-
-@flax.struct.dataclass
-class CausalSegments:
-    """Causal mask within segments, not materialized.
-
-    segment_ids: [b, t]; None for one segment.
-    """
-
-    segment_ids: jax.Array | None = None
 
 
 class KernelError(UserError):
@@ -81,17 +69,44 @@ class AttentionKernel:
     fall_back: bool = False
     mesh: Mesh | None = None
 
+    @property
+    def tpu(self) -> tpu_attention.TPUAttention:
+        return tpu_attention.TPUAttention(self.mesh, self.kernel == "splash_interpret")
+
+    def rotates(self, query: jax.Array, key: jax.Array, head_dim: int) -> bool:
+        """Whether `tpu.rotate` can prepare query [b, t, n · h] and key [b, s, k · h]."""
+        return self.kernel.startswith("splash") and self.tpu.rotates(query, key, head_dim)
+
+    @property
+    def multiple(self) -> int:
+        """Lengths that are no multiple of this are padded, which copies the arrays."""
+        return tpu_attention.MULTIPLE if self.kernel.startswith("splash") else 1
+
     def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None = None
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: CausalSegments | None = None,
+        keys: int | None = None,
+        is_scaled: bool = False,
     ) -> jax.Array:
         """query [b, t, n, h], key and value [b, s, k, h] → [b, t, n, h].
+
+        keys: number of keys; the rest of the s are padding. None: s. Not with a mask.
+        is_scaled: the query has been multiplied by h ** -0.5 (by `tpu.rotate`).
 
         Raises:
             KernelError: the kernel does not support these shapes or dtypes, and fall_back is off.
         """
         reasons = []
         for kernel in self._candidates(mask):
-            attend = getattr(self, f"_{kernel.partition('_')[0]}")
+            if kernel.startswith("splash"):
+                attend = functools.partial(self.tpu.attention, keys=keys, is_scaled=is_scaled)
+            else:
+                attend = getattr(self, f"_{kernel.partition('_')[0]}")
+                key, value = key[:, :keys], value[:, :keys]
+                query = query * query.shape[3] ** 0.5 if is_scaled else query
             reason = self._refusal(kernel, query, key, mask) or _trace_error(
                 kernel, attend, query, key, value, mask
             )
@@ -163,10 +178,10 @@ class AttentionKernel:
         Padded keys are masked by their number, or by causality. Padded queries are cut off.
         """
         rows, length, keys = query.shape[0], query.shape[1], key.shape[1]
-        query, key, value = (_pad(x, 1, 2) for x in (query, key, value))
+        query, key, value = (pad(x, 1, 2) for x in (query, key, value))
         same = None
         if mask is not None and mask.segment_ids is not None:
-            ids = _pad(mask.segment_ids, 1, 2, -1)
+            ids = pad(mask.segment_ids, 1, 2, -1)
             same = ids[:, None, :, None] == ids[:, None, None, :]
         is_masked = mask is None and key.shape[1] > keys
         out = jax.nn.dot_product_attention(
@@ -200,76 +215,11 @@ class AttentionKernel:
                 interpret=self.kernel == "triton_interpret",
             )
 
-        arrays = (_pad(x, 1, TRITON_BLOCKS.block_q) for x in (query, key, value))
-        ids = _pad(_segment_ids(mask, query), 1, TRITON_BLOCKS.block_q, -1)
+        arrays = (pad(x, 1, TRITON_BLOCKS.block_q) for x in (query, key, value))
+        ids = pad(segment_ids(mask, query), 1, TRITON_BLOCKS.block_q, -1)
         heads = (None, "tensor", None)
-        out = self._shard(per_device, (heads, heads, heads, ()), heads)(*arrays, ids)
+        out = shard(self.mesh, per_device, (heads, heads, heads, ()), heads)(*arrays, ids)
         return out[:, :length]
-
-    def _splash(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalSegments | None
-    ) -> jax.Array:
-        length = query.shape[1]
-
-        def per_device(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            q_ids: jax.Array,
-            kv_ids: jax.Array,
-        ) -> jax.Array:
-            shape = (query.shape[2], key.shape[2])
-            head_mask = splash.FullMask(shape) if mask is None else splash.CausalMask(shape)
-            block_q, block_kv = (
-                next(size for size in BLOCKS if total % size == 0) for total in shape
-            )
-            kernel = splash.make_splash_mha(
-                splash.MultiHeadMask([head_mask] * query.shape[1]),
-                block_sizes=splash.BlockSizes(
-                    block_q=block_q,
-                    block_kv=block_kv,
-                    block_q_dkv=block_q,
-                    block_kv_dkv=block_kv,
-                    # The fused backward kernel has five matrix products instead of seven.
-                    use_fused_bwd_kernel=True,
-                ),
-                head_shards=1,
-                q_seq_shards=1,
-                residual_checkpoint_name="attention",
-                interpret=self.kernel == "splash_interpret",
-            )
-            return jax.vmap(kernel)(query, key, value, splash.SegmentIds(q_ids, kv_ids))
-
-        scaled = query * jnp.asarray(query.shape[3] ** -0.5, query.dtype)
-        arrays = (_pad(x.swapaxes(1, 2), 2, 128) for x in (scaled, key, value))
-        ids = (_pad(_segment_ids(mask, x), 1, 128, -1) for x in (query, key))
-        heads = ("tensor",)
-        out = self._shard(per_device, (heads, heads, heads, (), ()), heads)(*arrays, *ids)
-        return out[:, :, :length].swapaxes(1, 2)
-
-    def _shard(
-        self,
-        function: Callable[..., jax.Array],
-        in_axes: tuple[tuple[str | None, ...], ...],
-        out_axes: tuple[str | None, ...],
-    ) -> Callable[..., jax.Array]:
-        """Runs a function per device. Axes: mesh axes of the dimensions after the rows."""
-        if self.mesh is None:
-            return function
-
-        def sharded(*arrays: jax.Array) -> jax.Array:
-            shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            # Batches that are not divisible, such as a small evaluation batch, are replicated.
-            rows = ("data", "fsdp") if arrays[0].shape[0] % shards == 0 else None
-            return jax.shard_map(
-                function,
-                mesh=self.mesh,
-                in_specs=tuple(PartitionSpec(rows, *axes) for axes in in_axes),
-                out_specs=PartitionSpec(rows, *out_axes),
-                check_vma=False,
-            )(*arrays)
-
-        return sharded
 
 
 def is_saved(primitive: Primitive, *_: object, **params: object) -> bool:
@@ -281,19 +231,6 @@ def is_saved(primitive: Primitive, *_: object, **params: object) -> bool:
     if primitive.name == "custom_vjp_call":
         return "mha_forward" in str(params["call_jaxpr"])
     return primitive.name == "dot_product_attention_fwd_wrapper"
-
-
-def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
-    """Pads an axis at its end to a multiple."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
-
-
-def _segment_ids(mask: CausalSegments | None, x: jax.Array) -> jax.Array:
-    """Segment ids [b, t] of an array [b, t, ...]. Pad them with -1: padding is a segment."""
-    ids = None if mask is None else mask.segment_ids
-    return jnp.zeros(x.shape[:2], jnp.int32) if ids is None else ids
 
 
 def _trace_error(

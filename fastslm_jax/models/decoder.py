@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from fastslm_jax.models.attention import AttentionKernel, CausalSegments
 from fastslm_jax.models.kv_cache import KVCache
-from fastslm_jax.models.layers import stack
+from fastslm_jax.models.layers import split_heads, stack
 from fastslm_jax.models.lora import LoRA, Projection
 
 
@@ -80,11 +80,15 @@ class RoPE:
         kept = np.clip((rotations - low) / (high - low), 0, 1)
         return (frequencies / self.factor * (1 - kept) + frequencies * kept).astype(np.float32)
 
+    def tables(self, position_ids: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of position_ids [b, t]: [b, t, head_dim / 2] float32."""
+        frequencies, scale = self.inverse_frequencies(head_dim)
+        angles = position_ids[:, :, None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
     def __call__(self, x: jax.Array, position_ids: jax.Array) -> jax.Array:
         """Rotates x [b, t, n, h] by position_ids [b, t] in float32; pairs are (i, i + h / 2)."""
-        frequencies, scale = self.inverse_frequencies(x.shape[-1])
-        angles = position_ids[:, :, None, None].astype(jnp.float32) * frequencies
-        cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        cos, sin = (table[:, :, None] for table in self.tables(position_ids, x.shape[-1]))
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         rotated = [first * cos - second * sin, second * cos + first * sin]
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -99,9 +103,39 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        return rms_norm(x, scale, self.epsilon, self.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+    return (x * scale.astype(jnp.float32)).astype(dtype)
+
+
+class HeadRotation(nn.Module):
+    """Norm of each head (if has_norm), then rotary embedding: [b, t, n · h] → [b, t, n, h]."""
+
+    head_dim: int
+    rope: RoPE
+    epsilon: float
+    has_norm: bool
+    attention_kernel: AttentionKernel
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, position_ids: jax.Array, factor: float | None) -> jax.Array:
+        """factor: multiply by it, in the attention kernel's own rotation; None: in plain XLA."""
+        scale = None
+        if self.has_norm:
+            scale = self.param("scale", nn.initializers.ones, (self.head_dim,))
+        if factor is not None:
+            cos, sin = self.rope.tables(position_ids, self.head_dim)
+            tables = (jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin)))
+            return self.attention_kernel.tpu.rotate(x, scale, *tables, self.epsilon, factor)
+        x = split_heads(x, x.shape[-1] // self.head_dim)
+        if scale is not None:
+            x = rms_norm(x, scale, self.epsilon, self.dtype)
+        return self.rope(x, position_ids)
 
 
 class DecoderBlock(nn.Module):
@@ -139,22 +173,26 @@ class DecoderBlock(nn.Module):
             layer = Projection(features, use_bias, self.lora, self.dtype, name=name)
             return layer(y, lora_gate, self.deterministic)
 
-        def heads(y: jax.Array, count: int, name: str) -> jax.Array:
-            y = project(y, count * self.head_dim, name, self.qkv_bias)
-            return y.reshape(*y.shape[:-1], count, self.head_dim)
-
-        def rotated(y: jax.Array, name: str) -> jax.Array:
-            if self.qk_norm:
-                y = RMSNorm(self.epsilon, self.dtype, name=name)(y)
-            return self.rope(y, position_ids)
+        def rotated(y: jax.Array, name: str, factor: float | None) -> jax.Array:
+            options = (self.rope, self.epsilon, self.qk_norm, self.attention_kernel, self.dtype)
+            return HeadRotation(self.head_dim, *options, name=name)(y, position_ids, factor)
 
         hidden = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        query = heads(hidden, self.num_heads, "query")
-        key = heads(hidden, self.num_kv_heads, "key")
-        value = heads(hidden, self.num_kv_heads, "value")
-        query, key = rotated(query, "query_norm"), rotated(key, "key_norm")
+        query, key, value = (
+            project(hidden, count * self.head_dim, name, self.qkv_bias)
+            for name, count in (
+                ("query", self.num_heads),
+                ("key", self.num_kv_heads),
+                ("value", self.num_kv_heads),
+            )
+        )
+        is_fused = cache is None and self.attention_kernel.rotates(query, key, self.head_dim)
+        factors = (self.head_dim**-0.5, 1.0) if is_fused else (None, None)
+        query = rotated(query, "query_norm", factors[0])
+        key = rotated(key, "key_norm", factors[1])
+        value = split_heads(value, self.num_kv_heads)
         if cache is None:
-            out = self.attention_kernel(query, key, value, mask)
+            out = self.attention_kernel(query, key, value, mask, is_scaled=is_fused)
         else:
             out, cache = cache.attend(query, key, value, position_ids)
         width = x.shape[-1]

@@ -92,8 +92,13 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """x [b, t, d], context [b, s, d] (x itself by default) → [b, t, d]."""
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, keys: int | None = None
+    ) -> jax.Array:
+        """x [b, t, d], context [b, s, d] (x itself by default) → [b, t, d].
+
+        keys: length of the context; the rest of it is padding. None: s.
+        """
         context = x if context is None else context
         width = x.shape[-1]
         query = Projection(width, use_bias=True, dtype=self.dtype, name="query")(x)
@@ -101,7 +106,7 @@ class Attention(nn.Module):
         value = Projection(width, use_bias=True, dtype=self.dtype, name="value")(context)
         heads = [split_heads(y, self.num_heads) for y in (query, key, value)]
         self.sow("attention", "query_key", heads[:2])
-        out = self.attention_kernel(*heads).reshape(query.shape)
+        out = self.attention_kernel(*heads, keys=keys).reshape(query.shape)
         return Projection(width, use_bias=True, dtype=self.dtype, name="out")(out)
 
 
@@ -131,7 +136,8 @@ def remat(block: type[nn.Module], policy: str, *, scan_layers: bool) -> type[nn.
     Args:
         policy: activations to save. "none": all (no rematerialization). "full": only the
             block's input. "dots": results of matrix products without batch axes. Otherwise a
-            comma-separated list of names in SAVEABLE, such as "attention,gate,up".
+            comma-separated list of names in SAVEABLE, such as "attention,gate,up", and the products
+            with lora_a, which are small.
         scan_layers: whether the blocks run in a loop. Outside a loop, common-subexpression
             elimination would undo the rematerialization and must be prevented.
 
@@ -148,7 +154,7 @@ def remat(block: type[nn.Module], policy: str, *, scan_layers: bool) -> type[nn.
                 f"config.model.remat={policy}: unknown name {min(unknown)!r}; choose none, full, "
                 f"dots, or a comma-separated list of {', '.join(SAVEABLE)}"
             )
-        names = policy.split(",")
+        names = [*policy.split(","), "lora"]
         policies[policy] = jax.checkpoint_policies.save_only_these_names(*names)
         if "attention" in names:
             policies[policy] = jax.checkpoint_policies.save_from_both_policies(

@@ -61,14 +61,14 @@ class Projection(nn.Module):
             lora_a = nn.with_logical_constraint(lora_a, (inputs, None))
             lora_b = nn.with_logical_constraint(lora_b, (None, columns))
             adapted = nn.Dropout(self.lora.dropout)(flat, deterministic=deterministic)
-            delta = (adapted @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype)
-            delta *= self.lora.scale
+            low_rank = checkpoint_name(adapted @ lora_a.astype(self.dtype), "lora")
+            delta = low_rank @ lora_b.astype(self.dtype) * self.lora.scale
             if lora_gate is not None:
                 delta *= lora_gate.reshape(-1, 1).astype(self.dtype)
             y += delta
-        y = y.reshape(*x.shape[:-1], self.features)
-        y = nn.with_logical_constraint(y, ("rows", *(None,) * (y.ndim - 2), columns))
-        return checkpoint_name(y, self.name)
+        # On the matrix: between two reshapes, a constraint keeps XLA from removing them.
+        y = nn.with_logical_constraint(y, ("rows", columns))
+        return checkpoint_name(y.reshape(*x.shape[:-1], self.features), self.name)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

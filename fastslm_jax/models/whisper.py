@@ -10,10 +10,14 @@ from fastslm_jax.models.lora import Projection
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block, [b, t, d] → [b, t, d]."""
+    """Pre-norm transformer block, [b, t, d] → [b, t, d].
+
+    length: number of positions; the rest of the t are padding.
+    """
 
     num_heads: int
     mlp_dim: int
+    length: int
     attention_kernel: AttentionKernel = AttentionKernel()
     dtype: jnp.dtype = jnp.float32
 
@@ -23,7 +27,7 @@ class EncoderBlock(nn.Module):
         attention = Attention(
             self.num_heads, self.attention_kernel, dtype=self.dtype, name="attention"
         )
-        x = x + attention(LayerNorm(dtype=self.dtype, name="attention_norm")(x))
+        x = x + attention(LayerNorm(dtype=self.dtype, name="attention_norm")(x), keys=self.length)
         hidden = LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
         hidden = Projection(self.mlp_dim, use_bias=True, dtype=self.dtype, name="mlp_in")(hidden)
         hidden = gelu(hidden)
@@ -59,8 +63,10 @@ class WhisperEncoder(nn.Module):
         x = gelu(Conv(self.width, stride=2, dtype=self.dtype, name="conv2")(x))
         positions = self.param("positions", sinusoid_init, (self.max_positions, self.width))
         x = x + positions.astype(self.dtype)
+        # Once, instead of before the attention of every layer.
+        padding = -self.max_positions % self.attention_kernel.multiple
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         blocks = stack(EncoderBlock, self.num_layers, self.remat, scan_layers=self.scan_layers)
-        x, _ = blocks(
-            self.num_heads, self.mlp_dim, self.attention_kernel, dtype=self.dtype, name="layers"
-        )(x)
-        return LayerNorm(dtype=self.dtype, name="final_norm")(x)
+        sizes = (self.num_heads, self.mlp_dim, self.max_positions)
+        x, _ = blocks(*sizes, self.attention_kernel, dtype=self.dtype, name="layers")(x)
+        return LayerNorm(dtype=self.dtype, name="final_norm")(x[:, : self.max_positions])

@@ -18,6 +18,7 @@ BYTES = {
     "c128": 16,
 }
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
+_TILE = re.compile(r"T\(([\d,]+)\)")
 _NAME = re.compile(r"%?([\w.\-]+)")
 _CALLS = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -28,18 +29,33 @@ _TABLE_ROW = re.compile(r"(\d+) (\{.*\}|\".*\")")  # of the tables of source loc
 
 
 def shape_bytes(text: str) -> tuple[list[float], list[float]]:
-    """Bytes of every array in a shape, and the part of them that is in HBM.
+    """Bytes of every array in a shape, and the bytes that it takes in HBM.
 
-    A layout with a memory space, such as S(1), is not in HBM.
-    Example: "(bf16[2,3]{1,0}, f32[4]{0:S(1)})" → [12, 16], [12, 0].
+    A layout with a memory space, such as S(1), is not in HBM. A TPU stores tiles, such as T(8,128)
+    of the two most minor dimensions, which are padded to whole tiles.
+    Example: "(bf16[2,3]{1,0}, f32[4]{0:S(1)}, f32[3,64]{1,0:T(8,128)})" → [12, 16, 768],
+    [12, 0, 4096].
     """
     sizes, in_hbm = [], []
     for kind, dims, layout in _SHAPE.findall(text):
         if kind in BYTES:
-            size = BYTES[kind] * math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)
-            sizes.append(size)
-            in_hbm.append(0 if "S(" in layout else size)
+            shape = [int(dim.lstrip("<=")) for dim in dims.split(",") if dim]
+            sizes.append(BYTES[kind] * math.prod(shape))
+            in_hbm.append(0 if "S(" in layout else BYTES[kind] * math.prod(_padded(shape, layout)))
     return sizes, in_hbm
+
+
+def _padded(shape: list[int], layout: str) -> list[int]:
+    """The shape with the tiled dimensions padded. Example: [3, 64], "{1,0:T(8,128)}" → [8, 128]."""
+    tile = _TILE.search(layout)
+    if not tile or not shape:
+        return shape
+    sizes = reversed([int(size) for size in tile[1].split(",")])
+    minor_to_major = [int(axis) for axis in layout[1 : layout.index(":")].split(",")]
+    padded = list(shape)
+    for axis, size in zip(minor_to_major, sizes, strict=False):
+        padded[axis] += -padded[axis] % size
+    return padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +65,15 @@ class Instruction:
     name: str
     opcode: str
     result_bytes: tuple[float, ...]  # of every array of the result
-    hbm_bytes: float  # of the result, without on-chip memory
+    result_hbm_bytes: tuple[float, ...]  # in HBM: without on-chip memory, with the tiles' padding
     operands: tuple[str, ...]  # names of instructions
     arguments: str  # text between the parentheses
     attributes: str  # text after the parentheses
     is_root: bool = False
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(self.result_hbm_bytes)
 
     def called(self) -> list[str]:
         """Names of the computations that the instruction calls."""
@@ -206,7 +226,7 @@ def _parse(line: str) -> Instruction | None:
         name=left.removeprefix("ROOT ").lstrip("%"),
         opcode=opcode[0],
         result_bytes=tuple(sizes),
-        hbm_bytes=sum(in_hbm),
+        result_hbm_bytes=tuple(in_hbm),
         operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
         arguments=arguments,
         attributes=rest[close + 1 :],

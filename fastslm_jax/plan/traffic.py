@@ -15,8 +15,8 @@ _FUSED = {
     *("fusion", "reduce", "map", "sort", "scatter", "select-and-scatter", "reduce-window"),
     *("all-reduce", "reduce-scatter"),
 }
-
-
+# Transfers, and which part of their results is written.
+_STARTS = {"copy-start": 0, "all-gather-start": 1, "collective-permute-start": 1}
 _SLICES = ("slice", "dynamic-slice", "gather")
 # Updates in place, and which of their operands has the new values.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -87,6 +87,10 @@ def _written(
         return update.hbm_bytes if update else instruction.hbm_bytes
     if instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
         return instruction.result_bytes[0]  # the others are workspace
+    if instruction.opcode == "custom-call" and '"AllocateBuffer"' in instruction.attributes:
+        return 0.0
+    if instruction.opcode in _STARTS:  # the result also has the operand and a context
+        return instruction.result_hbm_bytes[_STARTS[instruction.opcode]]
     if instruction.opcode == "bitcast" and operands:
         return _written(program, operands[0], by_name, is_fused)
     if instruction.opcode == "tuple":

@@ -4,6 +4,7 @@ Gradients and optimizer state exist for the trained parameters only.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -239,27 +240,88 @@ def label_loss(
     positions = _label_positions(loss_mask, slots)
     counts = jnp.sum(loss_mask > 0, axis=1)
     weights = (jnp.arange(slots) < counts[:, None]).astype(jnp.float32)
+    states = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
+    targets = jnp.take_along_axis(labels, positions, axis=1)
 
-    @jax.checkpoint
-    def body(
-        sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        index, weight = xs  # [rows, chunk]
-        state = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
-        target = jnp.take_along_axis(labels, index, axis=1)
-        logits = logits_fn(state)
-        picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
-        losses = (jax.nn.logsumexp(logits, axis=-1) - picked) * weight
-        correct = (jnp.argmax(logits, axis=-1) == target) * weight
-        return (sums[0] + jnp.sum(losses), sums[1] + jnp.sum(correct)), None
+    def chunks(x: jax.Array) -> jax.Array:  # [rows, slots, …] → [chunks, rows, chunk, …]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    def chunks(x: jax.Array) -> jax.Array:  # [rows, slots] → [chunks, rows, chunk]
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk), 1, 0)
-
-    (loss, correct), _ = jax.lax.scan(
-        body, (jnp.float32(0), jnp.float32(0)), (chunks(positions), chunks(weights))
-    )
+    states = chunks(states)
+    # Explicit arguments for what logits_fn closes over, so that it can be differentiated.
+    closed, constants = jax.closure_convert(logits_fn, states[0])
+    loss, correct = _chunk_sums(closed, states, constants, chunks(targets), chunks(weights))
     return {"loss": loss, "labels": jnp.sum(weights), "correct": correct}
+
+
+def _chunk_sum(
+    logits_fn: Callable[..., jax.Array],
+    state: jax.Array,
+    constants: list[jax.Array],
+    target: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of the cross-entropies and of the correct labels of one chunk."""
+    logits = logits_fn(state, *constants)
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    losses = (jax.nn.logsumexp(logits, axis=-1) - picked) * weight
+    correct = (jnp.argmax(logits, axis=-1) == target) * weight
+    return jnp.sum(losses), jnp.sum(correct)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk_sums(
+    logits_fn: Callable[..., jax.Array],
+    states: jax.Array,
+    constants: list[jax.Array],
+    targets: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of `_chunk_sum` over chunks: states [chunks, rows, chunk, d].
+
+    Its forward pass also computes the gradients, while it has the logits of a chunk: nothing is
+    computed twice, and no logits are kept.
+    """
+
+    def body(
+        sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        state, target, weight = xs
+        found = _chunk_sum(logits_fn, state, constants, target, weight)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(body, zeros, (states, targets, weights))[0]
+
+
+def _chunk_sums_forward(
+    logits_fn: Callable[..., jax.Array],
+    states: jax.Array,
+    constants: list[jax.Array],
+    targets: jax.Array,
+    weights: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, list[jax.Array]]]:
+    grad_fn = jax.value_and_grad(_chunk_sum, argnums=(1, 2), has_aux=True)
+
+    def body(sums: tuple, xs: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
+        state, target, weight = xs
+        found, (d_state, d_constants) = grad_fn(logits_fn, state, constants, target, weight)
+        return jax.tree.map(jnp.add, sums, (found, d_constants)), d_state
+
+    zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, constants))
+    (sums, d_constants), d_states = jax.lax.scan(body, zeros, (states, targets, weights))
+    return sums, (d_states, d_constants)
+
+
+def _chunk_sums_backward(
+    _: Callable[..., jax.Array],
+    gradients: tuple[jax.Array, list[jax.Array]],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, list[jax.Array], None, None]:
+    d_states, d_constants = jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients)
+    return d_states, d_constants, None, None
+
+
+_chunk_sums.defvjp(_chunk_sums_forward, _chunk_sums_backward)
 
 
 def _label_positions(loss_mask: jax.Array, slots: int) -> jax.Array:

@@ -81,7 +81,7 @@ def test_sizes_follow_config_json(reference):
 def test_layer(reference):
     model, _, encoder, params = reference
     x = np.random.default_rng(0).normal(size=(2, 30, 48)).astype(np.float32)
-    apply = jax.jit(EncoderBlock(encoder.num_heads, encoder.mlp_dim).apply)
+    apply = jax.jit(EncoderBlock(encoder.num_heads, encoder.mlp_dim, encoder.max_positions).apply)
     for number, layer in enumerate(model.model.encoder.layers):
         actual, _ = apply(
             {"params": jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"])}, x

@@ -50,9 +50,10 @@ def test_scanned_layers_match_a_plain_loop(model, params):
         x = gelu(Conv(encoder.width).apply({"params": weights["conv1"]}, mel))
         x = gelu(Conv(encoder.width, stride=2).apply({"params": weights["conv2"]}, x))
         x = x + weights["positions"]
-        for layer in range(encoder.num_layers):
-            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights["layers"])
-            x, _ = EncoderBlock(encoder.num_heads, encoder.mlp_dim).apply({"params": block}, x)
+        for index in range(encoder.num_layers):
+            block = jax.tree.map(lambda leaf, index=index: leaf[index], weights["layers"])
+            layer = EncoderBlock(encoder.num_heads, encoder.mlp_dim, encoder.max_positions)
+            x, _ = layer.apply({"params": block}, x)
         return LayerNorm().apply({"params": weights["final_norm"]}, x)
 
     scanned = jax.jit(lambda weights, mel: encoder.apply({"params": weights}, mel))(weights, mel)

@@ -10,6 +10,21 @@ def test_shape_bytes_separates_on_chip_memory():
     assert hlo.shape_bytes(text) == ([12, 16, 2, 0], [12, 0, 2, 0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "stored"),
+    [
+        ("f32[3,64]{1,0:T(8,128)}", 8 * 128 * 4),
+        ("f32[3,64]{0,1:T(8,128)}", 128 * 64 * 4),  # transposed: 3 is the minor dimension
+        ("bf16[2,20,1500,64]{3,2,1,0:T(8,128)(2,1)}", 2 * 20 * 1504 * 128 * 2),
+        ("f32[5]{0:T(1024)}", 1024 * 4),
+        ("f32[]{:T(128)}", 4),
+        ("f32[3,64]{1,0:T(8,128)S(1)}", 0),
+    ],
+)
+def test_tiles_of_a_tpu_are_padded(shape, stored):
+    assert hlo.shape_bytes(shape)[1] == [stored]
+
+
 def test_a_loop_body_runs_once_per_trip(hlo_text):
     counts = hlo.Program(hlo_text).execution_counts()
     assert (counts["main"], counts["body"], counts["start"]) == (1, 36, 36)

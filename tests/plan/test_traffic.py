@@ -66,6 +66,20 @@ ENTRY %main (w: bf16[36,64,64], x: bf16[8,64]) -> bf16[8,64] {
     assert traffic.hbm_traffic(hlo.Program(text)) == 2 * layer + (rows + layer + rows)
 
 
+def test_allocations_and_copies_to_on_chip_memory():
+    """Allocating moves nothing. A copy reads its operand once and writes nothing to HBM."""
+    text = """\
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %room = f32[36,100]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %start = (f32[100]{0:S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[100]{0:S(1)} copy-done(%start)
+  ROOT %out = f32[100]{0} negate(%near)
+}
+"""
+    assert traffic.hbm_traffic(hlo.Program(text)) == 400 + 400
+
+
 @pytest.mark.parametrize(
     ("array", "moved"),
     [
