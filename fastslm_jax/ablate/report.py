@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fastslm_jax import outputs
+from fastslm_jax.synthesis.manner import Manner
 
 RESULTS, TABLE, PICTURE = "results.jsonl", "results.md", "results.png"
 SCORES = ("WER, ", "accuracy, ")  # starts of the columns in %
@@ -151,12 +152,15 @@ def _by_strength(found: Columns) -> plt.Figure:
         effect, _, strength = variant.rpartition(" ")
         if effect:
             effects[effect].append((strength, variant))
-    clean = [("none", variant) for variant in found if " " not in variant]
+    clean = [variant for variant in found if " " not in variant]
     rows = -(-len(effects) // 4)
     figure, grid = plt.subplots(rows, 4, figsize=(13, 3.2 * rows), constrained_layout=True)
     panels = np.ravel(grid)
     for axes, (effect, strengths) in zip(panels, effects.items(), strict=False):
-        points = clean + strengths
+        neutral = getattr(Manner(), effect)
+        points = [("none" if neutral is None else f"{neutral:g}", v) for v in clean] + strengths
+        if neutral is not None:
+            points.sort(key=lambda point: float(point[0]))
         for name in dict.fromkeys(name for columns in found.values() for name in columns):
             present = [(label, found[v][name]) for label, v in points if name in found[v]]
             labels, values = zip(*present, strict=True)

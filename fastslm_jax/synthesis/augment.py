@@ -28,7 +28,7 @@ CLEAN = Augmentation(0.0, 0.0, 0.0, 0.0)
 
 TELEPHONE_RATE = 8000
 TELEPHONE_BAND = (300.0, 3400.0)  # Hz
-_ENVELOPE = 30  # coefficients of the cepstrum, below the period of a voice of 530 Hz
+_HIGHEST_VOICE = 530.0  # Hz: the cepstrum's coefficients below its period are the envelope
 _MU = 255.0  # of mu-law, ITU-T G.711
 
 
@@ -104,20 +104,23 @@ def change_speed(signal: np.ndarray, factor: float) -> np.ndarray:
     return soxr.resample(signal, factor * SAMPLE_RATE, SAMPLE_RATE)
 
 
-def change_pitch(signal: np.ndarray, factor: float) -> np.ndarray:
+def change_pitch(signal: np.ndarray, factor: float, rate: int) -> np.ndarray:
     """Multiplies the pitch, and keeps formants: [n] → [n / factor], so slow the speech first.
 
     The played faster signal gets the spectral envelope, the smoothed part of its cepstrum, of the
-    original.
+    original. With a sampling rate above 16 kHz, nothing is missing below 8 kHz.
     """
-    faster = change_speed(signal, factor)
-    settings = {"fs": SAMPLE_RATE, "nperseg": 512, "noverlap": 384}
+    faster = soxr.resample(signal, factor * rate, rate)
+    size, step = round(0.032 * rate), round(0.008 * rate)
+    settings = {"fs": rate, "nperseg": size, "noverlap": size - step}
     _, _, spectrum = scipy.signal.stft(faster, **settings)
     cepstrum = np.fft.irfft(np.log(np.abs(spectrum) + 1e-6), axis=0)
-    cepstrum[_ENVELOPE : 1 - _ENVELOPE] = 0.0
+    smooth = round(rate / _HIGHEST_VOICE)
+    cepstrum[smooth : 1 - smooth] = 0.0
     envelope = np.fft.rfft(cepstrum, axis=0).real  # of log amplitudes: [frequency, frame]
-    position = np.minimum(factor * np.arange(len(envelope)), len(envelope) - 1)
-    original = scipy.interpolate.interp1d(np.arange(len(envelope)), envelope, axis=0)(position)
+    bins = np.arange(len(envelope))
+    position = np.minimum(factor * bins, 0.95 * bins[-1])  # above, the resampler fades out
+    original = scipy.interpolate.interp1d(bins, envelope, axis=0)(position)
     _, changed = scipy.signal.istft(spectrum * np.exp(original - envelope), **settings)
     return changed[: len(faster)]
 

@@ -122,9 +122,10 @@ class Clip:
         text = manner.say(self.text, manner_rng)
         # Spoken slower, for a higher voice of the same rate.
         samples, rate = self.voice.speak(text, self.speed * manner.rate / manner.pitch_factor)
-        speech = resample(samples.astype(np.float64), rate)
+        samples = samples.astype(np.float64)
         if manner.pitch:
-            speech = augment.change_pitch(speech, manner.pitch_factor)
+            samples = augment.change_pitch(samples, manner.pitch_factor, rate)
+        speech = resample(samples, rate)
         loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
         speech = speech[loud[0] : loud[-1] + 1] / np.abs(speech).max()
         silences = [np.zeros(round(rng.uniform(0.05, 0.5) * SAMPLE_RATE)) for _ in range(2)]

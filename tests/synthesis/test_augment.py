@@ -80,7 +80,7 @@ def test_a_pitch_is_changed_without_the_formants(factor):
     pulses[::160] = 1.0
     radius, angle = 0.97, 2 * np.pi * 1500 / 16_000
     voice = scipy.signal.lfilter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], pulses)
-    changed = augment.change_pitch(voice, factor)
+    changed = augment.change_pitch(voice, factor, 16_000)
     assert len(changed) == round(16_000 / factor)
     power = np.abs(np.fft.rfft(changed * np.hanning(len(changed)))) ** 2
     frequency = np.arange(len(power)) * 16_000 / len(changed)
