@@ -28,13 +28,15 @@ def get_config(arg: str = "1") -> ConfigDict:
     optimizer = config.optimizer
     optimizer.update({"name": "muon", "adam_learning_rate_ratio": 0.4, "b2": 0.99})
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 30})
-    # Muon's steps are too large for the detail recovery branches, which start near zero, and for
-    # LoRA, whose product is scaled by alpha / rank. With a larger ratio for LoRA the decoder loses
-    # its place in long transcripts (48 s after stage 3: 9.3 % WER at 0.1, 6.1 % at 0.03).
+    # Muon's steps are too large for the branches of detail recovery and of Q-Formers, which start
+    # near zero, and for LoRA, whose product is scaled by alpha / rank. With a larger ratio for LoRA
+    # the decoder loses its place in long transcripts (48 s after stage 3: 9.3 % WER at 0.1, 6.1 %
+    # at 0.03).
     lora = {"1": 0.01, "2": 0.1, "3": 0.05}.get(stage)
     optimizer.learning_rate_ratios = (
         (r"llm/.*", lora),
         (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
+        (r"adapter/layer_(0/self|[1-9]/.*)_attention/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.data.dev_utterances = 10, 100, 40
     long = {"min_seconds": 12.0, "max_seconds": 48.0, "grouping": "random"}

@@ -28,12 +28,13 @@ def get_config(arg: str = "1") -> ConfigDict:
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
     # Muon's steps are too large for LoRA, whose product is scaled by alpha / rank, and for the
-    # detail recovery branches, which start near zero.
+    # branches of detail recovery and of Q-Formers, which start near zero.
     optimizer.update({"name": "muon", "adam_learning_rate_ratio": 0.4, "b2": 0.99})
     optimizer.update({"schedule": "linear", "final_fraction": 0.05, "warmup_steps": 100})
     optimizer.learning_rate_ratios = (
         (r"llm/.*", 0.02),
         (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
+        (r"adapter/layer_(0/self|[1-9]/.*)_attention/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.eval_every = 10, 100, 500
     if stage == "1":

@@ -39,6 +39,7 @@ Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[^/\\.\x00][^/\\\x00]*$")]  # also a folder's name
 Pattern = Annotated[str, AfterValidator(_compiled)]
 Layers = Annotated[int, Field(ge=0, le=100)]
+DownsampleFactor = Annotated[int, Field(ge=1, le=5)]
 Rank = Annotated[int, Field(ge=0, le=65_536)]
 AudioPadding = Literal["released", "whisper"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -83,7 +84,7 @@ class Model(Fields):
     adapter: Literal["hfq", "pooling", "stack", "wq_former", "sq_former"] = "hfq"
     adapter_mlp_dim: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     qformer_layers: Annotated[int, Field(ge=1, le=100)] = 2
-    downsample_factor: Annotated[int, Field(ge=1, le=5)] = 2
+    downsample_factor: DownsampleFactor = 2
     compressor_projections: bool = False
 
 

@@ -46,7 +46,7 @@ COUNTS = (
 )
 NOT_NEGATIVE = (
     *("seed", "data.workers", "model.window_batch", "model.lora.rank", "optimizer.warmup_steps"),
-    *("model.detail_recovery_layers", "model.compression_size"),
+    *("model.detail_recovery_layers", "model.compression_size", "model.adapter_mlp_dim"),
 )
 FLOATS = (
     *("model.lora.alpha", "model.lora.dropout", "input_token_noise", "optimizer.learning_rate"),
@@ -68,6 +68,10 @@ CASES = [
     ("model.detail_recovery_layers", 10**7),
     ("model.lora.dropout", 1.0),
     ("model.query_init", "other"),
+    ("model.adapter", "linear"),
+    *[("model.qformer_layers", value) for value in (0, 101, 2.0)],
+    *[("model.downsample_factor", value) for value in (0, 6, True)],
+    ("model.compressor_projections", 1),
     ("model.chat_template", "alpaca"),
     ("model.audio_padding", "none"),
     ("model.scan_layers", 1),

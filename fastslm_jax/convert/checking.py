@@ -13,7 +13,7 @@ from fastslm_jax.data.prompts import PromptTokenizer
 from fastslm_jax.weights import engine
 from fastslm_jax.weights.tensors import Tensor
 
-GROUPS = ("encoder", "hfq_former", "llm", "lora", "other")
+GROUPS = ("encoder", "hfq_former", "adapter", "llm", "lora", "other")
 DIFFERENCES = ("missing", "extra", "misshapen")
 
 

@@ -12,6 +12,8 @@ class FastSLMConfig(PreTrainedConfig):
         audio_config: Whisper config of the encoder.
         text_config: config of the language model: Qwen3, Qwen2 or Llama (by its model_type).
         stage_tokens: queries at each time resolution of the HFQ-Former.
+        downsample_factor: between its time resolutions.
+        compressor_projections: its compressors have query, key and value projections.
         compression_size: speech tokens per window.
         detail_recovery_layers: number of detail recovery layers.
         head_dim: head dimension of the HFQ-Former.
@@ -30,6 +32,8 @@ class FastSLMConfig(PreTrainedConfig):
         stage_tokens: Sequence[int] = (80, 80, 80),
         compression_size: int = 50,
         detail_recovery_layers: int = 2,
+        downsample_factor: int = 2,
+        compressor_projections: bool = False,
         head_dim: int = 64,
         audio_token_id: int = 151_669,
         has_adapter: bool = False,
@@ -42,6 +46,8 @@ class FastSLMConfig(PreTrainedConfig):
         self.audio_config, self.text_config = audio_config, text_config
         self.stage_tokens, self.compression_size = tuple(stage_tokens), compression_size
         self.detail_recovery_layers, self.head_dim = detail_recovery_layers, head_dim
+        self.downsample_factor = downsample_factor
+        self.compressor_projections = compressor_projections
         self.audio_token_id, self.has_adapter = audio_token_id, has_adapter
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)

@@ -99,6 +99,8 @@ def export(
             f"{workdir}: has no LoRA (config.model.lora.rank is 0), which {layout} requires; "
             "use --layout=hf"
         )
+    if layout != "peft":
+        stored.check_adapter(given, layout)
     write = {"released": write_released, "peft": write_peft, "hf": write_hf}[layout]
     with atomic_folder(out) as folder:
         tensors = write(folder, given.merged() if merge_lora else given)
@@ -326,7 +328,7 @@ def _hf_config(given: Stored, audio_token_id: int) -> dict:
         },
         "stage_tokens": list(options.stage_tokens),
         "compression_size": given.model.tokens_per_window,
-        "detail_recovery_layers": options.detail_recovery_layers,
+        **{name: options[name] for name in opening.HFQ_FIELDS},
         "head_dim": given.model.adapter.head_dim,
         "audio_token_id": audio_token_id,
         "has_adapter": given.has_lora,

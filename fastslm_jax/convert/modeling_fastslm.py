@@ -61,10 +61,12 @@ class Attention(nn.Module):
 class Compressor(nn.Module):
     """Learned queries attend to the normalized context: [b, context, d] → [b, num_queries, d].
 
-    There is an output projection, but no query, key or value projection.
+    There is an output projection, but by default no query, key or value projection.
     """
 
-    def __init__(self, num_queries: int, context: int, width: int, num_heads: int) -> None:
+    def __init__(
+        self, num_queries: int, context: int, width: int, num_heads: int, has_projections: bool
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.empty(num_queries, width))
@@ -72,22 +74,26 @@ class Compressor(nn.Module):
         self.query_positions = nn.Parameter(torch.empty(num_queries, width), requires_grad=False)
         self.context_positions = nn.Parameter(torch.empty(context, width), requires_grad=False)
         self.query_norm, self.context_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_projection, self.key_projection, self.value_projection = (
+            nn.Linear(width, width) if has_projections else nn.Identity() for _ in range(3)
+        )
         self.out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query = (self.query_norm(self.query) + self.query_positions).expand(len(x), -1, -1)
         value = self.context_norm(x)
         key = value + self.context_positions
-        return self.out(attend(query, key, value, self.num_heads))
+        query, key = self.query_projection(query), self.key_projection(key)
+        return self.out(attend(query, key, self.value_projection(value), self.num_heads))
 
 
 class Downsampler(nn.Module):
-    """Halves the time resolution: [b, t, d] → [b, t / 2, d]."""
+    """Divides the time resolution: [b, t, d] → [b, t / factor, d]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, factor: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=factor, padding=1)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,14 +128,15 @@ class HFQFormer(nn.Module):
         num_heads, stages = width // config.head_dim, config.stage_tokens
         lengths = [config.audio_config.max_source_positions]
         while len(lengths) < len(stages):
-            lengths.append((lengths[-1] + 1) // 2)
-        self.downsamplers = nn.ModuleList(Downsampler(width) for _ in stages[1:])
+            lengths.append(-(-lengths[-1] // config.downsample_factor))
+        self.downsamplers = nn.ModuleList(
+            Downsampler(width, config.downsample_factor) for _ in stages[1:]
+        )
+        options = (width, num_heads, config.compressor_projections)
         self.compressors = nn.ModuleList(
-            Compressor(n, t, width, num_heads) for n, t in zip(stages, lengths, strict=True)
+            Compressor(n, t, *options) for n, t in zip(stages, lengths, strict=True)
         )
-        self.semantic_distillation = Compressor(
-            config.compression_size, sum(stages), width, num_heads
-        )
+        self.semantic_distillation = Compressor(config.compression_size, sum(stages), *options)
         self.detail_recovery = nn.ModuleList(
             DetailRecovery(width, num_heads) for _ in range(config.detail_recovery_layers)
         )

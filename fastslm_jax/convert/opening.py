@@ -23,6 +23,8 @@ from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import ConversionError, SafetensorsSource
 
+HFQ_FIELDS = ("detail_recovery_layers", "downsample_factor", "compressor_projections")
+
 
 class ExportedConfig(schema.Schema):
     """config.json of a folder written by `export --layout=hf`."""
@@ -32,6 +34,8 @@ class ExportedConfig(schema.Schema):
     stage_tokens: Annotated[list[config_schema.Slots], Field(min_length=1, max_length=8)]
     compression_size: config_schema.Slots
     detail_recovery_layers: config_schema.Layers
+    downsample_factor: config_schema.DownsampleFactor = 2
+    compressor_projections: bool = False
     has_adapter: bool
     dtype: config_schema.Dtype | None = None
 
@@ -143,8 +147,8 @@ def open_hf(path: str | os.PathLike, strict: bool = True) -> Stored:
     config = config_lib.full_size()
     config.name = "imported"
     config.model.stage_tokens = tuple(exported.stage_tokens)
-    config.model.compression_size = exported.compression_size
-    config.model.detail_recovery_layers = exported.detail_recovery_layers
+    for name in ("compression_size", *HFQ_FIELDS):
+        config.model[name] = getattr(exported, name)
     features = _read(path / "preprocessor_config.json", ExportedFeatures)
     config.model.audio_padding = features.audio_padding
     if exported.has_adapter:

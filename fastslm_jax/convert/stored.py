@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fastslm_jax.convert.merging import merge_lora
 from fastslm_jax.data import prompts
+from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.lora import LoRA
 from fastslm_jax.training import experiment
@@ -96,6 +97,19 @@ class Stored:
 
 def param_shapes(model: FastSLM) -> dict[str, jax.ShapeDtypeStruct]:
     return experiment.abstract_params(model, jnp.float32)
+
+
+def check_adapter(given: Stored, layout: str) -> None:
+    """Raises UserError if a layout, "hf" or "released", cannot hold the adapter of a model."""
+    only_in_hf = {"downsample_factor": 2, "compressor_projections": False}
+    required = {"adapter": "hfq"} | (only_in_hf if layout == "released" else {})
+    for name, value in required.items():
+        found = given.config.model[name]
+        if found != value:
+            raise UserError(
+                f"{given.path}: config.model.{name} is {found} and --layout={layout} has {value} "
+                f"only{'; use --layout=hf' if name in only_in_hf else ''}"
+            )
 
 
 def common_dtype(leaves: Iterable[engine.StoredLeaf]) -> str:

@@ -57,21 +57,7 @@ def qformer(params: Mapping, rng: jax.Array) -> dict:
     the HFQ-Former. Queries are small beside what they read: layer norms make their scale irrelevant
     for attention, and tokens start with content.
     """
-    keys = iter(jax.random.split(rng, 4))
-    context, width = params["context_positions"].shape
-    target = _targets(len(params["query"]), context, context, width)
-    first = params["layer_0"]
-    attention = {
-        name: {**leaves, "kernel": _orthogonal(key, leaves["kernel"], scale)}
-        for name, key, scale in (
-            ("value", next(keys), 1.0),
-            ("out", next(keys), 1 / CONTENT_SCALE),
-        )
-        for leaves in (first["cross_attention"][name],)
-    }
-    shared = _orthogonal(next(keys), first["cross_attention"]["key"]["kernel"], 1.0)
-    for name in ("query", "key"):
-        attention[name] = {**first["cross_attention"][name], "kernel": shared}
+    match_key, value_key, out_key, projection_key = jax.random.split(rng, 4)
     layers = {
         name: {
             **leaves,
@@ -81,16 +67,28 @@ def qformer(params: Mapping, rng: jax.Array) -> dict:
         for name, leaves in params.items()
         if name.startswith("layer_")
     }
-    layers["layer_0"] |= {
-        "cross_attention": attention,
-        "cross_norm": _with_scale(first["cross_norm"], LEVEL_GAIN),
+    kernels = {  # of the first layer: the key, and the scale of an orthogonal matrix
+        "query": (match_key, 1.0),
+        "key": (match_key, 1.0),
+        "value": (value_key, 1.0),
+        "out": (out_key, 1 / CONTENT_SCALE),
     }
+    attention = params["layer_0"]["cross_attention"]
+    layers["layer_0"] |= {
+        "cross_norm": _with_scale(params["layer_0"]["cross_norm"], LEVEL_GAIN),
+        "cross_attention": {
+            name: {**attention[name], "kernel": _orthogonal(key, attention[name]["kernel"], scale)}
+            for name, (key, scale) in kernels.items()
+        },
+    }
+    context, width = params["context_positions"].shape
+    target = _targets(len(params["query"]), context, context, width)
     return {
         **params,
         **layers,
         "query": jnp.asarray(QUERY_SCALE * target, params["query"].dtype),
         "context_norm": _with_scale(params["context_norm"], CONTENT_SCALE),
-        "projection": projection(params["projection"], next(keys)),
+        "projection": projection(params["projection"], projection_key),
     }
 
 

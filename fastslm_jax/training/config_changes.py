@@ -48,7 +48,8 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
     older = _flatten({"model": config_lib.older_checkpoint_fields()})
-    was, now = older | _flatten(before), _flatten(json.loads(config.to_json_best_effort()))
+    now = json.loads(config.to_json_best_effort())
+    was, now = (older | _flatten(fields) for fields in (before, now))
     return [
         f"config.{field} was {was.get(field)!r} before the resume and is now {now.get(field)!r}"
         for field in sorted(set(was) | set(now))

@@ -10,11 +10,23 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fastslm_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
-_LORA_PATHS = [
-    f"llm/layers/{name}/lora_{factor}"
-    for name in ("query", "key", "value", "out", "gate", "up", "down")
-    for factor in "ab"
-]
+_ATTENTION = ("query", "key", "value", "out")
+# Parts that a config can leave out: a fragment of their paths, and paths.
+_OPTIONAL = {
+    "/lora_": [
+        f"llm/layers/{name}/lora_{factor}"
+        for name in ("query", "key", "value", "out", "gate", "up", "down")
+        for factor in "ab"
+    ],
+    "/detail_recovery_": [
+        f"hfq_former/detail_recovery_0/{kind}_attention/{name}/kernel"
+        for kind in ("self", "cross")
+        for name in _ATTENTION
+    ],
+    "adapter/layer_0/self_attention/": [
+        f"adapter/layer_0/self_attention/{name}/kernel" for name in _ATTENTION
+    ],
+}
 
 
 class TrainableError(UserError):
@@ -47,8 +59,13 @@ def trainable_mask(paths: Sequence[str], table: Sequence[tuple[str, bool]]) -> d
 
 
 def _unused(table: Sequence[tuple], used: set[str], paths: Iterable[str]) -> list[str]:
-    """The patterns that decide nothing. Without LoRA parameters, those for LoRA may."""
-    absent = () if any("/lora_" in path for path in paths) else _LORA_PATHS
+    """The patterns that decide nothing, but for those of optional parts that are left out."""
+    absent = [
+        path
+        for fragment, examples in _OPTIONAL.items()
+        if not any(fragment in path for path in paths)
+        for path in examples
+    ]
     return [
         pattern
         for pattern, _ in table

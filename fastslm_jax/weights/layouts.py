@@ -112,6 +112,16 @@ def _compressor(path: str, key: str, names: tuple[str, ...], lead: int) -> dict[
     }
 
 
+def _hf_compressor(name: str, key: str) -> dict[str, Rule]:
+    """With the optional projections of queries, keys and values."""
+    path = f"hfq_former/{name}"
+    names = ("query", "query_positions", "context_positions", "query_norm", "context_norm", "out")
+    rules = _compressor(path, key, names, lead=0)
+    for part in ("query_projection", "key_projection", "value_projection"):
+        rules |= _linear(f"{path}/{part}", f"{key}.{part}")
+    return rules
+
+
 def _downsampler(path: str, key: str, norm: str) -> dict[str, Rule]:
     return {
         **_conv(f"{path}/conv1", f"{key}.conv1"),
@@ -164,21 +174,16 @@ def hf_fastslm(num_stages: int, detail_recovery_layers: int) -> Layout:
 
     LoRA is in the folder's PEFT adapter, all else in the model's weights.
     """
-    names = ("query", "query_positions", "context_positions", "query_norm", "context_norm", "out")
     hfq_former = "model.hfq_former"
     llm = {**hf_decoder(decoder=HF_DECODER), **peft_lora(decoder=HF_DECODER)}
     rules = {
         **{f"encoder/{path}": rule for path, rule in hf_whisper("model.audio_tower.").items()},
         **{f"llm/{path}": rule for path, rule in llm.items()},
-        **_compressor(
-            "hfq_former/semantic_distillation", f"{hfq_former}.semantic_distillation", names, lead=0
-        ),
+        **_hf_compressor("semantic_distillation", f"{hfq_former}.semantic_distillation"),
         **_linear("hfq_former/projection", f"{hfq_former}.projection"),
     }
     for stage in range(num_stages):
-        rules |= _compressor(
-            f"hfq_former/compressor_{stage + 1}", f"{hfq_former}.compressors.{stage}", names, lead=0
-        )
+        rules |= _hf_compressor(f"compressor_{stage + 1}", f"{hfq_former}.compressors.{stage}")
     for level in range(num_stages - 1):
         rules |= _downsampler(
             f"hfq_former/downsampler_{level + 1}", f"{hfq_former}.downsamplers.{level}", "norm"

@@ -40,6 +40,13 @@ def test_the_config_of_a_checkpoint(fields, tmp_path):
     assert config.base.whisper == str(tmp_path / "bases/whisper")
 
 
+def test_a_config_of_an_older_version(fields, tmp_path):
+    """Fields with a default in the schema were added later."""
+    del fields["model"]["adapter"], fields["model"]["qformer_layers"]
+    config = load.saved_config(StoredMeta(config=fields), tmp_path, 4)
+    assert (config.model.adapter, config.model.qformer_layers) == ("hfq", 2)
+
+
 def test_a_config_of_another_version(fields, tmp_path):
     del fields["model"]["audio_padding"]
     message = "^runs/a/checkpoints/4: config.model.audio_padding is missing"

@@ -4,22 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastslm_jax.models.adapters import HFQFormer
-from fastslm_jax.models.query_init import temporal_query_init
+from fastslm_jax.models.adapters import HFQFormer, Pooling, SQFormer, Stack, WQFormer
 
 FRAMES, TOKENS = 300, 10
 
 
-@pytest.fixture(scope="module")
-def module():
-    return HFQFormer(192, stage_tokens=(16, 16, 16), compression_size=TOKENS)
+HFQ_FORMER = HFQFormer(192, TOKENS, stage_tokens=(16, 16, 16))
+
+
+@pytest.fixture(scope="module", params=[HFQ_FORMER, SQFormer(192, TOKENS)], ids=["hfq", "sq"])
+def module(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
 def normal(module):
-    return module.init(jax.random.key(0), jnp.zeros((1, FRAMES, 128)))["params"]
+    return normal_params(module)
+
+
+def normal_params(module):
+    return jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, FRAMES, 128)))["params"]
 
 
 def sensitivity(module, params):
@@ -33,7 +39,7 @@ def sensitivity(module, params):
 
 
 def test_tokens_attend_mostly_to_their_own_span(module, normal):
-    change = sensitivity(module, temporal_query_init(normal, jax.random.key(3)))
+    change = sensitivity(module, module.temporal_init(normal, jax.random.key(3)))
     nearest = change.argmax(axis=1)
     assert np.abs(nearest - np.arange(TOKENS)).max() <= 1
     assert (np.diff(nearest) >= 0).all()  # tokens are in temporal order
@@ -47,16 +53,21 @@ def test_normal_initialization_attends_uniformly(module, normal):
         return np.mean(np.diag(change) / change.sum(axis=1))
 
     assert own_share(normal) == pytest.approx(1 / TOKENS, abs=0.03)
-    assert own_share(temporal_query_init(normal, jax.random.key(3))) > 0.25
+    assert own_share(module.temporal_init(normal, jax.random.key(3))) > 0.25
 
 
-def test_only_the_documented_values_change(normal):
-    after = flatten_dict(temporal_query_init(normal, jax.random.key(3)), sep="/")
+def changed_values(module):
+    normal = normal_params(module)
+    after = flatten_dict(module.temporal_init(normal, jax.random.key(3)), sep="/")
     before = flatten_dict(normal, sep="/")
     assert {path: leaf.shape for path, leaf in after.items()} == {
         path: leaf.shape for path, leaf in before.items()
     }
-    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+def test_only_the_documented_values_of_the_hfq_former_change():
+    changed = changed_values(HFQ_FORMER)
     compressors = ("compressor_1", "compressor_2", "compressor_3", "semantic_distillation")
     expected = {
         f"{name}/{leaf}"
@@ -71,7 +82,29 @@ def test_only_the_documented_values_change(normal):
     assert changed == expected | {"projection/kernel"}
 
 
-def test_tokens_have_the_scale_of_embeddings(module, normal):
-    features = jax.random.normal(jax.random.key(1), (4, FRAMES, 128))
-    tokens = module.apply({"params": temporal_query_init(normal, jax.random.key(3))}, features)
+def test_of_other_adapters_only_the_scale_of_tokens_changes():
+    assert changed_values(Pooling(192, TOKENS)) == {"projection/kernel"}
+
+
+@pytest.mark.parametrize("kind", [HFQFormer, Pooling, Stack, WQFormer, SQFormer])
+def test_tokens_have_the_scale_of_embeddings(kind):
+    module = kind(192, TOKENS)
+    features = jax.random.normal(jax.random.key(1), (4, FRAMES // 6, 128))
+    features = jnp.repeat(
+        features, 6, axis=1
+    )  # frames next to each other are similar, as in speech
+    params = module.temporal_init(normal_params(module), jax.random.key(3))
+    tokens = module.apply({"params": params}, features)
     assert 0.02 < float(jnp.sqrt(jnp.mean(tokens**2))) < 0.2
+
+
+def test_projections_of_the_compressors_start_as_the_identity():
+    """So that temporal initialization gives the same tokens with them as without."""
+    features = jax.random.normal(jax.random.key(1), (1, FRAMES, 128))
+    module = HFQ_FORMER.clone(compressor_projections=True)
+    params = module.temporal_init(normal_params(module), jax.random.key(3))
+    leaves = flatten_dict(params).items()
+    kept = {path: leaf for path, leaf in leaves if not path[-2].endswith("_projection")}
+    with_projections = module.apply({"params": params}, features)
+    without = HFQ_FORMER.apply({"params": unflatten_dict(kept)}, features)
+    np.testing.assert_allclose(with_projections, without, atol=1e-5)

@@ -46,6 +46,22 @@ def test_a_plan_for_a_tpu_slice(config):
     json.dumps(result)
 
 
+@needs_tpu_compiler
+@pytest.mark.parametrize("adapter", ["pooling", "stack", "wq_former", "sq_former"])
+def test_a_plan_of_every_other_adapter(config, adapter):
+    """Windows of 2 s with 4 tokens."""
+    config.model.update({"adapter": adapter, "compression_size": 4, "remat": "full"})
+    topology = chips.parse_topology("v5e:2x2")
+    devices = topology.devices()
+    set_rows(config, devices, topology.chip, rows_per_chip=1)
+    result = plan(config, devices, topology.chip, "v5e:2x2")
+    assert 0 < result["hbm_gib"]["trained"] < result["hbm_peak_gib"] < 1
+    assert result["flops_executed"] > result["flops_minimum"]
+    term = "MLP" if adapter in ("pooling", "stack") else "Q-Former layers"
+    assert result["flops_minimum_by_term"][term] > 0
+    assert "HFQ-Former projection" not in result["flops_minimum_by_term"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -452,6 +452,7 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
             "mesh": {"data": 8},
             "profile_memory": 2,
             "newer": "",  # off, as before there was such a field
+            "model": {"adapter": "hfq", "downsample_factor": 3},  # the first as before
             "seed": 3,
         }
     )
@@ -463,6 +464,7 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
     assert messages == [
         "config.gone was 1 before the resume and is now None",
         "config.optimizer.learning_rate was 0.1 before the resume and is now 0.2",
+        "config.model.downsample_factor was 2 before the resume and is now 3",
         # Only `profile` itself may change freely, not every field whose name begins so.
         "config.profile_memory was 1 before the resume and is now 2",
         "config.seed was None before the resume and is now 3",

@@ -1,5 +1,7 @@
 """The table of trainable parameters, the learning rate, and one step of both optimizers."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +211,17 @@ def test_a_learning_rate_ratio_that_decides_nothing_is_an_error():
             leaves,
             leaves,
         )
+
+
+def test_patterns_for_parts_of_an_adapter_may_decide_nothing_without_them():
+    """The demo's table fits every adapter, and an HFQ-Former without detail recovery."""
+    demo = importlib.import_module("configs.demo").get_config("1")
+    table = demo.optimizer.learning_rate_ratios
+    adamw = optim.make_optimizer("adamw", optax.constant_schedule(0.1), learning_rate_ratios=table)
+    others = {"llm/layers/query/lora_a": jnp.zeros((8, 4))}
+    for path in ("hfq_former/projection/kernel", "adapter/layer_0/mlp_in/kernel"):
+        leaves = {path: jnp.zeros((8, 4)), **others}
+        one_step(adamw, leaves, leaves)
 
 
 def test_patterns_for_lora_may_decide_nothing_with_rank_0():

@@ -86,6 +86,8 @@ class SQFormer(Adapter):
         check_heads(width, self.head_dim, "encoder")
         parts = self.parts(frames)
         num_queries = self.compression_size // parts
+        # The blocks of a fused kernel are larger than the few frames of a part.
+        kernel = self.attention_kernel if parts == 1 else AttentionKernel()
         context = features.astype(self.dtype).reshape(windows * parts, frames // parts, width)
         context = LayerNorm(dtype=self.dtype, name="context_norm")(context)
         positions = self.param("context_positions", sinusoid_init, context.shape[1:])
@@ -96,7 +98,7 @@ class SQFormer(Adapter):
             x = QFormerLayer(
                 width // self.head_dim,
                 self.hidden(num_queries, width),
-                self.attention_kernel,
+                kernel,
                 dtype=self.dtype,
                 name=f"layer_{layer}",
             )(x, context)
