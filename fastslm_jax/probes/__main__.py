@@ -5,7 +5,7 @@
 For each target, logistic regressions are trained on the mean log-mel spectrogram of a window, the
 mean of the encoder's frames, the mean of the speech tokens, and all speech tokens. The clips are
 synthetic (espeak-ng: pip install -r requirements-demo.txt). Writes DIR/probes.json and
-DIR/probes.md; docs/probes.md explains both.
+DIR/probes.md; docs/probes.md explains both. An interrupted run resumes after its last target.
 """
 
 from absl import flags
@@ -29,7 +29,10 @@ if __name__ == "__main__":
     cli.parse_flags(required=("checkpoint", "out"))  # before the imports below, which take seconds
 
 import json
+import pathlib
 from collections.abc import Sequence
+
+from absl import logging
 
 from fastslm_jax import outputs
 from fastslm_jax.errors import UserError
@@ -66,14 +69,25 @@ def main(argv: Sequence[str]) -> None:
     out = outputs.check_folder(FLAGS.out, "--out")
     generator = api.load(FLAGS.checkpoint, FLAGS.step).generator
     model = generator.encode_speech.model
-    results = measure(model, generator.params, FLAGS.seed, FLAGS.clips, targets)
     settings = {name: FLAGS[name].value for name in ("checkpoint", "step", "clips", "seed")}
-    outputs.write_text(
-        out / "probes.json", json.dumps({**settings, "results": results}, indent=1) + "\n"
-    )
+    results = finished(out / "probes.json", settings)
+    for target in targets:
+        if target not in {result["target"] for result in results}:
+            results += measure(model, generator.params, FLAGS.seed, FLAGS.clips, (target,))
+            text = json.dumps({**settings, "results": results}, indent=1)
+            outputs.write_text(out / "probes.json", text + "\n")
+            logging.info("probes: %s is done", target)
     text = table(results)
     outputs.write_text(out / "probes.md", f"Accuracy in % [95 % interval].\n\n{text}\n")
     print(text)
+
+
+def finished(path: pathlib.Path, settings: dict) -> list[dict]:
+    """The results that a run with the same flags has left."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found.pop("results") if settings == {k: found.get(k) for k in settings} else []
 
 
 if __name__ == "__main__":
