@@ -29,9 +29,11 @@ _MAX_MESSAGE = 300  # characters of another library's error message
 _LOG_FORMAT, _LOG_TIME = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
 _BAR_LINE_EVERY = 300.0  # seconds between the lines of a progress bar in a log file
 
-_ENVIRONMENT = {  # read when TensorFlow is imported; only its event files and TFDS are used
-    "TF_CPP_MIN_LOG_LEVEL": "2",
+_ENVIRONMENT = {  # read when these libraries are imported
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow, only event files and TFDS are used
     "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself on every import, whatever the log level
+    # Of transformers, only tokenizers and configs are used: it warns that PyTorch is missing.
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
 # Messages of libraries on a healthy run that the user can do nothing about.
 _HIDDEN = {

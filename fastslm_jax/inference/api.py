@@ -62,7 +62,7 @@ def load(
 
 
 def file_recording(path: str | os.PathLike[str], task: str, prompt: str | None) -> Recording:
-    """A file that is decoded when its turn comes.
+    """The recording in a file, which is decoded when it is needed.
 
     Raises:
         AudioError: it is missing, unreadable, empty or truncated.

@@ -84,7 +84,7 @@ def read_key(path: str | None) -> str | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that the port is ours while the model loads.
+    """A listening socket, so that the port is reserved while the model loads.
 
     Raises:
         UserError: the port is in use, or the address is not of this machine.

@@ -1,4 +1,4 @@
-"""The routes of the server, and what holds for all of them: key, limits, errors, metrics."""
+"""Routes of the server, with their common key check, limits, errors and metrics."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ class Server:
 
     Args:
         model_name: what clients call the model.
-        api_key: that requests to /v1 must bear; None: open to all who reach the port.
+        api_key: that requests to /v1 must carry; None: no key is required.
     """
 
     def __init__(self, worker: Worker, model_name: str, limits: Limits, api_key: str | None = None):
@@ -201,7 +201,7 @@ class Server:
         deadline: float,
         events: Callable[[Progress], Iterator[str]],
     ) -> EventStream:
-        """A stream that has begun: what cannot be answered has an HTTP status of its own."""
+        """A stream whose first event is ready: earlier errors have an HTTP status."""
         results = self._results(ask)
         first = await unless_disconnected(request.receive, _next(results))
 

@@ -1,4 +1,4 @@
-"""What clients send: multipart forms and JSON with audio → `Ask`."""
+"""Request bodies, multipart forms and JSON with audio → `Ask`."""
 
 import base64
 import binascii
@@ -38,7 +38,8 @@ def _check_language(code: str) -> str:
 class AudioFields(schema.Schema, strict=False, extra="forbid"):
     """Fields of a transcription's or translation's form, besides the file.
 
-    `task`, `instruction`, `context`, `seed` and `max_tokens` are ours, the others OpenAI's.
+    `task`, `instruction`, `context`, `seed` and `max_tokens` are additions, the others are
+    OpenAI's.
     """
 
     model: str | None = None

@@ -1,4 +1,4 @@
-"""One client's connection: its body within limits, its departure, and event streams."""
+"""A client's connection: limits on its body, disconnection, and event streams."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Body:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves; for after the body is read.
+    """The result of `work`, cancelled if the client leaves. Call it after the body is read.
 
     Raises:
         ClientDisconnect: it has left.

@@ -1,4 +1,4 @@
-"""What clients get: results → JSON, text, subtitles, and server-sent events."""
+"""Responses: results → JSON, text, subtitles, and server-sent events."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def settled(result: Result) -> list[TranscriptSegment]:
 
 @dataclasses.dataclass
 class Growth:
-    """Turns texts that grow into what is new of each. The rest is never taken back."""
+    """Turns growing texts into deltas. Text that was sent is never taken back."""
 
     written: str = ""
 

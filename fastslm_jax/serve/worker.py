@@ -22,7 +22,7 @@ from fastslm_jax.serve.limits import ApiError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ask:
-    """What a client wants to know.
+    """A client's request to the model.
 
     Attributes:
         samples: int16 at 16 kHz; None: a text prompt.
@@ -111,7 +111,7 @@ class Worker(threading.Thread):
             self._inbox.put(("cancel", ticket))
 
     def stop(self) -> None:
-        """Ends the thread; asks that are not answered are dropped."""
+        """Ends the thread and drops pending asks."""
         self._inbox.put(("stop", None))
         self.join()
 
@@ -127,7 +127,7 @@ class Worker(threading.Thread):
                 self._publish(job)
 
     def _receive(self) -> bool:
-        """Takes what has arrived, and waits if there is nothing to do; False: stop."""
+        """Takes new asks; waits for one if the batch is idle. False: stop."""
         while True:
             try:
                 kind, ticket = self._inbox.get(block=not self.scheduler.jobs)

@@ -229,7 +229,7 @@ def _claim(out: pathlib.Path, recipe: Recipe) -> None:
 
 
 def _try_voices(recipe: Recipe) -> None:
-    """Lets every group say a word, so that what is not installed is told at once."""
+    """Synthesizes one word with every group: a missing engine fails before any work."""
     for group in recipe.voices:
         for voice in group if len(group) < 10 else group[:1]:
             voice.speak("hello")

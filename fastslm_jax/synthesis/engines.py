@@ -1,7 +1,7 @@
 """Speech synthesizers behind one interface: a text, a voice and a speed in, samples out.
 
-`ENGINES` has all of them; docs/synthesis.md tells how to install them, and their licenses. What an
-engine returns depends on its arguments only. Texts are passed as arguments or on standard input,
+`ENGINES` lists them; docs/synthesis.md has their licenses and how to install them. Engines are
+deterministic. Texts are passed as arguments or on standard input,
 never through a shell.
 """
 
