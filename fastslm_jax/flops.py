@@ -21,6 +21,8 @@ from fastslm_jax.models.fastslm import FastSLM
 # Backward, after recomputing QK: dV, dP and dK (dkv) and dP and dQ (dq), or all of them in one
 # kernel (use_fused_bwd_kernel).
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
+# `models.paired_attention`: scores and values; scores again, dV, dP, dK and dQ.
+PAIRED_PRODUCTS = {"paired_attention_forward": 2, "paired_attention_backward": 5}
 # Flash attention on GPUs. cuDNN's backward pass is one kernel as in arXiv 2307.08691; its blocks
 # are not public: 128 × 128 is assumed. Pallas computes dkv and dq in two loops.
 CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
@@ -67,9 +69,11 @@ def _count_equation(equation: JaxprEqn) -> int:
         return _count_triton(equation)
     if name == "pallas_call" and str(params["name"]).startswith("rotary_"):
         return 0  # no products
-    if name == "pallas_call" and params["name"] == "paired_attention":  # scores and values
-        batch, length, width = equation.invars[0].aval.shape
-        return 2 * 2 * batch * length * equation.invars[1].aval.shape[1] * width
+    if name == "pallas_call" and str(params["name"]) in PAIRED_PRODUCTS:
+        (batch, length, width), (_, context, _) = (
+            equation.invars[index].aval.shape for index in (0, -1)
+        )
+        return PAIRED_PRODUCTS[str(params["name"])] * 2 * batch * length * context * width
     if name == "pallas_call":
         return _count_splash(equation)
     inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]

@@ -166,11 +166,16 @@ def test_splash_attention():
 
 
 def test_heads_of_64_in_pairs():
-    """Scores and values; the kernel computes padded positions too."""
+    """Two products forward, five backward, without padding; padded keys are computed too."""
     attend = AttentionKernel("splash_interpret")
-    heads = array(2, 128, 4, 64)
-    attention = count(lambda q, k, v: attend(q, k, v, keys=100), heads, heads, heads)
-    assert attention == 2 * 2 * (2 * 4 * 128 * 128 * 64)
+    query, key = array(2, 5, 4, 64), array(2, 70, 4, 64)
+
+    def loss(*arrays):
+        return jnp.sum(attend(*arrays, keys=65))
+
+    product = 2 * (2 * 4 * 5 * 70 * 64)
+    assert count(loss, query, key, key) == 2 * product
+    assert count(jax.value_and_grad(loss, (0, 1, 2)), query, key, key) == (2 + 5) * product
 
 
 # -------------------------------------------------------------------------------------- minimum

@@ -38,9 +38,12 @@ def shard(
     mesh: Mesh | None,
     function: Callable[..., jax.Array],
     in_axes: tuple[tuple[str | None, ...], ...],
-    out_axes: tuple[str | None, ...],
+    out_axes: tuple[str | None, ...] | tuple[tuple[str | None, ...], ...],
 ) -> Callable[..., jax.Array]:
-    """Runs a function per device of the mesh. Axes: mesh axes of the dimensions after the rows."""
+    """Runs a function per device of the mesh.
+
+    Axes: mesh axes of the dimensions after the rows; a tuple of them for several results.
+    """
     if mesh is None:
         return function
 
@@ -48,11 +51,14 @@ def shard(
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         # Batches that are not divisible, such as a small evaluation batch, are replicated.
         rows = ("data", "fsdp") if arrays[0].shape[0] % shards == 0 else None
+        is_several = bool(out_axes) and isinstance(out_axes[0], tuple)
+        specs = [PartitionSpec(rows, *axes) for axes in (out_axes if is_several else (out_axes,))]
+        out_specs = tuple(specs) if is_several else specs[0]
         return jax.shard_map(
             function,
             mesh=mesh,
             in_specs=tuple(PartitionSpec(rows, *axes) for axes in in_axes),
-            out_specs=PartitionSpec(rows, *out_axes),
+            out_specs=out_specs,
             check_vma=False,
         )(*arrays)
 

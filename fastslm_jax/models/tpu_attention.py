@@ -75,26 +75,26 @@ class TPUAttention:
         shards = self._head_shards()
         if mask is not None or not paired_attention.supports(query, key, shards):
             return by_head(query, key, value)
-        attend = jax.custom_vjp(functools.partial(self._paired, keys=keys))
-        attend.defvjp(
-            lambda *arrays: (attend(*arrays), arrays),
-            lambda arrays, gradient: jax.vjp(by_head, *arrays)[1](gradient),
-        )
+        keys = key.shape[1] if keys is None else keys
+        attend = jax.custom_vjp(functools.partial(self._paired, keys))
+
+        def backward(arrays: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+            if paired_attention.has_backward(query):
+                return self._paired(keys, *arrays, gradient)
+            return jax.vjp(by_head, *arrays)[1](gradient)
+
+        attend.defvjp(lambda *arrays: (attend(*arrays), arrays), backward)
         return attend(query, key, value)
 
-    def _paired(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None
-    ) -> jax.Array:
-        def per_device(*arrays: jax.Array) -> jax.Array:
-            return paired_attention.attention(
-                *arrays,
-                keys=keys or key.shape[1],
-                interpret=self.interpret,
-            )
-
+    def _paired(self, keys: int, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+        """Query, key, value [b, t or s, n, h] → output; with its gradient → their gradients."""
+        kernel = paired_attention.forward if len(arrays) == 3 else paired_attention.backward
         columns = (None, "tensor")
-        arrays = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
-        return shard(self.mesh, per_device, (columns,) * 3, columns)(*arrays).reshape(query.shape)
+        out_axes = columns if len(arrays) == 3 else (columns,) * 3
+        run = functools.partial(kernel, keys=keys, interpret=self.interpret)
+        flat = (x.reshape(*x.shape[:2], -1) for x in arrays)
+        out = shard(self.mesh, run, (columns,) * len(arrays), out_axes)(*flat)
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:2], *arrays[0].shape[2:]), out)
 
     def _by_head(
         self,

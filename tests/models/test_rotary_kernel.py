@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastslm_jax import sharding
 from fastslm_jax.models.attention import AttentionKernel
 from fastslm_jax.models.decoder import HeadRotation, RoPE
 
 ROWS, LENGTH, HEADS, HEAD_DIM = 2, 512, 2, 128
 
 
-@pytest.mark.parametrize("has_norm", [True, False])
-def test_values_and_gradients(has_norm):
-    kernel = AttentionKernel("splash_interpret")
+@pytest.mark.parametrize(("has_norm", "axes"), [(True, None), (False, None), (True, (2, 1, 2))])
+def test_values_and_gradients(has_norm, axes):
+    devices = jax.devices()[:4]
+    mesh = axes and sharding.make_mesh(*axes, devices=devices)
+    kernel = AttentionKernel("splash_interpret", mesh=mesh)
     layer = HeadRotation(HEAD_DIM, RoPE(), 1e-6, has_norm, kernel, jnp.float32)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS, LENGTH, HEADS * HEAD_DIM)).astype(np.float32)
