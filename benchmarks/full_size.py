@@ -11,34 +11,15 @@ from ml_collections import ConfigDict
 
 from fastslm_jax import config as config_lib
 from fastslm_jax.errors import UserError
+from fastslm_jax.plan.published_configs import CONFIGS
 from fastslm_jax.training import experiment
 from fastslm_jax.weights import engine, layouts
 from fastslm_jax.weights.tensors import Tensor, write_sharded
 
 TOKENIZER = pathlib.Path(__file__).parents[1] / "assets/demo_llm"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-WHISPER = {  # openai/whisper-large-v3
-    "model_type": "whisper",
-    "d_model": 1280,
-    "encoder_layers": 32,
-    "encoder_attention_heads": 20,
-    "encoder_ffn_dim": 5120,
-    "num_mel_bins": 128,
-    "max_source_positions": 1500,
-}
-QWEN3 = {  # Qwen/Qwen3-4B
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
+WHISPER = CONFIGS["openai/whisper-large-v3"]
+QWEN3 = CONFIGS["Qwen/Qwen3-4B-Instruct-2507"]
 SMALL_WHISPER = WHISPER | {"encoder_layers": 2}
 SMALL_QWEN3 = QWEN3 | {"num_hidden_layers": 2, "vocab_size": 4096}
 
