@@ -77,8 +77,8 @@ class Conv(nn.Module):
         ]
         columns = jnp.concatenate(taps, axis=-1).reshape(batch * out_length, 3 * width)
         y = columns @ kernel.astype(self.dtype).reshape(3 * width, self.features)
-        y = nn.with_logical_constraint(y + bias.astype(self.dtype), ("rows", None))
-        return y.reshape(batch, out_length, self.features)
+        y = (y + bias.astype(self.dtype)).reshape(batch, out_length, self.features)
+        return nn.with_logical_constraint(y, ("rows", None, None))
 
 
 class Attention(nn.Module):
