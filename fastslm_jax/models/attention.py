@@ -3,7 +3,7 @@
 | name             | kernel                                                          | runs on     |
 |------------------|-----------------------------------------------------------------|-------------|
 | xla              | blockwise attention in plain XLA (`blockwise_attention`)        | everywhere  |
-| splash           | splash attention with segment ids (JAX's Pallas TPU kernel)     | TPU         |
+| splash           | JAX's and our Pallas TPU kernels (see `tpu_attention`)          | TPU         |
 | cudnn            | `jax.nn.dot_product_attention(implementation="cudnn")`          | GPU, 16 bit |
 | triton           | flash attention with segment ids (JAX's Pallas GPU kernel)      | GPU, 16 bit |
 | splash_interpret | splash in Pallas interpret mode, for tests without a TPU        | everywhere  |

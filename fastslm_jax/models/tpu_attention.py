@@ -21,7 +21,11 @@ BLOCKS = (512, 384, 256, 128)
 
 @dataclasses.dataclass(frozen=True)
 class TPUAttention:
-    """mesh: of the inputs. interpret: Pallas's interpret mode, for tests without a TPU."""
+    """Two heads of 64 at a time without a mask; else splash attention (JAX's Pallas kernel).
+
+    mesh: of the inputs.
+    interpret: Pallas's interpret mode, for tests without a TPU.
+    """
 
     mesh: Mesh | None
     interpret: bool
