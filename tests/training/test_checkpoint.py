@@ -502,8 +502,8 @@ def test_changes_since_the_checkpoint_are_warned_about(monkeypatch):
     )
     assert messages == [
         "config.gone was 1 before the resume and is now None",
-        "config.optimizer.learning_rate was 0.1 before the resume and is now 0.2",
         "config.model.downsample_factor was 2 before the resume and is now 3",
+        "config.optimizer.learning_rate was 0.1 before the resume and is now 0.2",
         # Only `profile` itself may change freely, not every field whose name begins so.
         "config.profile_memory was 1 before the resume and is now 2",
         "config.seed was None before the resume and is now 3",
