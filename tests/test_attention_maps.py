@@ -75,8 +75,8 @@ class Recorder(AttentionKernel):
 
     calls: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, query, key, value, mask=None):
-        out = super().__call__(query, key, value, mask)
+    def __call__(self, query, key, value, mask=None, **options):
+        out = super().__call__(query, key, value, mask, **options)
         scores = jnp.exp(jnp.einsum("btnh,bsnh->bnts", query, key) / query.shape[-1] ** 0.5)
         weights = scores / scores.sum(axis=-1, keepdims=True)
         error = jnp.abs(jnp.einsum("bnts,bsnh->btnh", weights, value) - out).max()

@@ -122,7 +122,7 @@ def place(tmp_path_factory):
         f"  *train.py*configs/stage*) export XLA_FLAGS='{FAST} {EIGHT}'\n"
         f'    exec {sys.executable} "$@" {TINY} {SLICE} ;;\n'
         f'  *train.py*librispeech*) exec {sys.executable} "$@" {TINY} {CARD} ;;\n'
-        f"  *eval.py*configs/stage* | *eval.py*librispeech*)\n"
+        f"  *eval.py*configs/stage* | *eval.py*librispeech_finetune*)\n"
         f'    exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
         f'  *train.py*) exec {sys.executable} "$@" {SMALL} ;;\n'
         f'  *) exec {sys.executable} "$@" ;;\n'

@@ -30,7 +30,7 @@ def finished(tmp_path) -> pathlib.Path:
     for (name, task), scores in SCORES.items():
         parent = tmp_path / "stage3" / "eval" / name / task
         seconds = 100.0 if name == "test_long" else 3.0
-        common = {"task": task, "lang": "en", "seconds": seconds}
+        common = {"task": task, "lang": "en", "seconds": seconds, "stop_reason": "eos"}
         answers = [
             common | {"reference": "the boat leaves soon", "hypothesis": hypothesis}
             for hypothesis in ("the boat leaves soon", "the coat leaves soon")

@@ -267,12 +267,12 @@ def test_unsupported_inputs_raise_or_fall_back(kernel, options, message, monkeyp
 
 
 def test_the_model_matches_with_splash_attention(model, params, batch):
-    """Encoder, HFQ-Former and packed decoder: values and LoRA gradients."""
+    """Encoder, adapter and packed decoder: values and LoRA gradients."""
     splash_model = dataclasses.replace(
         model,
         **{
             name: getattr(model, name).clone(attention_kernel=SPLASH)
-            for name in ("encoder", "hfq_former", "llm")
+            for name in ("encoder", "adapter", "llm")
         },
     )
     rows = {name: value[:1] for name, value in batch.items()}
