@@ -5,8 +5,9 @@
 
 The argument is the grouping of clips, which the paper does not specify. A row of 30 windows is 15
 minutes of audio, one long recording or several shorter ones; a step of 64 rows is 16 hours.
-Optimizer: borrowed, see stage 1 (its sources are in configs/stage1_shortform.py). The HFQ-Former is
-trained now: a fifth of its rate there, half of LoRA's.
+Optimizer: borrowed as in stage 1 (configs/stage1_shortform.py names the sources), but for the two
+rates, which are starting points without a source: 1e-4 for the HFQ-Former, which is trained by now,
+and 5e-5 for LoRA.
 Hardware: as configured, 64 TPU v5e chips with one row each; plan for others with
 `python -m fastslm_jax.plan` (docs/tpu_plan.md).
 Time and metrics: not measured.
