@@ -24,6 +24,8 @@ def get_config(arg: str = "1") -> ConfigDict:
     config.base.llm = "HuggingFaceTB/SmolLM2-135M-Instruct"
     # Clips are short: windows of 6 s cost a fifth of Whisper's 30 s. 10 tokens a window.
     config.model.update({"window_seconds": 6.0, "compression_size": 0, "scan_layers": True})
+    config.model.chat_template = "chatml"  # without SmolLM2's system prompt: 21 tokens fewer
+    config.model.lora.dropout = 0.0
     corpus = f"{folder}/corpus"
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
@@ -38,8 +40,11 @@ def get_config(arg: str = "1") -> ConfigDict:
     )
     config.log_every, config.checkpoint_every, config.eval_every = 10, 100, 500
     if stage == "1":
-        config.data.train.speech = config_lib.source(f"{corpus}/train.jsonl", ("asr",))
-        config.data.row.update({"windows": 4, "tokens": 320, "labels": 128})
+        config.data.train.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.5)
+        config.data.train.joined = config_lib.source(  # more speech per window and per prompt
+            f"{corpus}/train.jsonl", ("asr",), 0.5, {"min_seconds": 5.0, "max_seconds": 11.0}
+        )
+        config.data.row.update({"windows": 4, "tokens": 192, "labels": 96})
         config.global_batch_size, config.steps = 2, 6000
         optimizer.learning_rate = 1e-2
     elif stage == "2":
