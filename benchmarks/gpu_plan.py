@@ -72,13 +72,14 @@ CLOSING = """
 | 1 × 80 GB | `--config.mesh.data=1 --config.mesh.fsdp=1` | all weights on one card |
 | 8 × 80 GB, one node | `--config.mesh.data=-1 --config.mesh.fsdp=8` | NVLink carries the weights |
 | several nodes of eight | same | only gradients cross the network |
-| 1 × 24 GB | as one card, and what follows | 12.61 GiB in stage 2 |
+| 1 × 24 GB (L4) | one, `librispeech_finetune.py:large,4b,24` | 14.4 of 22.5 GiB; two rows: 18.7 |
 
 With `--config.model.remat=attention,query,key,value,out,gate,up`: the configs' own values are for
-TPUs of 16 GB. The row of 24 GB was compiled for an H100, with one 15-minute row
-(`--topology=h100:1 --rows_per_chip=1 --config.mesh.data=1 --config.mesh.fsdp=1
---config.model.remat=full --config.model.window_batch=5`). `fastslm_jax/compiler.py` has the
-compiler options of a train step on several GPUs.
+TPUs of 16 GB. The row of 24 GB: `python -m fastslm_jax.plan
+--config=configs/librispeech_finetune.py:large,4b,24 --topology=l4:1` (docs/quickstart_gpu.md). One
+15-minute row of stage 2 takes 12.6 GiB, compiled for an H100 (`--topology=h100:1 --rows_per_chip=1
+--config.mesh.data=1 --config.mesh.fsdp=1 --config.model.remat=full --config.model.window_batch=5`).
+`fastslm_jax/compiler.py` has the compiler options of a train step on several GPUs.
 """
 
 plan_pages.define_flags(TOPOLOGIES)

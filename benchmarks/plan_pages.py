@@ -33,6 +33,7 @@ COLUMNS = (
     "audio hours per day, bound",
     "effort",
     "compile, s",
+    "commit",
     "targets",
 )
 
@@ -83,7 +84,8 @@ class Page:
         )
         if done.returncode:
             return None
-        return {"stage": stage, "command": arguments, **json.loads(done.stdout.splitlines()[-1])}
+        plan = json.loads(done.stdout.splitlines()[-1])
+        return {"stage": stage, "command": arguments, "commit": commit(), **plan}
 
     def stored(self) -> dict[tuple[str, str], dict]:
         """{(stage, topology): result} of stored plans whose command has not changed."""
@@ -113,6 +115,7 @@ class Page:
                 f"{r['audio_hours_per_day']:,.0f}",
                 r["effort"],
                 f"{r['compile_seconds']:.0f}",
+                r.get("commit", "earlier"),
             ]
         missed = "" if r is None else ", ".join(self.misses(r)) or "all met"
         return "| " + " | ".join([*cells, missed]) + " |"
@@ -157,6 +160,12 @@ class Page:
         missed = {" ".join(key): self.misses(r) for key, r in results.items() if self.misses(r)}
         planned = {"planned": len(results), "of": len(STAGES) * len(self.topologies)}
         print(json.dumps(planned | {"missed": missed}))
+
+
+def commit() -> str:
+    """The short hash of the newest commit that changed the package or the configs."""
+    command = ["git", "log", "-1", "--format=%h", "--", "fastslm_jax", "configs/stage*.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def define_flags(topologies: tuple[str, ...]) -> None:
