@@ -20,6 +20,7 @@ import jax
 from banner import print_banner
 from flax.traverse_util import flatten_dict
 
+from fastslm_jax import cli
 from fastslm_jax import config as config_lib
 from fastslm_jax.models.adapters import ADAPTERS
 from fastslm_jax.plan import published_configs
@@ -61,7 +62,7 @@ def measure(size: str, options: dict) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     print_banner("Adapters from encoder features to speech tokens.", "cpu")
     result = {}
     for size, get_config in SIZES.items():
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
