@@ -22,8 +22,6 @@ from fastslm_jax.training import experiment, optim
 LONG = "recordings"  # the set whose recordings are decoded in one context
 # Upper ends of the lengths in minutes; recordings end up to one sentence earlier.
 MINUTES = (0.5, 1, 3, 5, 10)
-
-
 CONSEQUENCES = ("data.row.tokens", "optimizer.learning_rate_ratios")  # of other changes
 
 

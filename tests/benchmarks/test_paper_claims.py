@@ -6,6 +6,7 @@ import pathlib
 import jax
 import paper_claims
 import pytest
+import token_rate_costs
 from full_size_model import full_size
 
 from fastslm_jax.errors import UserError
@@ -35,7 +36,7 @@ def test_the_stages_of_the_hfq_former(full):
 
 def test_the_decoder_costs_by_hand(full):
     """Qwen3-4B: 36 layers, 8 key-value heads of 128; width 2560, 4096 wide queries."""
-    found = paper_claims.decoder_costs(full, rate=25, minutes=10)
+    found = token_rate_costs.decoder_costs(full, rate=25, minutes=10)
     assert found["tokens"] == 15_000
     assert found["cache_gib"] * 2**30 == 2 * 36 * 15_000 * 8 * 128 * 2
     weights = 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728
@@ -46,7 +47,7 @@ def test_the_decoder_costs_by_hand(full):
 
 
 def test_each_rate_has_an_adapter(full):
-    kinds = [paper_claims.adapter_of(full, rate) for rate in paper_claims.TOKEN_RATES]
+    kinds = [token_rate_costs.adapter_of(full, rate) for rate in token_rate_costs.TOKEN_RATES]
     assert [type(kind).__name__ for kind in kinds] == ["HFQFormer", "Stack", "Stack", "Stack"]
     assert [kind.compression_size for kind in kinds] == [50, 375, 750, 1500]
 
