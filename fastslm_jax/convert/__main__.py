@@ -1,14 +1,17 @@
-"""Converts FastSLM between formats, compares models, and averages checkpoints.
+"""Converts FastSLM between formats, compares models, averages checkpoints and makes them small.
 
     python -m fastslm_jax.convert import --from=PATH --out=WORKDIR [--llm=ID|DIR] [--lora_alpha=64]
     python -m fastslm_jax.convert export --workdir=WORKDIR [--step=N|best] --out=DIR
         --layout=released [--pt] | --layout=peft | --layout=hf [--merge_lora]
     python -m fastslm_jax.convert average --workdir=WORKDIR [--last=5] --out=WORKDIR
+    python -m fastslm_jax.convert publish --workdir=WORKDIR [--step=N|best] --out=WORKDIR
+        [--whisper=ID] [--llm=ID]
     python -m fastslm_jax.convert check PATH PATH [--audio=FILE] [--llm=ID|DIR] [--notorch]
 
 import: PATH is a released state_dict (.pt or .safetensors file, or folder) or a PyTorch folder.
 export: released is the authors' state_dict, peft a LoRA adapter, hf a PyTorch folder.
 average: writes the mean of the trained parameters of the newest checkpoints.
+publish: writes the trained parameters of a checkpoint in bfloat16, with the pretrained models' ids.
 check: PATH is a working directory, a released state_dict or a PyTorch folder.
 
 The last line of output is one JSON object.
@@ -23,7 +26,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fastslm_jax import cli
-from fastslm_jax.convert import averaging, checking, exporting, importing
+from fastslm_jax.convert import averaging, checking, exporting, importing, publishing
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import engine
 
@@ -31,12 +34,14 @@ FLAGS_OF = {
     "import": {"from", "out", "llm", "lora_alpha"},
     "export": {"workdir", "step", "layout", "out", "merge_lora", "pt"},
     "average": {"workdir", "last", "out"},
+    "publish": {"workdir", "step", "out", "whisper", "llm"},
     "check": {"audio", "llm", "torch"},
 }
 REQUIRED = {
     "import": ("from", "out"),
     "export": ("workdir", "layout", "out"),
     "average": ("workdir", "out"),
+    "publish": ("workdir", "out"),
     "check": (),
 }
 
@@ -47,22 +52,26 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "from", None, "import: released state_dict (file or folder) or PyTorch folder.", **options
     )
     flags.DEFINE_string(
-        "out", None, "import, export, average: folder to write; must be new or empty.", **options
+        "out", None, "All but check: folder to write; must be new or empty.", **options
     )
     flags.DEFINE_string(
         "llm",
         None,
-        "import, check: hub id or folder with the language model's config.json and tokenizer.",
+        "import, check: hub id or folder with the language model's config.json and tokenizer. "
+        "publish: hub id that replaces the config's.",
         **options,
+    )
+    flags.DEFINE_string(
+        "whisper", None, "publish: hub id of Whisper that replaces the config's.", **options
     )
     flags.DEFINE_float(
         "lora_alpha", None, "import: LoRA alpha (default: from config.json, or 64).", **options
     )
-    flags.DEFINE_string("workdir", None, "export, average: working directory.", **options)
+    flags.DEFINE_string("workdir", None, "export, average, publish: working directory.", **options)
     flags.DEFINE_integer(
         "last", 5, "average: how many of the newest checkpoints.", lower_bound=2, **options
     )
-    cli.define_step("step", "export: checkpoint to export", flag_values)
+    cli.define_step("step", "export, publish: checkpoint", flag_values)
     flags.DEFINE_string("layout", None, "export: released, peft or hf.", **options)
     flags.DEFINE_bool(
         "merge_lora", False, "export --layout=hf: merge LoRA into the weights.", **options
@@ -81,8 +90,8 @@ def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> No
     command, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if command not in FLAGS_OF:
         raise UserError(
-            f"command {command!r}: expected import, export, average or check; for the flags, run "
-            "python -m fastslm_jax.convert --help"
+            f"command {command!r}: expected import, export, average, publish or check; for the "
+            "flags, run python -m fastslm_jax.convert --help"
         )
     for name in set().union(*FLAGS_OF.values()) - FLAGS_OF[command]:
         if flag_values[name].present:
@@ -102,12 +111,16 @@ def main(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> No
 
 
 def convert(command: str, values: dict) -> None:
-    """Imports, exports or averages, and prints the JSON object."""
+    """Imports, exports, averages or publishes, and prints the JSON object."""
     started, out = time.time(), values["out"]
     if command == "average":
         given = values["workdir"]
         steps, tensors = averaging.average(given, out, values["last"])
         result, wrote = {"steps": steps}, f"step 0, the mean of steps {', '.join(map(str, steps))}"
+    elif command == "publish":
+        given, options = values["workdir"], {k: values[k] for k in ("step", "whisper", "llm")}
+        step, tensors = publishing.publish(given, out, **options)
+        result, wrote = {"step": step}, f"step {step}, trained parameters in bfloat16"
     elif command == "import":
         given, options = values["from"], {name: values[name] for name in ("llm", "lora_alpha")}
         opened = importing.import_checkpoint(given, out, **options)

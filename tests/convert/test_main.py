@@ -27,8 +27,8 @@ def test_command_in_a_new_process(released, tmp_path):
 
 
 WRONG = {
-    "no command": ([], "command '': expected import, export, average or check"),
-    "unknown command": (["impart"], "command 'impart': expected import, export, average or check"),
+    "no command": ([], "command '': expected import, export, average, publish or check"),
+    "unknown command": (["impart"], "command 'impart': expected import, export, average, publish"),
     "missing flag": (["import", "--out=x"], "import: --from is required"),
     "flag of another command": (
         ["import", "--from={released}", "--out=x", "--layout=hf"],

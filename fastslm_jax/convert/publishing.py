@@ -1,0 +1,58 @@
+"""A small working directory to share: the trained parameters of one checkpoint, in bfloat16.
+
+OUT/checkpoints/STEP/params   trained parameters in bfloat16, other parameters as they are
+                     meta     config with the names of the pretrained models, their fingerprints
+OUT/config.json               the config in the checkpoint
+
+Loading it needs the pretrained models, by hub id or folder, and checks their fingerprints.
+"""
+
+import os
+
+import jax.numpy as jnp
+
+from fastslm_jax import outputs
+from fastslm_jax.convert import opening
+from fastslm_jax.training import optim
+from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.weights.tensors import atomic_folder
+
+
+def publish(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    step: int | str | None = None,
+    whisper: str | None = None,
+    llm: str | None = None,
+) -> tuple[int, int]:
+    """Writes the working directory `out`: one checkpoint without optimizer state.
+
+    Args:
+        workdir: working directory of the run.
+        step: the checkpoint: a step, "best", or None for the newest.
+        whisper, llm: hub ids for the config in place of its own, such as folders of this machine.
+
+    Returns:
+        The step, and the number of trained arrays.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    given = opening.open_workdir(workdir, step)
+    stored = sorted(given.meta["checksums"]["params"])
+    is_trained = optim.trainable_mask(sorted(given.leaves), given.config.trainable)
+    params = {
+        path: jnp.asarray(given.leaves[path], jnp.bfloat16 if is_trained[path] else None)
+        for path in stored
+    }
+    config = given.config
+    for name, hub_id in (("whisper", whisper), ("llm", llm)):
+        config.base[name] = hub_id or config.base[name]
+    meta = {name: given.meta[name] for name in ("row", "bases")} | {"config": config.to_dict()}
+    with atomic_folder(out) as folder:
+        written = Checkpoints(folder)
+        written.save(given.step, params, {}, meta)
+        written.close()
+        outputs.write_text(folder / "config.json", config.to_json_best_effort(indent=1) + "\n")
+    return given.step, sum(is_trained[path] for path in stored)

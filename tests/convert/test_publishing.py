@@ -1,0 +1,44 @@
+"""A published working directory: what it stores, and what a model of float32 gets from it."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastslm_jax.convert import opening
+from fastslm_jax.training.checkpoint import Checkpoints
+
+
+def test_trained_parameters_are_stored_in_bfloat16(make_workdir, convert, tmp_path):
+    workdir = make_workdir(tmp_path / "run")
+    done = convert(
+        "publish",
+        f"--workdir={workdir}",
+        f"--out={tmp_path}/small",
+        "--whisper=openai/whisper-base",
+        "--llm=Qwen/Qwen3-4B",
+    )
+    given = opening.open_workdir(workdir)
+    assert f"{workdir} → {tmp_path}/small: step {given.step}, trained" in done.stdout
+
+    published = Checkpoints(tmp_path / "small", read_only=True)
+    assert published.steps() == [given.step]
+    meta = published.meta(given.step)
+    assert meta["bases"] == given.meta["bases"]
+    assert meta["config"]["base"] == {"whisper": "openai/whisper-base", "llm": "Qwen/Qwen3-4B"}
+    assert json.loads((tmp_path / "small/config.json").read_text()) == meta["config"]
+    assert list(meta["checksums"]) == ["params"]  # no optimizer state
+    dtypes = {path: sum_.split(":")[0] for path, sum_ in meta["checksums"]["params"].items()}
+    frozen = {path for path, dtype in dtypes.items() if dtype == "float32"}
+    assert frozen == {path for path in dtypes if "positions" in path}
+    assert done.json["tensors"] == len(dtypes) - len(frozen)
+
+    for name, folder in given.meta["config"]["base"].items():
+        (tmp_path / "small/bases").mkdir(exist_ok=True)
+        (tmp_path / "small/bases" / name).symlink_to(folder)
+    loaded = opening.open_workdir(tmp_path / "small").leaves
+    for path in dtypes:
+        expected = given.leaves[path]
+        if path not in frozen:
+            expected = np.asarray(expected).astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(loaded[path], expected, err_msg=path)
