@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
             planned = runs.plan(FLAGS.suite, suite, stage1, stage2, FLAGS.seeds)
             if stage1.config.name.startswith("ablation-"):
                 make_data(workdir, stage1, suite.has_lengths)
-            check_data(stage1, stage2)
+            check_data(stage1, stage2, suite.has_lengths)
         run_all(workdir, FLAGS.suite, question, planned)
 
 
@@ -115,13 +115,15 @@ def make_data(workdir: pathlib.Path, stage1: Stage, has_lengths: bool) -> None:
         recordings.build(pathlib.Path(stage1.config.eval.sets.recordings).parent)
 
 
-def check_data(*stages: Stage | None) -> None:
-    """Raises UserError if a manifest of a stage is missing, before the first training."""
-    for stage in filter(None, stages):
+def check_data(stage1: Stage, stage2: Stage | None, has_lengths: bool) -> None:
+    """Raises UserError if a manifest that the runs read is missing, before the first training."""
+    for stage in filter(None, (stage1, stage2)):
         sources = stage.config.data.train.items()
         paths = {f"data.train.{name}.path": source.path for name, source in sources}
-        if stage.name == "stage1":
-            paths |= {f"eval.sets.{name}": path for name, path in stage.config.eval.sets.items()}
+        if stage is stage1:
+            sets = stage.config.eval.sets.items()
+            read = [(name, path) for name, path in sets if has_lengths or name != runs.LONG]
+            paths |= {f"eval.sets.{name}": path for name, path in read}
         for field, path in paths.items():
             if not pathlib.Path(path).expanduser().exists():
                 raise UserError(f"{stage.flags[0]}: {field}={path}: no such file")

@@ -1,12 +1,14 @@
 """Experiments run once, resume, and go on after a failed run."""
 
 import json
+import pathlib
 import textwrap
 
 import pytest
 
+from configs import ablation
 from fastslm_jax.ablate import __main__ as ablate
-from fastslm_jax.ablate import runs
+from fastslm_jax.ablate import runs, suites
 from fastslm_jax.errors import UserError
 
 TRAIN = """
@@ -112,3 +114,16 @@ def test_other_settings_in_the_same_folder_are_refused(planned, tmp_path):
     planned[0].training.stage.flags = ("--config=hfq", "--config.steps=9")
     with pytest.raises(UserError, match=r"was created with other flags .*choose another folder"):
         ablate.run_all(workdir, "toy", "Which?", planned[:1])
+
+
+def test_only_suites_with_lengths_need_long_recordings(tmp_path):
+    config = ablation.get_config(f"1,{tmp_path}")
+    stage1 = suites.Stage("stage1", ("--config=configs/ablation.py:1",), config, model=None)
+    (tmp_path / "corpus").mkdir()
+    paths = [source.path for source in config.data.train.values()]
+    for path in (*paths, *config.eval.sets.values()):
+        if "recordings" not in path:
+            pathlib.Path(path).touch()
+    ablate.check_data(stage1, None, has_lengths=False)
+    with pytest.raises(UserError, match=r"eval\.sets\.recordings=.*: no such file"):
+        ablate.check_data(stage1, None, has_lengths=True)
