@@ -47,7 +47,9 @@ Written by `python benchmarks/gpu_plan.py` from docs/gpu_plan.jsonl. XLA's GPU c
 each of these steps for all cards; nothing ran on a GPU. Steps marked "not run" have not been
 compiled. h100:8x4 is four nodes of eight cards. Times are bounds (docs/performance.md): what the
 cards' peak rates allow, with no transfer hidden behind matrix products. Rows are full: in stages 2
-and 3 a row is one 15-minute recording, in stage 1 eight windows of 30 s.
+and 3 a row is one 15-minute recording, in stage 1 eight windows of 30 s. A B200 has memory for
+twice the rows of the others, and with the others' rows it waits for the weights (NVLink takes 20 %
+of the compute bound in stages 2 and 3, 22 % in stage 1).
 
 Targets: memory (85 % of the card), operations (executed / minimum at most 1.20), gathers (none
 larger than a layer's frozen weights, except the embedding's), collectives (NVLink less than 20 % of
@@ -106,6 +108,7 @@ PAGE = plan_pages.Page(
     overrides=overrides,
     misses=misses,
     closing=CLOSING,
+    more_rows={"b200:8": 2},
 )
 
 

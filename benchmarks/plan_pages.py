@@ -9,7 +9,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import flags
 
@@ -49,6 +49,7 @@ class Page:
         overrides: topology → flags of the config.
         misses: plan → names of the targets that it does not meet.
         closing: text below the commands.
+        more_rows: topology → factor of ROWS_PER_CHIP, for chips with memory for more.
     """
 
     name: str
@@ -57,18 +58,20 @@ class Page:
     overrides: Callable[[str], tuple[str, ...]]
     misses: Callable[[dict], list[str]]
     closing: str = ""
+    more_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def file(self) -> pathlib.Path:
         return ROOT / f"docs/{self.name}.jsonl"
 
     def command(self, stage: str, topology: str) -> list[str]:
+        rows = ROWS_PER_CHIP[stage] * self.more_rows.get(topology, 1)
         return [
             "-m",
             "fastslm_jax.plan",
             f"--config=configs/{stage}.py",
             f"--topology={topology}",
-            f"--rows_per_chip={ROWS_PER_CHIP[stage]}",
+            f"--rows_per_chip={rows}",
             *self.overrides(topology),
         ]
 
