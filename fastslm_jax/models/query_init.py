@@ -2,12 +2,17 @@
 
 With the HFQ-Former authors' initialization (small random queries), every query attends uniformly
 to the whole window. The speech tokens of a window are then almost equal and much larger than the
-language model's embeddings, and training first has to learn where to attend, which is slow. With
-the temporal initialization, query i attends to the i-th of equal spans of its level (in the
-distillation, of the first stage's tokens), tokens are in temporal order, residual branches start
-small, and tokens have about the scale of embeddings. The same holds for Q-Formers; of the adapters
-without queries, only the scale of the tokens is initialized.
-Only initial values change; the module and its parameter tree do not.
+language model's embeddings, and training first has to learn where to attend, which is slow.
+
+With the temporal initialization, all position tables of the HFQ-Former read one clock: query i and
+the frames of the i-th of equal spans have equal positions, and so have the tokens of all levels in
+the distillation. Each query starts with nearly the mean of its span. Authors' tables have sines of
+falling frequency, then cosines, so that most heads of a wide model get frequencies too low to tell
+frames apart; these have all frequencies in every head. Residual branches start small, and tokens
+have about the scale of embeddings. For Q-Formers, queries and scales are initialized so; of the
+adapters without queries, only the scale of the tokens.
+Only initial values change; the module and its parameter tree do not. Position tables are stored in
+checkpoints and exports.
 """
 
 from collections.abc import Mapping
@@ -18,31 +23,40 @@ import numpy as np
 
 from fastslm_jax.models.layers import sinusoids
 
-# Scale of the normalized queries, hence sharpness of attention: for the three levels, and for
-# the distillation, whose keys are fewer and closer to each other.
-LEVEL_GAIN, DISTILLATION_GAIN = 3.0, 8.0
-CONTENT_SCALE = 0.3  # of the normalized context, relative to its position embeddings
-BRANCH_SCALE = 0.1  # of the residual branches
+# Sharpness of attention: of the three levels, and of the distillation, which has fewer keys.
+LEVEL_GAIN, DISTILLATION_GAIN = 2.0, 3.0
+SPAN_SMOOTHING = 0.4  # of attention to a level's frames, relative to the span of a query
+LEVEL_CONTENT = 0.03  # of the normalized context, relative to its position embeddings
+RECOVERY_SCALE = 0.01  # of the residual branches of detail recovery
 TOKEN_SCALE = 0.1  # of the speech tokens
-QUERY_SCALE = 0.1  # of a Q-Former's queries, relative to the content that they read
+# Of Q-Formers: sharpness, content and branches as above, and queries relative to content.
+QUERY_GAIN, CONTENT_SCALE, BRANCH_SCALE, QUERY_SCALE = 3.0, 0.3, 0.1, 0.1
 
 
-def temporal_query_init(hfq_former: Mapping, rng: jax.Array) -> dict:
+def temporal_query_init(hfq_former: Mapping, rng: jax.Array, head_dim: int) -> dict:
     """Replaces the initial values of `HFQFormer` parameters with the temporal initialization."""
     rngs = iter(jax.random.split(rng, len(hfq_former)))
-    first_stage_tokens = hfq_former["compressor_1"]["query"].shape[0]
+    levels = sorted(name for name in hfq_former if name.startswith("compressor_"))
+    queries = [len(hfq_former[name]["query"]) for name in levels]
     params = {}
     for name, leaves in hfq_former.items():
         key = next(rngs)
         if name.startswith("compressor_"):
-            context = leaves["context_positions"].shape[0]
-            params[name] = _compressor(leaves, context, LEVEL_GAIN, key)
+            frames = len(leaves["context_positions"])
+            times = _centers(len(leaves["query"]), frames), np.arange(frames)
+            smoothing = SPAN_SMOOTHING * frames / len(leaves["query"])
+            params[name] = _compressor(leaves, times, LEVEL_GAIN, smoothing, head_dim, key)
         elif name == "semantic_distillation":
-            # Its context is the concatenated stage tokens; attend to those of the first level.
-            params[name] = _compressor(leaves, first_stage_tokens, DISTILLATION_GAIN, key)
+            # Its context is the concatenated tokens of the levels; the first level's are the unit.
+            context = np.concatenate([_centers(count, queries[0]) for count in queries])
+            times = _centers(len(leaves["query"]), queries[0]), context
+            params[name] = _compressor(leaves, times, DISTILLATION_GAIN, 0.0, head_dim, key)
         elif name.startswith("detail_recovery_"):
             attention = ("self_attention", "cross_attention")
-            params[name] = {**leaves, **{part: _branch(leaves[part]) for part in attention}}
+            params[name] = {
+                **leaves,
+                **{part: _branch(leaves[part], RECOVERY_SCALE) for part in attention},
+            }
         elif name == "projection":
             params[name] = projection(leaves, key)
         else:
@@ -61,8 +75,12 @@ def qformer(params: Mapping, rng: jax.Array) -> dict:
     layers = {
         name: {
             **leaves,
-            **{part: _branch(leaves[part]) for part in leaves if part.endswith("_attention")},
-            "mlp_out": _scaled(leaves["mlp_out"]),
+            **{
+                part: _branch(leaves[part], BRANCH_SCALE)
+                for part in leaves
+                if part.endswith("_attention")
+            },
+            "mlp_out": _scaled(leaves["mlp_out"], BRANCH_SCALE),
         }
         for name, leaves in params.items()
         if name.startswith("layer_")
@@ -75,14 +93,14 @@ def qformer(params: Mapping, rng: jax.Array) -> dict:
     }
     attention = params["layer_0"]["cross_attention"]
     layers["layer_0"] |= {
-        "cross_norm": _with_scale(params["layer_0"]["cross_norm"], LEVEL_GAIN),
+        "cross_norm": _with_scale(params["layer_0"]["cross_norm"], QUERY_GAIN),
         "cross_attention": {
             name: {**attention[name], "kernel": _orthogonal(key, attention[name]["kernel"], scale)}
             for name, (key, scale) in kernels.items()
         },
     }
     context, width = params["context_positions"].shape
-    target = _targets(len(params["query"]), context, context, width)
+    target = _targets(len(params["query"]), context, width)
     return {
         **params,
         **layers,
@@ -97,42 +115,79 @@ def projection(leaves: Mapping, key: jax.Array) -> dict:
     return {**leaves, "kernel": _orthogonal(key, leaves["kernel"], TOKEN_SCALE)}
 
 
-def _targets(num_queries: int, span: int, context: int, width: int) -> np.ndarray:
-    """Position embeddings at the centers of equal parts of the first `span` positions.
+def _centers(count: int, length: float) -> np.ndarray:
+    """The centers of equal spans of `length` positions. Example: 2 of 4 → 0.5, 2.5."""
+    return (np.arange(count) + 0.5) / count * length - 0.5
 
-    [num_queries, width], each with a standard deviation of 1.
-    """
+
+def _targets(num_queries: int, context: int, width: int) -> np.ndarray:
+    """Position embeddings at the centers of equal spans: [num_queries, width], deviation 1."""
     positions = sinusoids(context, width)
     positions -= positions.mean(axis=0)  # a component common to all keys has no effect
-    centers = np.maximum((np.arange(num_queries) + 0.5) / num_queries * span - 0.5, 0)
+    centers = np.maximum(_centers(num_queries, context), 0)
     below = centers.astype(int)
-    above = np.minimum(below + 1, span - 1)
+    above = np.minimum(below + 1, context - 1)
     fraction = (centers - below)[:, None]
     target = (1 - fraction) * positions[below] + fraction * positions[above]
     return target / target.std(axis=1, keepdims=True)
 
 
-def _compressor(leaves: Mapping, span: int, gain: float, key: jax.Array) -> dict:
-    """Queries that match the keys at the centers of equal parts of the first `span` positions."""
-    num_queries, width = leaves["query"].shape
-    target = _targets(num_queries, span, leaves["context_positions"].shape[0], width)
-    # The module adds these position embeddings to the normalized query; compensate for them.
-    query_positions = sinusoids(num_queries, width)
-    query_positions -= query_positions.mean(axis=0)
-    query = target - query_positions / gain
+def _clock(times: np.ndarray, width: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position embeddings at any times: [times, width], and the frequency of every column.
+
+    The frequencies are Whisper's. Every head has its share of high and of low ones, and of each
+    the sine and the cosine.
+    """
+    frequencies = np.exp(-np.log(10_000) * np.linspace(0, 1, width // 2))
+    heads = width // head_dim
+    order = frequencies.reshape(-1, heads).T  # [heads, head_dim / 2]
+    angles = times[:, None, None] * order
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    return table.reshape(len(times), width), np.concatenate([order, order], axis=-1).reshape(-1)
+
+
+def _compressor(
+    leaves: Mapping,
+    times: tuple[np.ndarray, np.ndarray],
+    gain: float,
+    smoothing: float,
+    head_dim: int,
+    key: jax.Array,
+) -> dict:
+    """Queries that match the keys of their time.
+
+    Args:
+        times: of the queries and of the context.
+        smoothing: in positions; weakens the frequencies that change faster, so that attention
+            covers the neighborhood of a query's time.
+    """
+    width = leaves["query"].shape[1]
+    query_positions, frequencies = _clock(times[0], width, head_dim)
+    context_positions, _ = _clock(times[1], width, head_dim)
+    # The module normalizes the query, so that only its direction counts.
+    query = query_positions - context_positions.mean(axis=0)  # common to all keys: has no effect
+    scale = gain * np.exp(-((frequencies * smoothing) ** 2) / 2)
     out = leaves["out"]
     identity = {  # of the optional projections
         name: {**part, "kernel": jnp.eye(width, dtype=part["kernel"].dtype)}
         for name, part in leaves.items()
         if name.endswith("_projection")
     }
+    values = {
+        "query": query,
+        "query_positions": query_positions,
+        "context_positions": context_positions,
+    }
     return {
         **leaves,
         **identity,
-        "query": jnp.asarray(query, leaves["query"].dtype),
-        "query_norm": _with_scale(leaves["query_norm"], gain),
-        "context_norm": _with_scale(leaves["context_norm"], CONTENT_SCALE),
-        "out": {**out, "kernel": _orthogonal(key, out["kernel"], 1 / CONTENT_SCALE)},
+        **{name: jnp.asarray(value, leaves[name].dtype) for name, value in values.items()},
+        "query_norm": {
+            **leaves["query_norm"],
+            "scale": jnp.asarray(scale, leaves["query_norm"]["scale"].dtype),
+        },
+        "context_norm": _with_scale(leaves["context_norm"], LEVEL_CONTENT),
+        "out": {**out, "kernel": _orthogonal(key, out["kernel"], 1 / LEVEL_CONTENT)},
     }
 
 
@@ -140,12 +195,12 @@ def _with_scale(norm: Mapping, scale: float) -> dict:
     return {**norm, "scale": jnp.full_like(norm["scale"], scale)}
 
 
-def _branch(attention: Mapping) -> dict:
-    return {**attention, "out": _scaled(attention["out"])}
+def _branch(attention: Mapping, scale: float) -> dict:
+    return {**attention, "out": _scaled(attention["out"], scale)}
 
 
-def _scaled(out: Mapping) -> dict:
-    return {**out, "kernel": BRANCH_SCALE * out["kernel"]}
+def _scaled(out: Mapping, scale: float) -> dict:
+    return {**out, "kernel": scale * out["kernel"]}
 
 
 def _orthogonal(key: jax.Array, kernel: jax.Array, scale: float) -> jax.Array:

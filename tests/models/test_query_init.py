@@ -56,6 +56,49 @@ def test_normal_initialization_attends_uniformly(module, normal):
     assert own_share(module.temporal_init(normal, jax.random.key(3))) > 0.25
 
 
+@pytest.mark.parametrize(
+    ("width", "frames", "tokens", "stage_tokens"),
+    [(128, 300, 10, (16, 16, 16)), (512, 300, 30, (60, 60, 30)), (1280, 1500, 50, (80, 80, 80))],
+    ids=["demo", "Whisper base, 6 s", "Whisper large-v3, 30 s"],
+)
+def test_every_head_reads_its_span(width, frames, tokens, stage_tokens):
+    """Also in wide models, whose later heads have low frequencies only in Whisper's table."""
+    module = HFQFormer(192, tokens, stage_tokens=stage_tokens)
+    features = jnp.zeros((1, frames, width))  # attention by position alone
+
+    @jax.jit
+    def attention():
+        params = module.init(jax.random.key(0), features)["params"]
+        params = module.temporal_init(params, jax.random.key(3))
+        return module.apply({"params": params}, features, mutable=["attention"])[1]["attention"]
+
+    sown = attention()
+    for level, count in enumerate(stage_tokens, start=1):
+        spans = [spans_of(count, frames // 2 ** (level - 1))]
+        share = own_share(sown[f"compressor_{level}"], spans, count)
+        assert share.min() > 0.9
+    spans = [spans_of(tokens, count) for count in stage_tokens]
+    share = own_share(sown["semantic_distillation"], spans, tokens)
+    assert share.min() > 0.9
+
+
+def spans_of(count, length):
+    """The span, out of `count`, of each of `length` positions."""
+    return (np.arange(length) + 0.5) * count // length
+
+
+def own_share(sown, spans, count):
+    """Attention of each head to the queries' own spans and their neighbors: [heads].
+
+    Uniform attention would give 3 / count.
+    """
+    query, key = sown["query_key"][0]
+    logits = jnp.einsum("bqhd,bkhd->hqk", query, key) / np.sqrt(query.shape[-1])
+    distance = np.concatenate(spans) - np.arange(count)[:, None]
+    is_near = np.abs(distance) <= 1
+    return np.asarray(jnp.mean(jnp.sum(jax.nn.softmax(logits) * is_near, axis=-1), axis=-1))
+
+
 def changed_values(module):
     normal = normal_params(module)
     after = flatten_dict(module.temporal_init(normal, jax.random.key(3)), sep="/")
@@ -72,7 +115,14 @@ def test_only_the_documented_values_of_the_hfq_former_change():
     expected = {
         f"{name}/{leaf}"
         for name in compressors
-        for leaf in ("query", "query_norm/scale", "context_norm/scale", "out/kernel")
+        for leaf in (
+            "query",
+            "query_positions",
+            "context_positions",
+            "query_norm/scale",
+            "context_norm/scale",
+            "out/kernel",
+        )
     }
     expected |= {
         f"detail_recovery_{i}/{kind}_attention/out/kernel"

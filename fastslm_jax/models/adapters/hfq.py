@@ -187,4 +187,4 @@ class HFQFormer(Adapter):
         }
 
     def temporal_init(self, params: Mapping, rng: jax.Array) -> dict:
-        return query_init.temporal_query_init(params, rng)
+        return query_init.temporal_query_init(params, rng, self.head_dim)
