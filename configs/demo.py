@@ -53,14 +53,14 @@ def get_config(arg: str = "1") -> ConfigDict:
         )
         config.data.train.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.35, join)
         config.data.row.update({"windows": 4, "tokens": 256, "labels": 96})
-        config.global_batch_size, config.steps, config.eval_every = 2, 660, 330
+        config.global_batch_size, config.steps, config.eval_every = 2, 400, 200
         config.checkpoint_every = 150
         optimizer.learning_rate = 1e-2
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         config.data.train.long = config_lib.source(f"{corpus}/train.jsonl", ("asr",), join=long)
         config.data.row.update({"windows": 8, "tokens": 320, "labels": 160})
-        config.global_batch_size, config.steps, config.eval_every = 1, 400, 200
+        config.global_batch_size, config.steps, config.eval_every = 1, 240, 120
         optimizer.learning_rate = 5e-3
     elif stage == "3":
         config.init_from = f"{folder}/stage2"
@@ -70,7 +70,7 @@ def get_config(arg: str = "1") -> ConfigDict:
             f"{corpus}/train.jsonl", ("asr",), 0.1, {**long, "max_seconds": 30.0}
         )
         config.data.row.update({"windows": 8, "tokens": 448, "labels": 144})
-        config.global_batch_size, config.steps, config.eval_every = 1, 820, 410
+        config.global_batch_size, config.steps, config.eval_every = 1, 600, 300
         optimizer.learning_rate = 6e-3
         config.data.dev_tasks = ("asr", "ast", "ssum", "sqqa")
     else:
