@@ -7,7 +7,7 @@ It makes the corpus, trains the stages and evaluates them. One stage by hand:
     python train.py --config=configs/demo.py:1 --workdir=runs/demo/stage1
 
 Hardware: two CPU cores, or one GPU or TPU. Time: about 10 minutes for everything on two cores.
-Result: about 2 % WER on short and 5 % WER on long recordings (README.md).
+Result: about 1 % WER on short and 2 % WER on long recordings (README.md).
 The corpus is synthetic (`python -m fastslm_jax.demo.corpus --out=runs/demo/corpus`); the small
 pretrained models are in assets/.
 """
