@@ -150,8 +150,11 @@ def report(message: object, prefix: str = "error: ") -> None:
 
 
 def print_above_bars(text: str, stream: TextIO) -> None:
-    """Prints a line above progress bars instead of into them."""
-    tqdm.write(text, file=stream)
+    """Prints a line above progress bars instead of into them, in one write.
+
+    So that lines of several processes in one file do not mix.
+    """
+    tqdm.write(f"{text}\n", file=stream, end="")
     stream.flush()
 
 
