@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -23,6 +24,7 @@ from banner import print_banner
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from fastslm_jax import audio, cli
+from fastslm_jax.data.manifest import Utterance, read_clip, read_manifest
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics, predict
 
@@ -40,9 +42,9 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for the answers.")
 
 
-def with_window(model: WhisperForConditionalGeneration, seconds: float) -> None:
+def with_window(model: WhisperForConditionalGeneration, seconds: int) -> None:
     """Cuts the encoder's positions to a window of `seconds`."""
-    positions = round(50 * seconds)
+    positions = 50 * seconds
     table = model.model.encoder.embed_positions
     table.num_embeddings = positions
     table.weight = torch.nn.Parameter(table.weight[:positions], requires_grad=False)
@@ -54,10 +56,11 @@ def transcribe(
     model: WhisperForConditionalGeneration,
     tokenizer: AutoTokenizer,
     windows: list[np.ndarray],
-    seconds: float,
+    seconds: int,
 ) -> list[str]:
     """The greedy answers of windows of at most `seconds`."""
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=round(seconds))
+    mels = model.config.num_mel_bins
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
     mel = extractor(windows, sampling_rate=audio.SAMPLE_RATE, return_tensors="pt").input_features
     features = model.model.encoder(mel)
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(list(START))] * len(windows))
@@ -75,32 +78,21 @@ def transcribe(
     return tokenizer.batch_decode(torch.cat(answers, dim=1), skip_special_tokens=True)
 
 
-def recordings(manifest: pathlib.Path) -> list[dict]:
-    """The manifest's lines, with `samples`."""
-    if not manifest.exists():
-        raise UserError(f"{manifest}: no such file")
-    found = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    for each in found:
-        samples = audio.decode(str(manifest.parent / each["audio_filepath"]))
-        each["samples"] = samples.astype(np.float32) / 32768
-    return found
-
-
-def answers(whisper: str, clips: list[dict], seconds: float) -> list[dict]:
+def answers(whisper: str, clips: Sequence[Utterance], seconds: int) -> list[dict]:
     """A prediction, as eval.py writes them, for each recording."""
     model = WhisperForConditionalGeneration.from_pretrained(whisper, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(whisper)
     with_window(model, seconds)
-    size = round(seconds * audio.SAMPLE_RATE)
+    size = seconds * audio.SAMPLE_RATE
     windows = [
-        (number, clip["samples"][start : start + size])
-        for number, clip in enumerate(clips)
-        for start in range(0, len(clip["samples"]), size)
+        (number, samples[start : start + size].astype(np.float32) / 32768)
+        for number, samples in enumerate(map(read_clip, clips))
+        for start in range(0, len(samples), size)
     ]
     texts = {}  # by index of the window
     by_length = sorted(range(len(windows)), key=lambda index: len(windows[index][1]))
     batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
-    for batch in cli.Bar(batches, f"windows of {seconds:g} s", len(batches), unit="batch"):
+    for batch in cli.Bar(batches, f"windows of {seconds} s", len(batches), unit="batch"):
         samples = [windows[index][1] for index in batch]
         texts |= zip(batch, transcribe(model, tokenizer, samples, seconds), strict=True)
     joined = [[] for _ in clips]
@@ -108,11 +100,11 @@ def answers(whisper: str, clips: list[dict], seconds: float) -> list[dict]:
         joined[number].append(texts[index].strip())
     return [
         {
-            "id": clip["id"],
+            "id": clip.id,
             "task": "asr",
             "lang": "en",
-            "seconds": clip["duration"],
-            "reference": clip["text"],
+            "seconds": clip.seconds,
+            "reference": clip.text,
             "hypothesis": " ".join(parts),
             "stop_reason": "eos",
         }
@@ -124,8 +116,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise UserError("name one manifest of English recordings")
     print_banner("WER of Whisper's own decoder by window length; the first is the baseline.", "cpu")
-    clips, results = recordings(pathlib.Path(argv[1])), []
-    for seconds in map(float, FLAGS.seconds):
+    clips, results = read_manifest(argv[1], ("asr",)), []
+    for seconds in map(int, FLAGS.seconds):
         started = time.time()
         found = answers(FLAGS.whisper, clips, seconds)
         scores = metrics.score(found, intervals=True)
@@ -136,11 +128,11 @@ def main(argv: list[str]) -> None:
         low, high = scores["intervals"]["wer"]
         ratio = scores["wer"] / results[0]["wer"]
         print(
-            f"{seconds:g} s: WER {scores['wer']:.2f} % ({low:.2f} to {high:.2f}), {ratio:.2f} times"
+            f"{seconds} s: WER {scores['wer']:.2f} % ({low:.2f} to {high:.2f}), {ratio:.2f} times"
         )
         print(f"    {result['by_duration']}", flush=True)
         if FLAGS.out:
-            file = pathlib.Path(FLAGS.out, f"{seconds:g}", "predictions.jsonl")
+            file = pathlib.Path(FLAGS.out, f"{seconds}", "predictions.jsonl")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(json.dumps(each) + "\n" for each in found), encoding="utf-8")
     print(json.dumps(results))

@@ -10,11 +10,11 @@ import pathlib
 import jax
 import numpy as np
 
-from fastslm_jax import outputs, sharding
+from fastslm_jax import sharding
 from fastslm_jax.errors import UserError
 from fastslm_jax.inference import load
 from fastslm_jax.training import experiment, optim
-from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.checkpoint import Checkpoints, write_workdir
 from fastslm_jax.weights.tensors import atomic_folder
 
 
@@ -66,10 +66,7 @@ def average(workdir: str | os.PathLike, out: str | os.PathLike, last: int) -> tu
             "bases": metas[newest]["bases"],
             "averaged": {"from": str(pathlib.Path(workdir).absolute()), "steps": steps},
         }
-        written = Checkpoints(folder)
-        written.save(0, mean, {}, meta)
-        written.close()
-        outputs.write_text(folder / "config.json", config.to_json_best_effort(indent=1) + "\n")
+        write_workdir(folder, 0, mean, meta)
     return steps, num_trained
 
 

@@ -16,7 +16,7 @@ from fastslm_jax.convert.released import open_released
 from fastslm_jax.convert.stored import Stored
 from fastslm_jax.errors import UserError
 from fastslm_jax.training import experiment
-from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.checkpoint import write_workdir
 from fastslm_jax.weights import engine, layouts, pretrained
 from fastslm_jax.weights.tensors import atomic_folder, write_sharded
 
@@ -69,14 +69,11 @@ def import_checkpoint(
         config.base.whisper = str(out.absolute() / "bases/whisper")
         config.base.llm = str(out.absolute() / "bases/llm")
         _write_checkpoint(folder, given)
-        (folder / "config.json").write_text(
-            config.to_json_best_effort(indent=1) + "\n", encoding="utf-8"
-        )
     return given
 
 
 def _write_checkpoint(folder: pathlib.Path, given: Stored) -> None:
-    """Writes step 0; `imported` records the original dtypes for a bit-exact export."""
+    """Writes step 0 and config.json. `imported` records the dtypes for a bit-exact export."""
     ours = {path: leaf for path, leaf in given.leaves.items() if not experiment.is_base(path)}
     meta = {
         "config": given.config.to_dict(),
@@ -90,10 +87,7 @@ def _write_checkpoint(folder: pathlib.Path, given: Stored) -> None:
         },
     }
     params = {path: leaf.read().astype(np.float32) for path, leaf in ours.items()}
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(0, params, {}, meta)
-    checkpoints.wait()
-    checkpoints.close()
+    write_workdir(folder, 0, params, meta)
 
 
 def _pretrained_leaves(given: Stored, prefix: str) -> dict[str, engine.StoredLeaf]:

@@ -11,10 +11,9 @@ import os
 
 import jax.numpy as jnp
 
-from fastslm_jax import outputs
 from fastslm_jax.convert import opening
 from fastslm_jax.training import optim
-from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.checkpoint import write_workdir
 from fastslm_jax.weights.tensors import atomic_folder
 
 
@@ -51,8 +50,5 @@ def publish(
         config.base[name] = hub_id or config.base[name]
     meta = {name: given.meta[name] for name in ("row", "bases")} | {"config": config.to_dict()}
     with atomic_folder(out) as folder:
-        written = Checkpoints(folder)
-        written.save(given.step, params, {}, meta)
-        written.close()
-        outputs.write_text(folder / "config.json", config.to_json_best_effort(indent=1) + "\n")
+        write_workdir(folder, given.step, params, meta)
     return given.step, sum(is_trained[path] for path in stored)

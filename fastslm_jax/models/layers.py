@@ -26,13 +26,16 @@ SAVEABLE = (
 )
 
 
+def frequencies(width: int, max_timescale: float = 10_000.0) -> np.ndarray:
+    """Of Whisper's position table, in radians per position, falling: [width / 2]."""
+    return np.exp(-np.log(max_timescale) / (width // 2 - 1) * np.arange(width // 2))
+
+
 def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> np.ndarray:
     """Whisper's fixed position table [length, width], float32: sine half, then cosine half."""
     if width % 2:
         raise ValueError(f"sinusoids need an even width, got {width}")
-    increment = np.log(max_timescale) / (width // 2 - 1)
-    inverse_timescales = np.exp(-increment * np.arange(width // 2))
-    angles = np.arange(length)[:, None] * inverse_timescales[None, :]
+    angles = np.arange(length)[:, None] * frequencies(width, max_timescale)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 

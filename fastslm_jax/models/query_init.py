@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastslm_jax.models.layers import sinusoids
+from fastslm_jax.models.layers import frequencies, sinusoids
 
 # Sharpness of attention: of the three levels, and of the distillation, which has fewer keys.
 LEVEL_GAIN, DISTILLATION_GAIN = 2.0, 3.0
@@ -138,12 +138,10 @@ def _clock(times: np.ndarray, width: int, head_dim: int) -> tuple[np.ndarray, np
     The frequencies are Whisper's. Every head has its share of high and of low ones, and of each
     the sine and the cosine.
     """
-    frequencies = np.exp(-np.log(10_000) * np.linspace(0, 1, width // 2))
-    heads = width // head_dim
-    order = frequencies.reshape(-1, heads).T  # [heads, head_dim / 2]
-    angles = times[:, None, None] * order
+    of_heads = frequencies(width).reshape(-1, width // head_dim).T  # [heads, head_dim / 2]
+    angles = times[:, None, None] * of_heads
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-    return table.reshape(len(times), width), np.concatenate([order, order], axis=-1).reshape(-1)
+    return table.reshape(len(times), width), np.tile(of_heads, 2).reshape(-1)
 
 
 def _compressor(
@@ -162,11 +160,11 @@ def _compressor(
             covers the neighborhood of a query's time.
     """
     width = leaves["query"].shape[1]
-    query_positions, frequencies = _clock(times[0], width, head_dim)
+    query_positions, of_columns = _clock(times[0], width, head_dim)
     context_positions, _ = _clock(times[1], width, head_dim)
     # The module normalizes the query, so that only its direction counts.
     query = query_positions - context_positions.mean(axis=0)  # common to all keys: has no effect
-    scale = gain * np.exp(-((frequencies * smoothing) ** 2) / 2)
+    scale = gain * np.exp(-((of_columns * smoothing) ** 2) / 2)
     out = leaves["out"]
     identity = {  # of the optional projections
         name: {**part, "kernel": jnp.eye(width, dtype=part["kernel"].dtype)}

@@ -10,6 +10,7 @@ The config names the frozen pretrained weights, and a fingerprint verifies that 
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shutil
@@ -55,6 +56,18 @@ def lock(workdir: str | os.PathLike, work: str = "training") -> TextIO:
             f"{workdir}: another process is {work} there; wait for it, or use another --workdir"
         ) from None
     return file
+
+
+def write_workdir(folder: pathlib.Path, step: int, params: Mapping, meta: Mapping) -> None:
+    """Fills a folder as a working directory of one checkpoint, without training state.
+
+    Args:
+        meta: of the checkpoint; its config also goes to config.json.
+    """
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(step, params, {}, meta)
+    checkpoints.close()
+    outputs.write_text(folder / "config.json", json.dumps(meta["config"], indent=1) + "\n")
 
 
 class Checkpoints:

@@ -31,15 +31,15 @@ from absl import flags
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from fastslm_jax import cli, outputs, sharding
+from fastslm_jax import cli, sharding
 from fastslm_jax import config as config_lib
 from fastslm_jax.audio import SAMPLE_RATE
 from fastslm_jax.data.manifest import Utterance, read_clip, read_manifest
-from fastslm_jax.data.prompts import PromptTokenizer
+from fastslm_jax.data.prompts import PromptTokenizer, joined
 from fastslm_jax.errors import UserError
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.training import experiment
-from fastslm_jax.training.checkpoint import Checkpoints
+from fastslm_jax.training.checkpoint import write_workdir
 from fastslm_jax.weights.tensors import atomic_folder
 
 FLAGS = flags.FLAGS
@@ -143,7 +143,9 @@ def timed_ids(
     """The shares of the clip's text tokens in each span, and their ids: see `shares`."""
     texts = [(s.start, s.end, s.text) for s in clip.segments if s.text.strip()]
     texts = texts or [(*loud_part(samples), clip.text)]
-    ids = [tokenizer.answer_ids(text)[:-1] for _, _, text in texts]
+    # Encoded as parts of one answer: all but the first after a space.
+    spoken = [joined(text) if number else text for number, (_, _, text) in enumerate(texts)]
+    ids = [tokenizer.answer_ids(text)[:-1] for text in spoken]
     parts = [
         shares([len(tokenizer.tokenizer.decode(i).strip()) for i in of_text], start, end, spans)
         for of_text, (start, end, _) in zip(ids, texts, strict=True)
@@ -256,10 +258,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, count: int, seconds: flo
             params[leaf] = jnp.asarray(value, params[leaf].dtype)
         saved = experiment.saved_paths(params, setup.trainable)
         meta = {"config": config.to_dict(), "row": 0, "bases": setup.fingerprints()}
-        checkpoints = Checkpoints(folder)
-        checkpoints.save(0, {leaf: params[leaf] for leaf in saved}, {}, meta)
-        checkpoints.close()
-        outputs.write_text(folder / "config.json", config.to_json_best_effort(indent=1) + "\n")
+        write_workdir(folder, 0, {leaf: params[leaf] for leaf in saved}, meta)
     return report
 
 
