@@ -169,7 +169,7 @@ def demo_rows(scratch: pathlib.Path) -> Iterator[tuple[str, Row]]:
 def full_size_figures(scratch: pathlib.Path) -> dict[str, float | None]:
     """One 15-minute row of FastSLM-4B with random weights in bfloat16, on a GPU."""
     config = full_size.write_bases(scratch)
-    config.model.window_batch = 6
+    config.model.window_batch = 8
     bench = Bench(config)
     shape, batch = bench.long_row(15.0)
     (result,) = time_cases(compile_case(*bench.step(shape), batch))

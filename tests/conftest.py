@@ -3,14 +3,14 @@
 import collections
 import os
 
+import fast_compilation
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Test programs are tiny and run a few times; optimizing them would take most of the time.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        fast_compilation.FLAGS,
     ]
 )
 

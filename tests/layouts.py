@@ -10,14 +10,14 @@ import os
 import pathlib
 import sys
 
+import fast_compilation
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         f"--xla_force_host_platform_device_count={4 if sys.argv[3:] else 8}",
-        # Compile fast: the programs are tiny and run a few times.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        fast_compilation.FLAGS,
     )
 )
 

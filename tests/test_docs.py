@@ -21,6 +21,7 @@ import stat
 import subprocess
 import sys
 
+import fast_compilation
 import pytest
 
 from fastslm_jax.data.ingest.importing import import_corpus
@@ -38,7 +39,6 @@ SLICE = "--config.global_batch_size=8 --config.mesh.fsdp=8"
 CARD = "--config.global_batch_size=2 --config.accumulate=2"
 STAGE1 = "python train.py --config=configs/stage1_shortform.py --workdir=runs/stage1"
 STAGE1 += " --config.data.train.asr.path=DIR/train.jsonl"
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 EIGHT = "--xla_force_host_platform_device_count=8"
 COUNTS = "utterances=40 train_ast=8 train_ssum=8 train_sqqa=8 dev=4 test_asr=3 test_ast=1"
 COUNTS += " test_ssum=1 test_sqqa=1 test_unseen_voices=1 test_long=1"
@@ -119,7 +119,7 @@ def place(tmp_path_factory):
     program.write_text(
         "#!/bin/bash\n"
         'case "$*" in\n'
-        f"  *train.py*configs/stage*) export XLA_FLAGS='{FAST} {EIGHT}'\n"
+        f"  *train.py*configs/stage*) export XLA_FLAGS='{fast_compilation.FLAGS} {EIGHT}'\n"
         f'    exec {sys.executable} "$@" {TINY} {SLICE} ;;\n'
         f'  *train.py*librispeech*) exec {sys.executable} "$@" {TINY} {CARD} ;;\n'
         f"  *eval.py*configs/stage* | *eval.py*librispeech_finetune*)\n"
@@ -164,7 +164,7 @@ def place(tmp_path_factory):
 def run(place: pathlib.Path, script: str, expected: int = 0) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": FAST,
+        "XLA_FLAGS": fast_compilation.FLAGS,
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
         "FASTSLM_COMPILATION_CACHE": str(place / "cache"),
     }

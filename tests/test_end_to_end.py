@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
+import fast_compilation
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compilation dominates the time of a few steps.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_compilation.FLAGS}
 STEPS = {1: 6, 2: 3, 3: 4}
 COMMON = [
     "--config.checkpoint_every=2",

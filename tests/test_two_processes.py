@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import fast_compilation
 import pytest
 import tiny_experiment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,7 +49,7 @@ def start(
     """
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        + fast_compilation.FLAGS,
         "FASTSLM_COMPILATION_CACHE": str(folder / "cache"),
     }
     command = [
