@@ -2,11 +2,12 @@
 
     python train.py --config=configs/real_small.py:1,FOLDER --workdir=FOLDER/stage1
 
-FOLDER/corpus has train.jsonl and dev.jsonl, such as `python -m fastslm_jax.synthesis` writes
-(docs/synthesis.md). Without a network, name folders of the weights:
---config.base.whisper=DIR --config.base.llm=DIR.
+FOLDER has the speech of docs/real_model.md, which tells how it was made, and what came of it:
+corpus/ (sentences), words/ (single words), and train_questions.jsonl in corpus/. Without a network,
+name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
-Hardware: two CPU cores and 10 GiB, or any accelerator. Result: not trained to its end yet.
+Hardware: one GPU with 24 GB. On CPUs, add --config.model.dtype=float32
+--config.model.base_dtype=float32 --config.data.workers=0, and expect a minute a step.
 """
 
 from ml_collections import ConfigDict
@@ -15,18 +16,25 @@ from fastslm_jax import config as config_lib
 
 
 def get_config(arg: str = "1") -> ConfigDict:
-    """arg: STAGE or STAGE,FOLDER (default runs/real). Stage 1 has clips, stage 2 joins them."""
+    """arg: STAGE or STAGE,FOLDER (default runs/real)."""
     stage, _, folder = arg.partition(",")
     folder = folder or "runs/real"
     config = config_lib.small_size()
     config.name = f"real-small-stage{stage}"
     config.base.whisper = "openai/whisper-base"
     config.base.llm = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    # Clips are short: windows of 6 s cost a fifth of Whisper's 30 s. 10 tokens a window.
-    config.model.update({"window_seconds": 6.0, "compression_size": 0, "scan_layers": True})
+    # Clips are short: windows of 6 s cost a fifth of Whisper's 30 s. 30 tokens a window are about
+    # one for each token of text: so small a language model does not untangle more.
+    config.model.update({"window_seconds": 6.0, "compression_size": 30, "scan_layers": True})
+    config.model.stage_tokens = (60, 60, 30)
+    config.model.update({"dtype": "bfloat16", "base_dtype": "bfloat16"})
     config.model.chat_template = "chatml"  # without SmolLM2's system prompt: 21 tokens fewer
     config.model.lora.dropout = 0.0
-    corpus = f"{folder}/corpus"
+    config.input_token_noise = 0.05
+    config.data.row.update({"windows": 16, "tokens": 1024, "labels": 448})
+    config.data.update({"workers": 12, "prefetch": 4})
+    config.global_batch_size = 4
+    corpus, words = f"{folder}/corpus", f"{folder}/words"
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
     # Muon's steps are too large for LoRA, whose product is scaled by alpha / rank, and for the
@@ -38,28 +46,34 @@ def get_config(arg: str = "1") -> ConfigDict:
         (r"hfq_former/detail_recovery_.*/out/.*", 0.1),
         (r"adapter/layer_(0/self|[1-9]/.*)_attention/out/.*", 0.1),
     )
-    config.log_every, config.checkpoint_every, config.eval_every = 10, 100, 500
+    config.log_every, config.checkpoint_every, config.eval_every = 10, 500, 1000
+    sources = config.data.train
+    # Joined clips fill windows to their end: the last tokens of a window represent speech, too.
+    join = {"min_seconds": 5.0, "max_seconds": 11.0, "grouping": "random"}
     if stage == "1":
-        config.data.train.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.5)
-        config.data.train.joined = config_lib.source(  # more speech per window and per prompt
-            f"{corpus}/train.jsonl", ("asr",), 0.5, {"min_seconds": 5.0, "max_seconds": 11.0}
-        )
-        config.data.row.update({"windows": 4, "tokens": 192, "labels": 96})
-        config.global_batch_size, config.steps = 2, 6000
-        optimizer.learning_rate = 1e-2
+        config.init_from = f"{folder}/fitted"  # fastslm_jax.training.fit_projection
+        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.4)
+        sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.15)
+        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.45, join)
+        config.steps, optimizer.learning_rate, optimizer.warmup_steps = 5000, 1e-2, 200
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
-        config.data.train.speech = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.5)
-        config.data.train.joined = config_lib.source(
-            f"{corpus}/train.jsonl",
-            ("asr",),
-            0.5,
-            {"min_seconds": 8.0, "max_seconds": 30.0, "grouping": "random"},
-        )
-        config.data.row.update({"windows": 8, "tokens": 512, "labels": 256})
-        config.global_batch_size, config.steps = 1, 2000
-        optimizer.learning_rate = 5e-3
+        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.2)
+        sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.1)
+        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.3, join)
+        long = {**join, "min_seconds": 11.0, "max_seconds": 30.0}
+        sources.long = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.4, long)
+        config.steps, optimizer.learning_rate = 1000, 4e-3
+    elif stage == "3":
+        config.init_from = f"{folder}/stage2"
+        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.2)
+        sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.1)
+        long = {**join, "max_seconds": 30.0}
+        sources.long = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.3, long)
+        sources.questions = config_lib.source(f"{corpus}/train_questions.jsonl", ("sqqa",), 0.4)
+        config.data.dev_tasks = ("asr",)
+        config.steps, optimizer.learning_rate = 1000, 4e-3
     else:
-        raise ValueError(f"configs/real_small.py has stages 1 and 2, not {stage!r}")
+        raise ValueError(f"configs/real_small.py has stages 1, 2 and 3, not {stage!r}")
     config.lock()
     return config
