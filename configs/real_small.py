@@ -55,7 +55,7 @@ def get_config(arg: str = "1") -> ConfigDict:
         sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.4)
         sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.15)
         sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.45, join)
-        config.steps, optimizer.learning_rate, optimizer.warmup_steps = 5000, 1e-2, 200
+        config.steps, optimizer.learning_rate, optimizer.warmup_steps = 5500, 1e-2, 200
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.2)
