@@ -29,6 +29,7 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string("workdir", None, "Working directory of the run.")
 cli.define_step("checkpoint", "Checkpoint to evaluate")
+flags.DEFINE_bool("other_bases", False, cli.OTHER_BASES)
 flags.DEFINE_list("sets", [], "Names of config.eval.sets (default: all).")
 flags.DEFINE_list("tasks", [], "Tasks to evaluate (default: all).")
 flags.DEFINE_integer("limit", 0, "Maximum utterances of each set and task (0: all).", 0)
@@ -201,7 +202,7 @@ def answer_and_score(
         todo.append((log, name, label, utterances, clips, chunks))
 
     # ------------------------------------------------------------------------------------ model
-    generator = load.load(config, checkpoints, step, cache_dtype=FLAGS.kv_cache)
+    generator = load.load(config, checkpoints, step, FLAGS.other_bases, cache_dtype=FLAGS.kv_cache)
     if not FLAGS.yarn:
         generator.capacity = dataclasses.replace(generator.capacity, native_positions=None)
     trained = long_form.trained_seconds(config.data.train, generator.model.window.seconds)

@@ -44,7 +44,7 @@ INTRODUCTION = """\
 # Plans for nodes of GPUs
 
 Written by `python benchmarks/gpu_plan.py` from docs/gpu_plan.jsonl. XLA's GPU compiler compiled
-each of these steps for all cards; nothing ran on a GPU. Steps marked "not run" have not been
+each of these steps for all cards; none of them ran. Steps marked "not run" have not been
 compiled. h100:8x4 is four nodes of eight cards. Times are bounds (docs/performance.md): what the
 cards' peak rates allow, with no transfer hidden behind matrix products. Rows are full: in stages 2
 and 3 a row is one 15-minute recording, in stage 1 eight windows of 30 s. A B200 has memory for
@@ -81,7 +81,8 @@ TPUs of 16 GB. The row of 24 GB: `python -m fastslm_jax.plan
 --config=configs/librispeech_finetune.py:large,4b,24 --topology=l4:1` (docs/quickstart_gpu.md). One
 15-minute row of stage 2 takes 12.6 GiB, compiled for an H100 (`--topology=h100:1 --rows_per_chip=1
 --config.mesh.data=1 --config.mesh.fsdp=1 --config.model.remat=full --config.model.window_batch=5`).
-`fastslm_jax/compiler.py` has the compiler options of a train step on several GPUs.
+`fastslm_jax/compiler.py` has the compiler options of a train step on several GPUs. What has run on
+a card is in [gpu_measured.md](gpu_measured.md).
 """
 
 plan_pages.define_flags(TOPOLOGIES)

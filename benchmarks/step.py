@@ -1,6 +1,7 @@
 """What each design choice of the train step is worth: step time and memory, with and without it.
 
     python benchmarks/step.py [--minutes=10] [--repeats=5] [--torch] [--size=demo|full]
+        [--trace=DIR]
 
 | row          | measured                                | against                              |
 |--------------|-----------------------------------------|--------------------------------------|
@@ -54,6 +55,7 @@ FULL_SIZE_FIGURES = (
     "MFU",
     "audio seconds per second",
     "peak GiB",
+    "planned GiB",
     "PyTorch over JAX",
 )
 Row = list[dict[str, float | None]]
@@ -64,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 5, "Timed calls of each side; the median counts.")
     flags.DEFINE_integer("loss_chunk", 128, "Labels whose logits are in memory at a time.")
     flags.DEFINE_bool("torch", False, "Compare with the exported PyTorch model.")
+    flags.DEFINE_string("trace", "", "With --size=full: folder for a trace of one step.")
     flags.DEFINE_enum("size", "demo", ["demo", "full"], "The demo's model, or FastSLM-4B on a GPU.")
 
 
@@ -172,7 +175,11 @@ def full_size_figures(scratch: pathlib.Path) -> dict[str, float | None]:
     config.model.window_batch = 8
     bench = Bench(config)
     shape, batch = bench.long_row(15.0)
-    (result,) = time_cases(compile_case(*bench.step(shape), batch))
+    case = compile_case(*bench.step(shape), batch)
+    (result,) = time_cases(case)
+    if FLAGS.trace:
+        with jax.profiler.trace(FLAGS.trace):
+            jax.block_until_ready(case[0]())
     chip = chips.of_device(jax.devices()[0])
     minimum = sum(flops.minimum(bench.model, shape, 1).values())
     stats = jax.devices()[0].memory_stats() or {}
@@ -181,6 +188,7 @@ def full_size_figures(scratch: pathlib.Path) -> dict[str, float | None]:
         "MFU": minimum / result["seconds"] / chip.peak_flops if chip else None,
         "audio seconds per second": 900 / result["seconds"],
         "peak GiB": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "planned GiB": result["gib"],
     }
     if FLAGS.torch:
         from step_pytorch import against_pytorch

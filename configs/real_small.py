@@ -2,11 +2,11 @@
 
     python train.py --config=configs/real_small.py:1,FOLDER --workdir=FOLDER/stage1
 
-FOLDER has the speech of docs/real_model.md, which tells how it was made, and what came of it:
-corpus/ (sentences), words/ (single words), and train_questions.jsonl in corpus/. Without a network,
+FOLDER has the speech of docs/real_model.md, which tells how it was made and what is known so far:
+corpus/ (sentences), with train_questions.jsonl, and words/ (single words). Without a network,
 name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
-Hardware: one GPU with 24 GB. On CPUs, add --config.model.dtype=float32
+Hardware: one H100, 48 ms a step. On CPUs, add --config.model.dtype=float32
 --config.model.base_dtype=float32 --config.data.workers=0, and expect a minute a step.
 """
 

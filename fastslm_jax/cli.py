@@ -106,6 +106,20 @@ def define_step(
     flags.DEFINE(_StepParser(), name, None, text, flag_values)
 
 
+OTHER_BASES = (
+    "Accept pretrained weights that the checkpoint was not trained on, such as the same model in "
+    "another precision."
+)
+
+
+def define_bases(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of a checkpoint's pretrained models."""
+    for name, model in (("whisper", "speech encoder"), ("llm", "language model")):
+        text = f"Folder or hub id of the {model} (default: the config's)."
+        flags.DEFINE_string(name, None, text, flag_values)
+    flags.DEFINE_bool("other_bases", False, OTHER_BASES, flag_values)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags. Raises UserError for every error that absl and ml_collections raise."""
     if "config" in flags.FLAGS:

@@ -187,6 +187,7 @@ def load(options: flags.FlagValues) -> tuple[Generator, float]:
         options.llm,
         options.kv_cache,
         sampling(options),
+        options.other_bases,
     )
     return model.generator, model.trained_seconds
 

@@ -20,8 +20,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
     cli.define_step("step", "Checkpoint to use", flag_values)
-    string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
-    string("llm", None, "Folder or hub id of the language model (default: the config's).")
+    cli.define_bases(flag_values)
     enum("task", "asr", sorted(TASKS), "What to do with the audio.")
     string("prompt", None, "An instruction that replaces the task's default.")
     string(

@@ -39,6 +39,7 @@ def load(
     llm: str | None = None,
     kv_cache: str | None = None,
     sampling: SamplingParams = SamplingParams(),
+    other_bases: bool = False,
 ) -> "Model":
     """Loads a trained or imported model on all devices.
 
@@ -48,6 +49,8 @@ def load(
         whisper, llm: folders or hub ids of the pretrained models (default: the config's).
         kv_cache: type of the key-value cache: float32, bfloat16 or int8 (default: the model's).
         sampling: default: greedy.
+        other_bases: accept pretrained weights that the checkpoint was not trained on, such as the
+            same model in another precision; a warning names them.
 
     Raises:
         UserError: there is no such checkpoint or pretrained model, or they do not fit together.
@@ -56,7 +59,9 @@ def load(
     step = loading.find_step(checkpoints, checkpoint, step)
     config = loading.saved_config(checkpoints, checkpoint, step, whisper, llm)
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    generator = loading.load(config, checkpoints, step, cache_dtype=kv_cache, sampling=sampling)
+    generator = loading.load(
+        config, checkpoints, step, other_bases, cache_dtype=kv_cache, sampling=sampling
+    )
     window = generator.model.window.seconds
     return Model(generator, long_form.trained_seconds(config.data.train, window))
 

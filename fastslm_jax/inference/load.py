@@ -74,10 +74,19 @@ def saved_config(
     return config
 
 
-def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: object) -> Generator:
+def load(
+    config: ConfigDict,
+    checkpoints: Checkpoints,
+    step: int,
+    other_bases: bool = False,
+    **options: object,
+) -> Generator:
     """The model of a checkpoint on all devices; see `Generator` for the options.
 
     Uses config.mesh if it fits the devices, otherwise puts them all on the data axis.
+
+    Args:
+        other_bases: see `experiment.restore_params`.
     """
     config_lib.check(config)
     try:
@@ -86,7 +95,7 @@ def load(config: ConfigDict, checkpoints: Checkpoints, step: int, **options: obj
         mesh = sharding.make_mesh()
         logging.info("config.mesh does not fit the %d devices: using the data axis", mesh.size)
     setup = experiment.build(config, mesh=mesh)
-    params = experiment.restore_params(setup, checkpoints, step, mesh)
+    params = experiment.restore_params(setup, checkpoints, step, mesh, other_bases)
     native = pretrained.read_config(setup.llm_folder).get("max_position_embeddings")
     return Generator(
         setup.model,

@@ -32,8 +32,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     string("checkpoint", None, "Working directory of a trained or imported model.", required=True)
     cli.define_step("step", "Checkpoint to use", flag_values)
-    string("whisper", None, "Folder or hub id of the speech encoder (default: the config's).")
-    string("llm", None, "Folder or hub id of the language model (default: the config's).")
+    cli.define_bases(flag_values)
     flags.DEFINE_enum(
         "kv_cache",
         None,
@@ -127,7 +126,12 @@ def main(argv: Sequence[str], options: flags.FlagValues = flags.FLAGS) -> None:
     if key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
         logging.warning("anyone who reaches %s may use the model: set --api_key_file", host)
     model = api.load(
-        options.checkpoint, options.step, options.whisper, options.llm, options.kv_cache
+        options.checkpoint,
+        options.step,
+        options.whisper,
+        options.llm,
+        options.kv_cache,
+        other_bases=options.other_bases,
     )
     name = options.model_name or pathlib.Path(options.checkpoint).resolve().name
     worker = Worker(model, options.batch_size, options.span)

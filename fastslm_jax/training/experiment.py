@@ -311,14 +311,27 @@ def load_pretrained(
 
 
 def restore_params(
-    experiment: Experiment, checkpoints: Checkpoints, step: int, mesh: Mesh
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    step: int,
+    mesh: Mesh,
+    other_bases: bool = False,
 ) -> dict[str, jax.Array]:
     """{path: array}: the pretrained weights, overridden by the parameters of a checkpoint.
+
+    Args:
+        other_bases: accept pretrained weights that the checkpoint was not trained on, for example
+            the same model in another precision.
 
     Raises:
         CheckpointError: the checkpoint was trained on different weights, or does not fit.
     """
-    checkpoints.check_bases(step, experiment.fingerprints())
+    checkpoints.check_bases(
+        step,
+        experiment.fingerprints(),
+        accept_others=other_bases,
+        advice="or accept others with --other_bases",
+    )
     abstract = abstract_params(experiment.model, experiment.base_dtype, mesh)
     saved = {path: abstract[path] for path in saved_paths(abstract, experiment.trainable)}
     return load_pretrained(experiment, abstract) | checkpoints.restore_params(step, saved)

@@ -55,8 +55,7 @@ def seed():
     questions.define_flags()
     flags.FLAGS(["questions"])
     yield
-    for name in ("seed",):
-        delattr(flags.FLAGS, name)
+    delattr(flags.FLAGS, "seed")
 
 
 def test_the_manifest_of_questions(manifest, seed, capsys):
@@ -67,7 +66,9 @@ def test_the_manifest_of_questions(manifest, seed, capsys):
     assert asked[2].answer == "no"
     assert not asked[2].no_speech  # the answer is a word, not silence
     assert "How many" not in asked[3].instruction  # twenty words
-    assert capsys.readouterr().out.endswith(f"4 questions in {manifest.parent}/train_questions.jsonl\n")
+    assert capsys.readouterr().out.endswith(
+        f"4 questions in {manifest.parent}/train_questions.jsonl\n"
+    )
 
 
 def test_a_folder_is_refused(tmp_path):

@@ -1,12 +1,14 @@
 """The Python interface: files, arrays, lists, streams and text prompts on the tiny model."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
+from safetensors.numpy import load_file, save_file
 from signals import noise_with_pauses, speech_like
 
 import fastslm_jax
@@ -143,3 +145,17 @@ def test_importing_the_package_is_light():
     assert fastslm_jax.Model is api.Model
     with pytest.raises(AttributeError, match="nothing"):
         _ = fastslm_jax.nothing
+
+
+def test_pretrained_weights_in_another_precision(tmp_path):
+    """They are refused, and accepted with other_bases: the demo's encoder in float16."""
+    folder = tmp_path / "whisper"
+    shutil.copytree("assets/demo_whisper", folder)
+    weights = load_file(folder / "model.safetensors")
+    halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
+    save_file(halves, folder / "model.safetensors")
+    given = {"whisper": str(folder), "llm": "assets/demo_llm"}
+    with pytest.raises(UserError, match=r"different whisper weights .* with --other_bases"):
+        fastslm_jax.load("assets/demo_model", **given)
+    model = fastslm_jax.load("assets/demo_model", **given, other_bases=True)
+    assert model.transcribe("assets/recordings/question.flac", task="sqqa").text

@@ -207,6 +207,17 @@ def test_other_pretrained_weights_are_an_error(checkpoints):
         checkpoints.check_bases(10, BASES | {"llm": "cccc"})
 
 
+def test_other_pretrained_weights_are_accepted_with_a_warning(checkpoints, monkeypatch):
+    save(checkpoints, 10)
+    messages = []
+    monkeypatch.setattr(absl_logging, "warning", lambda text, *args: messages.append(text % args))
+    checkpoints.check_bases(10, BASES | {"llm": "cccc"}, accept_others=True)
+    assert messages == [
+        f"{checkpoints.folder}/10: trained on different llm weights (bbbb; config.base.llm has "
+        "cccc); answers may be worse than its reported scores"
+    ]
+
+
 def test_reading_needs_a_folder_with_checkpoints(tmp_path):
     with pytest.raises(
         CheckpointError, match="no checkpoints; train there first, or use another --workdir"
