@@ -30,9 +30,11 @@ nvidia-smi >"$out/card.txt"
 # Kernels against XLA, values and gradients.
 step tests 4 "$python" -m pytest -m gpu tests/models/test_attention.py
 # What the compiler planned for this card against what a step takes: memory within 10 %.
-step plan 4 "$python" -m fastslm_jax.plan --config=configs/stage2_longform.py --rows_per_chip=1 \
+step plan 3 "$python" -m fastslm_jax.plan --config=configs/stage2_longform.py --rows_per_chip=1 \
   --config.mesh.fsdp=1 --config.model.remat=attention,query,key,value,out --traffic
-step step 8 "$python" benchmarks/step.py --size=full --torch --minutes=15
+step step 6 "$python" benchmarks/step.py --size=full --torch --minutes=15 --trace="$out/trace"
+# The decoder's attention by cuDNN with a mask of [tokens, tokens], instead of Triton.
+step cudnn 3 "$python" benchmarks/step.py --size=full --minutes=15 --attention=cudnn
 step decode 4 "$python" benchmarks/decode.py --batches=1,16,64
 step longform 5 "$python" benchmarks/longform.py --checkpoint=assets/demo_model --minutes=5,60
 echo "results in $out; failed: ${failed[*]:-none}"

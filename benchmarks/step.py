@@ -1,7 +1,7 @@
 """What each design choice of the train step is worth: step time and memory, with and without it.
 
     python benchmarks/step.py [--minutes=10] [--repeats=5] [--torch] [--size=demo|full]
-        [--trace=DIR]
+        [--attention=auto] [--trace=DIR]
 
 | row          | measured                                | against                              |
 |--------------|-----------------------------------------|--------------------------------------|
@@ -66,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 5, "Timed calls of each side; the median counts.")
     flags.DEFINE_integer("loss_chunk", 128, "Labels whose logits are in memory at a time.")
     flags.DEFINE_bool("torch", False, "Compare with the exported PyTorch model.")
+    flags.DEFINE_string("attention", "auto", "With --size=full: config.model.attention.")
     flags.DEFINE_string("trace", "", "With --size=full: folder for a trace of one step.")
     flags.DEFINE_enum("size", "demo", ["demo", "full"], "The demo's model, or FastSLM-4B on a GPU.")
 
@@ -172,7 +173,7 @@ def demo_rows(scratch: pathlib.Path) -> Iterator[tuple[str, Row]]:
 def full_size_figures(scratch: pathlib.Path) -> dict[str, float | None]:
     """One 15-minute row of FastSLM-4B with random weights in bfloat16, on a GPU."""
     config = full_size.write_bases(scratch)
-    config.model.window_batch = 8
+    config.model.window_batch, config.model.attention = 8, FLAGS.attention
     bench = Bench(config)
     shape, batch = bench.long_row(15.0)
     case = compile_case(*bench.step(shape), batch)

@@ -4,7 +4,9 @@
 
 PyTorch and `transformers` run the encoder and decoder, greedily and without timestamps, for English
 recordings. A window shorter than 30 s cuts the encoder's positions, as config.model.window_seconds
-does; longer recordings are cut into windows, and their answers joined. The baseline is 30 s.
+does; longer recordings are cut into windows, and their answers joined. The baseline is 30 s. An
+answer has at most ten tokens for each second of audio and ten more, because the decoder repeats
+itself without end on some windows of other lengths than 30 s.
 FOLDER gets the answers as eval.py writes them: FOLDER/SECONDS/predictions.jsonl. Last line: one
 JSON object.
 """
@@ -30,7 +32,7 @@ from fastslm_jax.evaluation import metrics, predict
 
 FLAGS = flags.FLAGS
 BATCH = 16
-MAX_TOKENS = 200  # of an answer
+TOKENS_PER_SECOND, MORE_TOKENS = 10, 10  # at most, of an answer
 EDGES = (0.0, 1.0, 2.0, 4.0, 6.0, 15.0)
 START = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 END = "<|endoftext|>"
@@ -66,13 +68,16 @@ def transcribe(
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(list(START))] * len(windows))
     end, cache, new, answers = tokenizer.convert_tokens_to_ids(END), None, ids, []
     is_done = torch.zeros(len(windows), dtype=torch.bool)
-    for _ in range(MAX_TOKENS):
+    limits = torch.tensor(
+        [TOKENS_PER_SECOND * len(w) // audio.SAMPLE_RATE + MORE_TOKENS for w in windows]
+    )
+    for count in range(1, int(limits.max()) + 1):
         out = model(
             encoder_outputs=features, decoder_input_ids=new, past_key_values=cache, use_cache=True
         )
         cache, new = out.past_key_values, out.logits[:, -1, : end + 1].argmax(-1, keepdim=True)
         answers.append(new.masked_fill(is_done[:, None], end))
-        is_done |= new[:, 0] == end
+        is_done |= (new[:, 0] == end) | (limits <= count)
         if is_done.all():
             break
     return tokenizer.batch_decode(torch.cat(answers, dim=1), skip_special_tokens=True)

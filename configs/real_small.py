@@ -47,6 +47,14 @@ def get_config(arg: str = "1") -> ConfigDict:
         (r"adapter/layer_(0/self|[1-9]/.*)_attention/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.eval_every = 10, 500, 1000
+    sets = config.eval.sets
+    sets.synthetic, sets.synthetic_questions = (
+        f"{corpus}/dev.jsonl",
+        f"{corpus}/dev_questions.jsonl",
+    )
+    sets.unseen_engine = f"{folder}/pico/train.jsonl"
+    sets.people = f"{folder}/people/manifest.jsonl"
+    sets.people_questions = f"{folder}/people/manifest_questions.jsonl"
     sources = config.data.train
     # Joined clips fill windows to their end: the last tokens of a window represent speech, too.
     join = {"min_seconds": 5.0, "max_seconds": 11.0, "grouping": "random"}
