@@ -47,22 +47,22 @@ def get_config(arg: str = "1") -> ConfigDict:
         (r"adapter/layer_(0/self|[1-9]/.*)_attention/out/.*", 0.1),
     )
     config.log_every, config.checkpoint_every, config.eval_every = 10, 500, 1000
-    sets = config.eval.sets
-    sets.synthetic, sets.synthetic_questions = (
-        f"{corpus}/dev.jsonl",
-        f"{corpus}/dev_questions.jsonl",
-    )
-    sets.unseen_engine = f"{folder}/pico/train.jsonl"
-    sets.people = f"{folder}/people/manifest.jsonl"
-    sets.people_questions = f"{folder}/people/manifest_questions.jsonl"
+    for name, path in (
+        ("synthetic", f"{corpus}/dev.jsonl"),
+        ("synthetic_questions", f"{corpus}/dev_questions.jsonl"),
+        ("unseen_engine", f"{folder}/pico/train.jsonl"),
+        ("people", f"{folder}/people/manifest.jsonl"),
+        ("people_questions", f"{folder}/people/manifest_questions.jsonl"),
+    ):
+        config.eval.sets[name] = path
     sources = config.data.train
     # Joined clips fill windows to their end: the last tokens of a window represent speech, too.
-    join = {"min_seconds": 5.0, "max_seconds": 11.0, "grouping": "random"}
+    join = {"min_seconds": 5.0, "max_seconds": 11.9, "grouping": "random"}
     if stage == "1":
         config.init_from = f"{folder}/fitted"  # fastslm_jax.training.fit_projection
-        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.4)
+        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.25)
         sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.15)
-        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.45, join)
+        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.6, join)
         config.steps, optimizer.learning_rate, optimizer.warmup_steps = 5500, 1e-2, 200
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
