@@ -35,6 +35,8 @@ BASES = "--config.base.whisper=assets/demo_whisper --config.base.llm=assets/demo
 BASES += " --config.model.dtype=float32 --config.model.base_dtype=float32"
 TINY = f"{SMALL} {BASES} --config.data.workers=0 --config.model.window_batch=0"
 TINY += " --config.data.row.windows=4 --config.data.row.tokens=512 --config.data.row.labels=160"
+REAL = f"{SMALL} {BASES} --config.data.workers=0 --config.global_batch_size=1"
+REAL += " --config.data.row.windows=6 --config.data.row.tokens=512 --config.data.row.labels=256"
 SLICE = "--config.global_batch_size=8 --config.mesh.fsdp=8"
 CARD = "--config.global_batch_size=2 --config.accumulate=2"
 STAGE1 = "python train.py --config=configs/stage1_shortform.py --workdir=runs/stage1"
@@ -121,6 +123,8 @@ def place(tmp_path_factory):
         'case "$*" in\n'
         f"  *train.py*configs/stage*) export XLA_FLAGS='{fast_compilation.FLAGS} {EIGHT}'\n"
         f'    exec {sys.executable} "$@" {TINY} {SLICE} ;;\n'
+        f'  *train.py*real_small.py:1*) exec {sys.executable} "$@" {REAL} --config.init_from= ;;\n'
+        f'  *train.py*real_small*) exec {sys.executable} "$@" {REAL} ;;\n'
         f'  *train.py*librispeech*) exec {sys.executable} "$@" {TINY} {CARD} ;;\n'
         f"  *eval.py*configs/stage* | *eval.py*librispeech_finetune*)\n"
         f'    exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
@@ -141,8 +145,9 @@ def place(tmp_path_factory):
         shutil.copy(recording, place / name)
     (place / "FOLDER").mkdir()
     shutil.copy(recording, place / "FOLDER")
-    for folder in ("my", "DIR", "data/asr"):
+    for folder in ("my", "DIR", "data/asr", "runs/real/corpus", "runs/real/words"):
         shutil.copytree(demo / "corpus", place / folder)
+    run(place, "python -m fastslm_jax.data.questions runs/real/corpus/train.jsonl")
     shutil.copy(place / "data/asr/dev.jsonl", place / "data/asr/dev_long.jsonl")
     weights = (ROOT / "assets/demo_llm/model.safetensors").read_bytes()
     (place / "cut.safetensors").write_bytes(weights[:1000])
