@@ -221,33 +221,18 @@ class Checkpoints:
             return False
         return True
 
-    def check_bases(
-        self,
-        step: int,
-        fingerprints: Mapping[str, str],
-        *,
-        accept_others: bool = False,
-        advice: str = "or a new --workdir",
-    ) -> None:
-        """Checks that the config's pretrained weights are those of the checkpoint.
-
-        Args:
-            accept_others: warn if they differ, instead of an error.
-            advice: for the error message: what to do, if not to use the same weights.
-
-        Raises:
-            CheckpointError: they differ.
-        """
+    def check_bases(self, step: int, found: Mapping[str, str], accept: bool = False) -> None:
+        """Raises CheckpointError if trained on others than those found; warns with `accept`."""
         for name, fingerprint in self.meta(step)["bases"].items():
-            if fingerprint == fingerprints[name]:
-                continue
-            difference = (
-                f"{self.folder / str(step)}: trained on different {name} weights "
-                f"({fingerprint}; config.base.{name} has {fingerprints[name]})"
-            )
-            if not accept_others:
-                raise CheckpointError(f"{difference}; use the same weights, {advice}")
-            logging.warning("%s; answers may be worse than its reported scores", difference)
+            if fingerprint != found[name]:
+                message = (
+                    f"{self.folder / str(step)}: trained on different {name} weights "
+                    f"({fingerprint}; config.base.{name} has {found[name]}); "
+                )
+                if not accept:
+                    advice = "use the same weights, a new --workdir to train, or --other_bases"
+                    raise CheckpointError(message + advice)
+                logging.warning("%sanswers may be worse than its reported scores", message)
 
     def restore_params(self, step: int, abstract: Mapping) -> dict[str, jax.Array]:
         """{path: array} in the shapes, dtypes and shardings of `abstract`.

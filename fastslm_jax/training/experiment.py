@@ -326,12 +326,7 @@ def restore_params(
     Raises:
         CheckpointError: the checkpoint was trained on different weights, or does not fit.
     """
-    checkpoints.check_bases(
-        step,
-        experiment.fingerprints(),
-        accept_others=other_bases,
-        advice="or accept others with --other_bases",
-    )
+    checkpoints.check_bases(step, experiment.fingerprints(), other_bases)
     abstract = abstract_params(experiment.model, experiment.base_dtype, mesh)
     saved = {path: abstract[path] for path in saved_paths(abstract, experiment.trainable)}
     return load_pretrained(experiment, abstract) | checkpoints.restore_params(step, saved)

@@ -155,7 +155,7 @@ def test_pretrained_weights_in_another_precision(tmp_path):
     halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
     save_file(halves, folder / "model.safetensors")
     given = {"whisper": str(folder), "llm": "assets/demo_llm"}
-    with pytest.raises(UserError, match=r"different whisper weights .* with --other_bases"):
+    with pytest.raises(UserError, match=r"different whisper weights .* or --other_bases"):
         fastslm_jax.load("assets/demo_model", **given)
     model = fastslm_jax.load("assets/demo_model", **given, other_bases=True)
     assert model.transcribe("assets/recordings/question.flac", task="sqqa").text

@@ -211,7 +211,7 @@ def test_other_pretrained_weights_are_accepted_with_a_warning(checkpoints, monke
     save(checkpoints, 10)
     messages = []
     monkeypatch.setattr(absl_logging, "warning", lambda text, *args: messages.append(text % args))
-    checkpoints.check_bases(10, BASES | {"llm": "cccc"}, accept_others=True)
+    checkpoints.check_bases(10, BASES | {"llm": "cccc"}, accept=True)
     assert messages == [
         f"{checkpoints.folder}/10: trained on different llm weights (bbbb; config.base.llm has "
         "cccc); answers may be worse than its reported scores"
