@@ -222,7 +222,10 @@ class Checkpoints:
         return True
 
     def check_bases(self, step: int, found: Mapping[str, str], accept: bool = False) -> None:
-        """Raises CheckpointError if trained on others than those found; warns with `accept`."""
+        """Raises CheckpointError if the checkpoint was trained on other pretrained weights.
+
+        `found` are the fingerprints of the config's; with `accept`, it only warns.
+        """
         for name, fingerprint in self.meta(step)["bases"].items():
             if fingerprint != found[name]:
                 message = (
