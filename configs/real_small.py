@@ -7,7 +7,7 @@ corpus/ (sentences), with train_questions.jsonl, and words/ (single words). With
 name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
 Hardware: one H100, 48 ms a step. On CPUs, add --config.model.dtype=float32
---config.model.base_dtype=float32 --config.data.workers=0, and expect a minute a step.
+--config.model.base_dtype=float32 --config.data.workers=0.
 """
 
 from ml_collections import ConfigDict
