@@ -200,8 +200,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         scores = None
         if dev and (step % config.eval_every == 0 or is_last):
             with log.timer.paused():
-                generator = Generator(model, optim.merge(state.trained, frozen), tokenizer)
-                scores = evaluate(generator, dev, writer, step, config.eval.batch_size)
+                # No variable keeps the generator: on a GPU it has a copy of the decoder's weights.
+                scores = evaluate(
+                    Generator(model, optim.merge(state.trained, frozen), tokenizer),
+                    *(dev, writer, step, config.eval.batch_size),
+                )
             log.dev_scores = scores
 
         # The data position is the number of rows used, however many batches are prefetched. Save

@@ -1,5 +1,6 @@
 """train.py on a tiny experiment: metrics, dev scores, interruptions, and errors at start-up."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import time
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -187,6 +189,23 @@ def test_one_language_has_no_suffix(undisturbed, folder, tmp_path):
     texts, scalars = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert list(texts["texts"]) == ["dev/asr"]
     assert scalars == {"step": 6, "dev/wer": scores["wer"]}
+
+
+def test_nothing_keeps_a_generator_after_its_scores(undisturbed, folder, tmp_path):
+    """On a GPU, a generator has a copy of the decoder's weights."""
+    config = tiny_experiment.get_config(str(folder))
+    config.data.update({"dev": str(folder / "train.jsonl"), "dev_utterances": 2})
+    generator = load.load(config, Checkpoints(undisturbed, read_only=True), 6)
+    alive = weakref.ref(generator.params["llm"]["embed_tokens"])
+    writer = JsonLinesWriter(tmp_path / "metrics.jsonl")
+    gc.collect()
+    gc.disable()
+    try:
+        train.evaluate(generator, train.dev_sets(config.data), writer, 6, batch_size=2)
+        del generator
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_the_best_step_is_saved_and_kept_and_starts_the_next_stage(
