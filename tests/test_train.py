@@ -336,7 +336,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(run, undisturbed, tmp_path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(raised.value) == (
         f"{tmp_path}/checkpoints: could not write a checkpoint (File too large); the last usable "
-        "step is 2. Free some space and run the same command again"
+        "step is 2; raise the limit (ulimit -f), and run the same command again"
     )
     monkeypatch.undo()
     assert run(tmp_path) == tiny_experiment.losses(undisturbed)

@@ -32,13 +32,14 @@ from fastslm_jax.training.checkpoint_meta import CheckpointError, TornCheckpoint
 from fastslm_jax.training.checksums import changed, checksums, leaf_paths
 from fastslm_jax.training.config_changes import differences
 
-DISK_ERRORS = (  # of a sound checkpoint
-    "No space left",
-    "File too large",
-    "quota exceeded",
-    "Read-only",
-    "Permission denied",
-)
+DISK_ERRORS = {  # of a sound checkpoint, and what to do
+    "No space left": "free some space",
+    "File too large": "raise the limit (ulimit -f)",
+    "quota exceeded": "free some space",
+    "Read-only": "make it writable",
+    "Permission denied": "make it writable",
+    "timed out": "check that this storage answers in time",
+}
 
 
 def lock(workdir: str | os.PathLike, work: str = "training") -> TextIO:
@@ -161,15 +162,14 @@ class Checkpoints:
             self._failed = True
             if _is_interrupted(error):
                 raise KeyboardInterrupt from None
-            reason = next((words for words in DISK_ERRORS if words in str(error)), None)
-            reason = reason or _first_line(error)
-            kept = [
-                int(folder.name) for folder in self.folder.glob("[0-9]*") if folder.name.isdigit()
-            ]
+            found = next((words for words in DISK_ERRORS if words in str(error)), None)
+            remedy = DISK_ERRORS.get(found, "check this folder's storage")
+            names = [folder.name for folder in self.folder.glob("[0-9]*")]
+            kept = [int(name) for name in names if name.isdigit()]
             left = f"the last usable step is {max(kept)}" if kept else "there is no earlier one"
             raise CheckpointError(
-                f"{self.folder}: could not write a checkpoint ({reason}); {left}. Free some space "
-                "and run the same command again"
+                f"{self.folder}: could not write a checkpoint ({found or _first_line(error)}); "
+                f"{left}; {remedy}, and run the same command again"
             ) from None
 
     def close(self) -> None:
