@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement that needs a GPU, on one card with 80 GB, in at most 25 minutes.
+# Every measurement that needs a GPU, on one card with 80 GB, in at most 29 minutes.
 #
 #     benchmarks/gpu.sh [FOLDER]          # default: runs/gpu
 #
@@ -33,7 +33,10 @@ step tests 4 "$python" -m pytest -m gpu tests/models/test_attention.py
 step plan 3 "$python" -m fastslm_jax.plan --config=configs/stage2_longform.py --rows_per_chip=1 \
   --config.mesh.fsdp=1 --config.model.remat=attention,query,key,value,out --traffic
 step step 6 "$python" benchmarks/step.py --size=full --torch --minutes=15 --trace="$out/trace"
-# The decoder's attention by cuDNN with a mask of [tokens, tokens], instead of Triton.
+# The decoder's attention: Triton with segment ids, cuDNN with a mask of [tokens, tokens], XLA; then
+# cuDNN without segments, and a whole step with the mask.
+step attention 2 "$python" benchmarks/attention.py
+step causal 2 "$python" benchmarks/attention.py --segments=0
 step cudnn 3 "$python" benchmarks/step.py --size=full --minutes=15 --attention=cudnn
 step decode 4 "$python" benchmarks/decode.py --batches=1,16,64
 step longform 5 "$python" benchmarks/longform.py --checkpoint=assets/demo_model --minutes=5,60
