@@ -138,10 +138,13 @@ def _by_length(found: Columns) -> plt.Figure:
     for number, (variant, columns) in enumerate(found.items()):
         lengths = [name for name in columns if name.endswith(" min")]
         labels = [name.removeprefix("WER, ").removesuffix(" min") for name in lengths]
-        style = "--" if "," in variant else "-"
-        values = [columns[name] for name in lengths]
-        _points(axes, labels, values, label=variant, linestyle=style, color=f"C{number % 10}")
-    axes.set(xlabel="length of a recording, minutes", ylabel="WER, %", yscale="log")
+        shift = 0.04 * (number - (len(found) - 1) / 2)  # so that no bar hides another
+        places = [at + shift for at in range(len(lengths))]
+        style = {"linestyle": "--" if "," in variant else "-", "color": f"C{number % 10}"}
+        _points(axes, places, [columns[name] for name in lengths], label=variant, **style)
+        axes.set_xticks(range(len(labels)), labels)
+    axes.set(xlabel="length of a recording, minutes", ylabel="WER, %")
+    axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
 
