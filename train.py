@@ -203,7 +203,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
                 # No variable keeps the generator: on a GPU it has a copy of the decoder's weights.
                 scores = evaluate(
                     Generator(model, optim.merge(state.trained, frozen), tokenizer),
-                    *(dev, writer, step, config.eval.batch_size),
+                    dev,
+                    writer,
+                    step,
+                    config.eval.batch_size,
                 )
             log.dev_scores = scores
 

@@ -58,7 +58,7 @@ def arrays() -> tuple[jax.Array, jax.Array, jax.Array, CausalSegments]:
 
 
 def functions(name: str) -> tuple[Callable, Callable]:
-    """The attention, and its value with the gradients of a sum, by kernel.
+    """The attention, and its value with the gradients of query, key and value.
 
     Raises:
         UserError: this device does not have the kernel.

@@ -142,7 +142,7 @@ def _by_length(found: Columns) -> plt.Figure:
         places = [at + shift for at in range(len(lengths))]
         style = {"linestyle": "--" if "," in variant else "-", "color": f"C{number % 10}"}
         _points(axes, places, [columns[name] for name in lengths], label=variant, **style)
-        axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="length of a recording, minutes", ylabel="WER, %")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

@@ -17,18 +17,18 @@ from fastslm_jax.data import contamination
 from fastslm_jax.errors import UserError
 
 SINGLE = 0.6  # share of lines with one word
-RARE = 3  # words that occur less often in the texts are left out: many are names or misspelled
+MIN_COUNT = 3  # in the texts: of rarer words, many are names or misspelled
 
 FLAGS = flags.FLAGS
 
 
 def vocabulary(lines: Iterable[str]) -> list[str]:
-    """Words of at least two letters that occur at least RARE times, in the order of the texts."""
+    """Words of two letters or more that occur MIN_COUNT times or more, in order of the texts."""
     counts = collections.Counter(word for line in lines for word in contamination.words(line))
     return [
         word
         for word, count in counts.items()
-        if count >= RARE and len(word) > 1 and word.replace("'", "").isalpha()
+        if count >= MIN_COUNT and len(word) > 1 and word.replace("'", "").isalpha()
     ]
 
 
@@ -38,10 +38,10 @@ def draw(known: Sequence[str], count: int, seed: int = 0) -> list[str]:
     Raises:
         UserError: the vocabulary is too small for so many lines.
     """
-    # As many pairs as words squared exist; far fewer are asked for, so that draws seldom repeat.
+    # There are this many pairs, so that the loop below ends.
     if not known or count > len(known) ** 2:
         raise UserError(
-            f"the texts have {len(known)} words that occur at least {RARE} times, too few for "
+            f"the texts have {len(known)} words that occur at least {MIN_COUNT} times, too few for "
             f"--count={count}; add texts, or lower --count"
         )
     rng = random.Random(f"words/{seed}")

@@ -197,6 +197,32 @@ def test_the_error_names_parameters_that_do_not_fit(checkpoints, tmp_path):
         checkpoints.restore_params(10, {"hfq_former/out/kernel": params["hfq_former/out/kernel"]})
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("[Errno 28] No space left on device", "(No space left); the last usable step is 10; free"),
+        (
+            "3/5 futures but timed out after 9 s",
+            "(timed out); the last usable step is 10; check that",
+        ),
+        (
+            "lost",
+            "(lost); the last usable step is 10; check this folder's storage, and run the same",
+        ),
+    ],
+)
+def test_each_failure_to_write_has_its_advice(checkpoints, monkeypatch, error, said):
+    save(checkpoints, 10)
+
+    def fail():
+        raise OSError(error)
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.wait()
+    assert said in str(raised.value)
+
+
 def test_other_pretrained_weights_are_an_error(checkpoints):
     save(checkpoints, 10)
     checkpoints.check_bases(10, BASES)
