@@ -31,6 +31,8 @@ def get_config(arg: str = "1") -> ConfigDict:
     config.model.chat_template = "chatml"  # without SmolLM2's system prompt: 21 tokens fewer
     config.model.lora.dropout = 0.0
     config.input_token_noise = 0.05
+    config.spec_augment.update({"freq_masks": 2, "freq_width": 12, "time_masks": 2})
+    config.spec_augment.time_width = 0.05  # 0.3 s
     config.data.row.update({"windows": 16, "tokens": 1024, "labels": 448})
     config.data.update({"workers": 12, "prefetch": 4})
     config.global_batch_size = 4
@@ -63,7 +65,7 @@ def get_config(arg: str = "1") -> ConfigDict:
         sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.25)
         sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.15)
         sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.6, join)
-        config.steps, optimizer.learning_rate, optimizer.warmup_steps = 5500, 1e-2, 200
+        config.steps, optimizer.learning_rate, optimizer.warmup_steps = 7000, 1e-2, 200
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.2)

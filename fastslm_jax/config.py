@@ -92,6 +92,14 @@ def full_size() -> ConfigDict:
     config.accumulate = 1  # micro-batches per step (gradient accumulation)
     config.loss_chunk = 512  # labels of a row whose logits are computed at a time
     config.input_token_noise = 0.0  # fraction of answer tokens to replace in the decoder's input
+    config.spec_augment = ConfigDict(  # masks of each window's log-mel features, in training
+        {
+            "freq_masks": 0,  # masks over mel bands
+            "freq_width": 0,  # largest width of one, in bands
+            "time_masks": 0,  # masks over frames
+            "time_width": 0.0,  # largest width of one, as a fraction of the window
+        }
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # axis sizes; -1: inferred
     config.trainable = TRAINABLE  # (pattern of parameter paths, is trained)
     config.optimizer = ConfigDict(

@@ -125,6 +125,19 @@ class Data(Fields):
     prefetch: Annotated[int, Field(ge=1, le=10_000)]
 
 
+class SpecAugment(Fields):
+    freq_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    freq_width: Annotated[int, Field(ge=0, le=1_000)] = 0
+    time_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    time_width: Fraction = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _check_widths(self) -> "SpecAugment":
+        if (self.freq_masks and not self.freq_width) or (self.time_masks and not self.time_width):
+            raise ValueError("masks should have a width: freq_width, time_width")
+        return self
+
+
 class Mesh(Fields):
     data: AxisSize
     fsdp: AxisSize
@@ -162,6 +175,7 @@ class Config(Fields):
     accumulate: Slots
     loss_chunk: Count
     input_token_noise: Fraction
+    spec_augment: SpecAugment = SpecAugment()
     mesh: Mesh
     trainable: Annotated[tuple[tuple[Pattern, bool], ...], Field(min_length=1)]
     optimizer: Optimizer

@@ -5,6 +5,7 @@ params = {"encoder": {...}, "hfq_former": {...}, "llm": {...}}; other adapters' 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +59,24 @@ class FastSLM:
         return {"encoder": encoder, self.adapter.GROUP: adapter, "llm": llm["params"]}
 
     def speech_tokens(
-        self, params: dict, windows: jax.Array, valid_frames: jax.Array, recording: jax.Array
+        self,
+        params: dict,
+        windows: jax.Array,
+        valid_frames: jax.Array,
+        recording: jax.Array,
+        augment: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         """Audio windows [rows, windows, samples] → speech tokens.
 
         Speech tokens are [rows, windows · tokens_per_window, llm width]. See `log_mel.log_mel` for
         the arguments. Groups of windows are mapped over the second axis, so sharded rows stay on
         their devices.
+
+        augment: what to do to the log-mel windows [rows, windows, frames, mels], in training.
         """
         mel = log_mel.log_mel(windows, valid_frames, recording, self.encoder.num_mels)
+        if augment is not None:
+            mel = augment(mel)
         return self.speech_tokens_from_mel(params, mel)
 
     def speech_tokens_from_mel(self, params: dict, mel: jax.Array) -> jax.Array:
@@ -117,13 +127,21 @@ class FastSLM:
         gathered = gathered.astype(embeddings.dtype)
         return jnp.where(speech_slot[:, :, None] >= 0, gathered, embeddings)
 
-    def hidden(self, params: dict, batch: dict, dropout_rng: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        params: dict,
+        batch: dict,
+        dropout_rng: jax.Array | None = None,
+        augment: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
         """Hidden states [rows, length, d] of a batch of packed rows (see `data.packing`).
 
-        dropout_rng: enables LoRA dropout.
+        Args:
+            dropout_rng: enables LoRA dropout.
+            augment: see `speech_tokens`.
         """
         speech = self.speech_tokens(
-            params, batch["audio"], batch["window_frames"], batch["window_recording"]
+            params, batch["audio"], batch["window_frames"], batch["window_recording"], augment
         )
         embeddings = self.splice(params, batch["tokens"], batch["speech_slot"], speech)
         llm = self.llm if dropout_rng is None else self.llm.clone(deterministic=False)

@@ -25,6 +25,7 @@ from fastslm_jax.models import attention
 from fastslm_jax.models.adapters import ADAPTERS, Adapter
 from fastslm_jax.models.fastslm import FastSLM
 from fastslm_jax.models.lora import LoRA
+from fastslm_jax.models.spec_augment import SpecAugment
 from fastslm_jax.training import base_configs, optim
 from fastslm_jax.training.checkpoint import Checkpoints
 from fastslm_jax.training.step import StepConfig
@@ -147,6 +148,7 @@ def build(
             loss_chunk=config.loss_chunk,
             accumulate=config.accumulate,
             input_token_noise=config.input_token_noise,
+            spec_augment=SpecAugment(**config.spec_augment),
             seed=config.seed,
         ),
         schedule=schedule,

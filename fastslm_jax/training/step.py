@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastslm_jax import sharding
 from fastslm_jax.models.fastslm import FastSLM
+from fastslm_jax.models.spec_augment import SpecAugment
 from fastslm_jax.training import optim
 
 
@@ -50,13 +51,15 @@ class StepConfig:
         loss_chunk: labels of a row whose logits are computed at a time.
         accumulate: micro-batches that a batch is split into (gradient accumulation).
         input_token_noise: fraction of answer tokens to replace (see `with_token_noise`).
-        seed: seed of dropout and token noise; the step number is folded in.
+        spec_augment: masks of the log-mel windows.
+        seed: seed of dropout, token noise and masks; the step number is folded in.
     """
 
     label_slots: int
     loss_chunk: int = 512
     accumulate: int = 1
     input_token_noise: float = 0.0
+    spec_augment: SpecAugment = SpecAugment()
     seed: int = 0
 
 
@@ -99,6 +102,7 @@ def train_step(
             label_slots=settings.label_slots,
             loss_chunk=settings.loss_chunk,
             dropout_rng=rng,
+            spec_augment=settings.spec_augment,
             mesh=mesh,
         )
         return sums["loss"] / total_labels, sums
@@ -189,11 +193,18 @@ def batch_loss(
     label_slots: int,
     loss_chunk: int = 512,
     dropout_rng: jax.Array | None = None,
+    spec_augment: SpecAugment = SpecAugment(),
     mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs the model on a batch and returns the sums of `label_loss`."""
+    """Runs the model on a batch and returns the sums of `label_loss`.
+
+    dropout_rng: enables LoRA dropout and `spec_augment`.
+    """
+    augment = None
+    if dropout_rng is not None and spec_augment.is_on:
+        augment = functools.partial(spec_augment, rng=jax.random.fold_in(dropout_rng, 1))
     with sharding.activations_on(mesh):
-        hidden = model.hidden(params, batch, dropout_rng)
+        hidden = model.hidden(params, batch, dropout_rng, augment)
     head = params if mesh is None or mesh.size == 1 else _gather_head(model, params, mesh)
     return label_loss(
         lambda state: model.logits(head, state),

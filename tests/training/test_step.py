@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from fastslm_jax import config as config_lib
 from fastslm_jax import sharding
+from fastslm_jax.models.spec_augment import SpecAugment
 from fastslm_jax.training import optim
 from fastslm_jax.training.step import (
     StepConfig,
@@ -230,6 +231,28 @@ def test_the_step_applies_token_noise(make_step, start, first, split_params, bat
     _, metrics = make_step(input_token_noise=0.5)(start, split_params[1], batch)
     assert metrics["labels"] == first[1]["labels"]
     assert metrics["loss"] != first[1]["loss"]
+
+
+# ------------------------------------------------------------------------------------ SpecAugment
+
+
+def test_the_step_masks_features_by_its_number(make_step, start, first, split_params, batch):
+    masks = SpecAugment(freq_masks=2, freq_width=4, time_masks=2, time_width=0.2)
+    step = make_step(spec_augment=masks)
+    _, metrics = step(start, split_params[1], batch)
+    _, again = step(start, split_params[1], batch)
+    _, later = step(start.replace(step=jnp.int32(1)), split_params[1], batch)
+    assert metrics["labels"] == first[1]["labels"]
+    assert metrics["loss"] == again["loss"]
+    assert len({float(m["loss"]) for m in (metrics, later, first[1])}) == 3
+
+
+def test_scores_have_no_masks(model, params, batch, row_shape):
+    masks = SpecAugment(freq_masks=2, freq_width=4)
+    loss_fn = functools.partial(batch_loss, model, label_slots=row_shape.labels)
+    plain = jax.jit(loss_fn)(params, batch)
+    masked = jax.jit(functools.partial(loss_fn, spec_augment=masks))(params, batch)
+    assert plain["loss"] == masked["loss"]
 
 
 # ------------------------------------------------------------------------------------ chunked loss
