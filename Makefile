@@ -27,7 +27,7 @@ demo: export TPU_PROCESS_BOUNDS ?= 1,1,1
 demo: export TPU_CHIPS_PER_PROCESS_BOUNDS ?= 1,1,1
 endif
 # Tests compare with figures of CPUs, on eight virtual devices.
-test test-gpu-compile test-real fuzz: export JAX_PLATFORMS ?= cpu
+test test-slow test-gpu-compile test-real fuzz: export JAX_PLATFORMS ?= cpu
 
 VENV := .venv/bin
 RUN := .venv/.run-installed
@@ -35,13 +35,17 @@ RUN_ACCELERATED := $(if $(ACCELERATOR),.venv/.$(ACCELERATOR)-installed)
 TEST := .venv/.test-installed
 GPU := .venv/.gpu-compile-installed
 
-.PHONY: demo test test-gpu-compile test-real fuzz lint clean
+.PHONY: demo test test-slow test-gpu-compile test-real fuzz lint clean
 
 demo: $(RUN) $(RUN_ACCELERATED)
 	$(VENV)/python -m fastslm_jax.demo --out=$(OUT) --seed=$(SEED)
 
 test: $(TEST)
-	$(VENV)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# Whole trainings, and every command of the documentation.
+test-slow: $(TEST)
+	$(VENV)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 # Compiles train steps and generation for GPUs, without one (1.7 GB of wheels).
 test-gpu-compile: $(GPU)

@@ -186,6 +186,7 @@ def run(place: pathlib.Path, script: str, expected: int = 0) -> None:
     assert "Traceback" not in output, f"{script}\n{output}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
 def test_commands_run(page, place):
     for _, line, language, content in [block for block in SHELL_BLOCKS if block[0] == page]:

@@ -63,6 +63,7 @@ def out(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_three_stages_with_a_kill_then_eval_and_transcribe(out):
     # Stage 1 uninterrupted, and again with a kill: the same losses.
     done = command(*train(out, 1))

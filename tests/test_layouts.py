@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
 SCRIPT = pathlib.Path(__file__).parent / "layouts.py"
 MESHES = ("8x1x1", "1x8x1", "1x4x2", "2x2x2") if os.environ.get("FASTSLM_ALL_LAYOUTS") else ()
 STAGES = ("1 short", "2 long", "3 mixed")

@@ -6,6 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 

@@ -95,6 +95,7 @@ def lines(workdir: pathlib.Path, field: str) -> dict[int, float]:
     return {line["step"]: line[field] for line in found if field in line}
 
 
+@pytest.mark.slow
 def test_one_process_resumes_a_run_of_two(folder, tmp_path):
     reference, stopped = tmp_path / "reference", tmp_path / "stopped"
     finish(start(folder, reference, processes=1), reference)
