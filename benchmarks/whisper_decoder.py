@@ -1,14 +1,15 @@
 """WER of Whisper's own decoder, with windows of several lengths: what a shorter window costs.
 
     python benchmarks/whisper_decoder.py MANIFEST --whisper=DIR [--seconds=30,10,6] [--out=FOLDER]
+        [--predictions=FILE,…]
 
 PyTorch and `transformers` run the encoder and decoder, greedily and without timestamps, for English
 recordings. A window shorter than 30 s cuts the encoder's positions, as config.model.window_seconds
 does; longer recordings are cut into windows, and their answers joined. The baseline is 30 s. An
 answer has at most ten tokens for each second of audio and ten more, because the decoder repeats
 itself without end on some windows of other lengths than 30 s.
-FOLDER gets the answers as eval.py writes them: FOLDER/SECONDS/predictions.jsonl. Last line: one
-JSON object.
+FOLDER gets the answers as eval.py writes them: FOLDER/SECONDS/predictions.jsonl. --predictions
+names such files of other models, to be scored beside them. Last line: one JSON object.
 """
 
 import json
@@ -29,6 +30,7 @@ from fastslm_jax import audio, cli
 from fastslm_jax.data.manifest import Utterance, read_clip, read_manifest
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics, predict
+from fastslm_jax.evaluation.results import read_predictions
 
 FLAGS = flags.FLAGS
 BATCH = 16
@@ -42,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_string("whisper", None, "Folder of Whisper with its decoder and tokenizer.")
     flags.DEFINE_list("seconds", ["30", "10", "6"], "Window lengths; the first is the baseline.")
     flags.DEFINE_string("out", None, "Folder for the answers.")
+    flags.DEFINE_list("predictions", [], "Answers of other models to the same recordings.")
 
 
 def with_window(model: WhisperForConditionalGeneration, seconds: int) -> None:
@@ -122,22 +125,25 @@ def main(argv: list[str]) -> None:
         raise UserError("name one manifest of English recordings")
     print_banner("WER of Whisper's own decoder by window length; the first is the baseline.", "cpu")
     clips, results = read_manifest(argv[1], ("asr",)), []
-    for seconds in map(int, FLAGS.seconds):
+    for source in [*map(int, FLAGS.seconds), *FLAGS.predictions]:
         started = time.time()
-        found = answers(FLAGS.whisper, clips, seconds)
+        if isinstance(source, str):
+            name, found = source, read_predictions(pathlib.Path(source))
+            if {line["id"] for line in found} != {clip.id for clip in clips}:
+                raise UserError(f"{source}: has not the recordings of {argv[1]}")
+        else:
+            name, found = f"{source} s", answers(FLAGS.whisper, clips, source)
         scores = metrics.score(found, intervals=True)
         buckets = predict.wer_by_duration(found, EDGES)
-        result = {"seconds": seconds, "wer": scores["wer"], "intervals": scores["intervals"]}
+        result = {"source": source, "wer": scores["wer"], "intervals": scores["intervals"]}
         result["by_duration"] = {f"from {b['from']:g} s": round(b["wer"], 2) for b in buckets}
         results.append(result | {"took": round(time.time() - started)})
         low, high = scores["intervals"]["wer"]
         ratio = scores["wer"] / results[0]["wer"]
-        print(
-            f"{seconds} s: WER {scores['wer']:.2f} % ({low:.2f} to {high:.2f}), {ratio:.2f} times"
-        )
+        print(f"{name}: WER {scores['wer']:.2f} % ({low:.2f} to {high:.2f}), {ratio:.2f} times")
         print(f"    {result['by_duration']}", flush=True)
-        if FLAGS.out:
-            file = pathlib.Path(FLAGS.out, f"{seconds}", "predictions.jsonl")
+        if FLAGS.out and isinstance(source, int):
+            file = pathlib.Path(FLAGS.out, f"{source}", "predictions.jsonl")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(json.dumps(each) + "\n" for each in found), encoding="utf-8")
     print(json.dumps(results))
