@@ -2,9 +2,9 @@
 
     python train.py --config=configs/real_small.py:1,FOLDER --workdir=FOLDER/stage1
 
-FOLDER has the speech of docs/real_model.md, which tells how it was made and what is known so far:
-corpus/ (sentences), with train_questions.jsonl, and words/ (single words). Without a network,
-name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
+FOLDER has the speech of docs/real_model.md, which tells how it was made: corpus/ (sentences), with
+train_questions.jsonl, and words/ (single words); for eval.py also pico/, people/ and no_speech/.
+Without a network, name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
 Hardware: one H100, 48 ms a step. On CPUs, add --config.model.dtype=float32
 --config.model.base_dtype=float32 --config.data.workers=0.
@@ -55,6 +55,7 @@ def get_config(arg: str = "1") -> ConfigDict:
         ("unseen_engine", f"{folder}/pico/train.jsonl"),
         ("people", f"{folder}/people/manifest.jsonl"),
         ("people_questions", f"{folder}/people/manifest_questions.jsonl"),
+        ("no_speech", f"{folder}/no_speech/manifest.jsonl"),
     ):
         config.eval.sets[name] = path
     sources = config.data.train

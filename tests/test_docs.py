@@ -126,6 +126,7 @@ def place(tmp_path_factory):
         f'  *train.py*real_small.py:1*) exec {sys.executable} "$@" {REAL} --config.init_from= ;;\n'
         f'  *train.py*real_small*) exec {sys.executable} "$@" {REAL} ;;\n'
         f'  *train.py*librispeech*) exec {sys.executable} "$@" {TINY} {CARD} ;;\n'
+        f'  *eval.py*real_small*) exec {sys.executable} "$@" {BASES} --limit=2 ;;\n'
         f"  *eval.py*configs/stage* | *eval.py*librispeech_finetune*)\n"
         f'    exec {sys.executable} "$@" {BASES} --limit=1 ;;\n'
         f'  *train.py*) exec {sys.executable} "$@" {SMALL} ;;\n'
@@ -145,9 +146,15 @@ def place(tmp_path_factory):
         shutil.copy(recording, place / name)
     (place / "FOLDER").mkdir()
     shutil.copy(recording, place / "FOLDER")
-    for folder in ("my", "DIR", "data/asr", "runs/real/corpus", "runs/real/words"):
+    real = [f"runs/real/{name}" for name in ("corpus", "words", "pico", "people", "no_speech")]
+    for folder in ("my", "DIR", "data/asr", *real):
         shutil.copytree(demo / "corpus", place / folder)
-    run(place, "python -m fastslm_jax.data.questions runs/real/corpus/train.jsonl")
+    for folder in ("people", "no_speech"):
+        (place / f"runs/real/{folder}/dev.jsonl").rename(
+            place / f"runs/real/{folder}/manifest.jsonl"
+        )
+    for file in ("corpus/train", "corpus/dev", "people/manifest"):
+        run(place, f"python -m fastslm_jax.data.questions runs/real/{file}.jsonl")
     shutil.copy(place / "data/asr/dev.jsonl", place / "data/asr/dev_long.jsonl")
     weights = (ROOT / "assets/demo_llm/model.safetensors").read_bytes()
     (place / "cut.safetensors").write_bytes(weights[:1000])
