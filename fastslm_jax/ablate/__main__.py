@@ -4,8 +4,8 @@
 
 Suites: adapters, tokens (per 30 s), recovery (layers of detail recovery), scales and hfq (details
 of the HFQ-Former) train stage 1; grouping and stages train stages 1 and 2 and score recordings of
-up to 10 minutes in one context. Without training, robustness scores the models in assets/ on speech
-of rising difficulty, and probes tells what their speech tokens keep beyond words.
+up to 10 minutes in one context. Without training, robustness scores the demo's model in assets/ on
+speech of rising difficulty, and probes tells what its speech tokens keep beyond words.
 
 A run is one training by train.py and its scores by eval.py, in WORKDIR/runs; its output is in the
 logs there. Suites share the runs that they have in common. WORKDIR/SUITE gets results.jsonl (a line
@@ -36,7 +36,7 @@ from fastslm_jax import cli
 from fastslm_jax.ablate.suites import SUITES
 
 FLAGS = flags.FLAGS
-EVALUATIONS = ("robustness", "probes")  # of the models in assets/
+EVALUATIONS = ("robustness", "probes")  # of the model in assets/
 STAGES = {"stage1": "config", "stage2": "stage2"}  # stage: flag
 
 

@@ -4,18 +4,18 @@ import dataclasses
 import functools
 import pathlib
 import random
-from collections.abc import Callable
 
 from fastslm_jax.ablate import runs as trained_runs
 from fastslm_jax.demo import examples
 from fastslm_jax.demo.phases import Phases
 from fastslm_jax.inference import load
-from fastslm_jax.synthesis import corpus, engines, prompts
+from fastslm_jax.synthesis import corpus, engines
 from fastslm_jax.synthesis.augment import Channel
 from fastslm_jax.synthesis.manner import Manner
 from fastslm_jax.training.checkpoint import Checkpoints
 
 QUESTION = "How robust is a trained model?"
+MODEL = "assets/demo_model"
 CLEAN = "clean"
 CLIPS = 100  # of a set
 STRENGTHS = {  # field of Manner: strengths, without the one that changes nothing
@@ -29,28 +29,12 @@ STRENGTHS = {  # field of Manner: strengths, without the one that changes nothin
 }
 
 
-def demo_sentences(count: int, seed: int) -> list[str]:
+def test_sentences(count: int, seed: int) -> list[str]:
     """Different test sentences of the demo, whose words its model knows."""
     rng, found = random.Random(f"robustness/{seed}"), {}
     while len(found) < count:
         found.setdefault(examples.draw_example("asr", rng, "test").text)
     return list(found)
-
-
-def prompt_sentences(count: int, seed: int) -> list[str]:
-    """Telephone prompts, by another seed than training data have."""
-    return prompts.prompts(count, seed=90_000 + seed)
-
-
-# Models in the repository, and what they know to transcribe. One that is missing is left out.
-MODELS: dict[str, Callable[[int, int], list[str]]] = {
-    "assets/demo_model": demo_sentences,
-    "assets/real_model": prompt_sentences,
-}
-
-
-def existing_models() -> list[str]:
-    return [checkpoint for checkpoint in MODELS if pathlib.Path(checkpoint).exists()]
 
 
 @functools.cache
@@ -88,17 +72,15 @@ SETS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """All sets of a seed, transcribed by one model.
+    """All sets of a seed, transcribed by the demo's model.
 
     Attributes:
-        checkpoint: workdir of a training.
-        sentences: (count, seed) → what is spoken.
+        checkpoint: its workdir.
         clips: of each set.
     """
 
-    checkpoint: str
-    sentences: Callable[[int, int], list[str]]
     seed: int
+    checkpoint: str = MODEL
     clips: int = CLIPS
 
     @property
@@ -130,7 +112,7 @@ class Run:
         checkpoints = folder / "checkpoints"  # so that the scores are written here
         if not checkpoints.is_symlink():
             checkpoints.symlink_to(pathlib.Path(self.checkpoint).resolve() / "checkpoints")
-        voices, sentences = engines.parse("espeak"), self.sentences(self.clips, self.seed)
+        voices, sentences = engines.parse("espeak"), test_sentences(self.clips, self.seed)
         for each in SETS:
             recipe = corpus.Recipe(
                 tuple(sentences),
@@ -168,9 +150,4 @@ class Run:
 
 
 def plan(seeds: int) -> list[Run]:
-    """Every model that exists, seed by seed."""
-    return [
-        Run(checkpoint, MODELS[checkpoint], seed)
-        for seed in range(seeds)
-        for checkpoint in existing_models()
-    ]
+    return [Run(seed) for seed in range(seeds)]
