@@ -3,8 +3,8 @@
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb unpacked
     python -m fastslm_jax.synthesis.texts --wordnet=unpacked/usr/share/wordnet > wordnet.txt
 
-WordNet 3.0's examples of usage (the quotations in data.noun, data.verb, data.adj and data.adv).
-WordNet's license allows use for any purpose if its notice is kept.
+WordNet 3.0's examples of usage (the quotations in data.noun, data.verb, data.adj and data.adv), or
+with --part=definitions its definitions, such as "a large African antelope". WordNet's license allows use for any purpose if its notice is kept.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def clean(text: str) -> str | None:
-    """A quotation as a sentence to speak; None if it is not one.
+    """A text as a sentence to speak; None if it is not one.
 
     Example: "the  cat sat ;" → "the cat sat;".
     """
@@ -37,8 +37,25 @@ def clean(text: str) -> str | None:
     return text if is_sentence and _ALLOWED.fullmatch(text) and not _ACRONYM.search(text) else None
 
 
-def wordnet(folder: pathlib.Path) -> Iterator[str]:
-    """The examples of WordNet's data files, each once, in the order of the files.
+def examples(gloss: str) -> list[str]:
+    """'a team; "the team is a unit"' → ["the team is a unit"]."""
+    return re.findall(r'"([^"]{6,})"', gloss)
+
+
+def definitions(gloss: str) -> list[str]:
+    """'(of time) a month; a part of a year; "last month"' → ["a month", "a part of a year"]."""
+    parts = re.sub(r'\([^)]*\)|"[^"]*"?', "", gloss).split(";")
+    return [part for part in parts if not part.strip().startswith("-")]  # the author of an example
+
+
+GLOSS_PARTS = {"examples": examples, "definitions": definitions}
+
+
+def wordnet(folder: pathlib.Path, part: str = "examples") -> Iterator[str]:
+    """The sentences of WordNet's data files, each once, in the order of the files.
+
+    Args:
+        part: of the glosses, in GLOSS_PARTS.
 
     Raises:
         UserError: the folder has no such file.
@@ -50,9 +67,9 @@ def wordnet(folder: pathlib.Path) -> Iterator[str]:
             raise UserError(f"{path}: no such file; give the folder of WordNet's {PARTS[0]}")
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             # "00001740 03 n 01 entity 0 … | a definition; "an example""; the license is indented.
-            definition = "" if line.startswith(" ") else line.partition("|")[2]
-            for quotation in re.findall(r'"([^"]{6,})"', definition):
-                sentence = clean(quotation)
+            gloss = "" if line.startswith(" ") else line.partition("|")[2]
+            for text in GLOSS_PARTS[part](gloss):
+                sentence = clean(text)
                 if sentence and sentence.lower() not in seen:
                     seen.add(sentence.lower())
                     yield sentence
@@ -60,12 +77,13 @@ def wordnet(folder: pathlib.Path) -> Iterator[str]:
 
 def define_flags() -> None:
     flags.DEFINE_string("wordnet", None, "Folder of WordNet's data files.", required=True)
+    flags.DEFINE_enum("part", "examples", [*GLOSS_PARTS], "What of each entry.")
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: give --wordnet=DIR")
-    for sentence in wordnet(pathlib.Path(FLAGS.wordnet)):
+    for sentence in wordnet(pathlib.Path(FLAGS.wordnet), FLAGS.part):
         print(sentence)
 
 

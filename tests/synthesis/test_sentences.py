@@ -50,6 +50,15 @@ def test_unusable_files(tmp_path, content, message):
         sentences.read([tmp_path / "a.txt"])
 
 
+def test_definitions_of_wordnet():
+    gloss = ' (of time) a month; a part  of a year; "last month"; "cut - A. Smith'
+    assert [texts.clean(part) for part in texts.definitions(gloss)][:2] == [
+        "a month",
+        "a part of a year",
+    ]
+    assert texts.definitions('a bird; "it sings"- John Keats') == ["a bird"]
+
+
 def test_examples_of_wordnet(tmp_path):
     """Quotations after the bar; the license at the start of a file is indented."""
     for part in texts.PARTS:
@@ -59,6 +68,7 @@ def test_examples_of_wordnet(tmp_path):
         '00002325 29 v 01 respire 0 | "he inhaled"; "FBI agents came"; "in 1999 it rained"\n'
     )
     assert list(texts.wordnet(tmp_path)) == ["I can breathe better; now", "He inhaled"]
+    assert list(texts.wordnet(tmp_path, "definitions")) == ["draw air"]
     (tmp_path / "data.noun").unlink()
     with pytest.raises(UserError, match=r"data\.noun: no such file; give the folder of WordNet's"):
         list(texts.wordnet(tmp_path))
