@@ -4,7 +4,8 @@
     python -m fastslm_jax.synthesis.texts --wordnet=unpacked/usr/share/wordnet > wordnet.txt
 
 WordNet 3.0's examples of usage (the quotations in data.noun, data.verb, data.adj and data.adv), or
-with --part=definitions its definitions, such as "a large African antelope". WordNet's license allows use for any purpose if its notice is kept.
+with --part=definitions its definitions, such as "an entity that has physical existence". WordNet's
+license allows use for any purpose if its notice is kept.
 """
 
 import pathlib
