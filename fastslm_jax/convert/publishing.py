@@ -4,12 +4,17 @@ OUT/checkpoints/STEP/params   trained parameters in bfloat16, other parameters a
                      meta     config with the names of the pretrained models, their fingerprints
 OUT/config.json               the config in the checkpoint
 
+The config has no folders of this machine: absolute paths of data keep their last two parts, and
+init_from is empty.
+
 Loading it needs the pretrained models, by hub id or folder, and checks their fingerprints.
 """
 
 import os
+import pathlib
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from fastslm_jax.convert import opening
 from fastslm_jax.training import optim
@@ -48,7 +53,25 @@ def publish(
     config = given.config
     for name, hub_id in (("whisper", whisper), ("llm", llm)):
         config.base[name] = hub_id or config.base[name]
+    leave_out_folders(config)
     meta = {name: given.meta[name] for name in ("row", "bases")} | {"config": config.to_dict()}
     with atomic_folder(out) as folder:
         write_workdir(folder, given.step, params, meta)
     return given.step, sum(is_trained[path] for path in stored)
+
+
+def leave_out_folders(config: ConfigDict) -> None:
+    """Shortens the paths of data, and removes the run that was the start."""
+    for source in config.data.train.values():
+        source.path = _short(source.path)
+    for name, path in config.eval.sets.items():
+        config.eval.sets[name] = _short(path)
+    config.data.dev = _short(config.data.dev)
+    for name in {"init_from", "init_from_step"} & set(config):
+        config[name] = ""
+
+
+def _short(path: str) -> str:
+    """Example: "/home/me/speech/train.jsonl" → "speech/train.jsonl"."""
+    parts = pathlib.PurePath(path).parts
+    return str(pathlib.PurePath(*parts[1:][-2:])) if pathlib.PurePath(path).is_absolute() else path

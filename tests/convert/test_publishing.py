@@ -4,9 +4,32 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from fastslm_jax.convert import opening
+from fastslm_jax import config as config_lib
+from fastslm_jax.convert import opening, publishing
 from fastslm_jax.training.checkpoint import Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/home/me/speech/train.jsonl", "speech/train.jsonl"),
+        ("/train.jsonl", "train.jsonl"),
+        ("runs/a/b/dev.jsonl", "runs/a/b/dev.jsonl"),
+        ("gs://bucket/dev.jsonl", "gs://bucket/dev.jsonl"),
+        ("", ""),
+    ],
+)
+def test_folders_of_this_machine_are_left_out(path, expected):
+    config = config_lib.small_size()
+    config.data.train.asr = config_lib.source(path)
+    config.data.dev = config.eval.sets.test = path
+    config.init_from, config.init_from_step = "/home/me/stage1", "best"
+    publishing.leave_out_folders(config)
+    found = (config.data.train.asr.path, config.data.dev, config.eval.sets.test)
+    assert found == (expected,) * 3
+    assert config.init_from == config.init_from_step == ""
 
 
 def test_trained_parameters_are_stored_in_bfloat16(make_workdir, convert, tmp_path):
