@@ -5,7 +5,7 @@
         --layout=released [--pt] | --layout=peft | --layout=hf [--merge_lora]
     python -m fastslm_jax.convert average --workdir=WORKDIR [--last=5] --out=WORKDIR
     python -m fastslm_jax.convert publish --workdir=WORKDIR [--step=N|best] --out=WORKDIR
-        [--whisper=ID] [--llm=ID]
+        [--whisper=ID] [--llm=ID] [--dtype=float32]
     python -m fastslm_jax.convert check PATH PATH [--audio=FILE] [--llm=ID|DIR] [--notorch]
 
 import: PATH is a released state_dict (.pt or .safetensors file, or folder) or a PyTorch folder.
@@ -21,11 +21,12 @@ import json
 import resource
 import sys
 import time
+import typing
 from collections.abc import Sequence
 
 from absl import flags
 
-from fastslm_jax import cli
+from fastslm_jax import cli, config_schema
 from fastslm_jax.convert import averaging, checking, exporting, importing, publishing
 from fastslm_jax.errors import UserError
 from fastslm_jax.weights import engine
@@ -34,9 +35,10 @@ FLAGS_OF = {
     "import": {"from", "out", "llm", "lora_alpha"},
     "export": {"workdir", "step", "layout", "out", "merge_lora", "pt"},
     "average": {"workdir", "last", "out"},
-    "publish": {"workdir", "step", "out", "whisper", "llm"},
+    "publish": {"workdir", "step", "out", "whisper", "llm", "dtype"},
     "check": {"audio", "llm", "torch"},
 }
+PUBLISHED = ("step", "whisper", "llm", "dtype")
 REQUIRED = {
     "import": ("from", "out"),
     "export": ("workdir", "layout", "out"),
@@ -63,6 +65,13 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_string(
         "whisper", None, "publish: hub id of Whisper that replaces the config's.", **options
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        typing.get_args(config_schema.Dtype),
+        "publish: type of activations and pretrained weights that replaces the config's.",
+        **options,
     )
     flags.DEFINE_float(
         "lora_alpha", None, "import: LoRA alpha (default: from config.json, or 64).", **options
@@ -118,7 +127,7 @@ def convert(command: str, values: dict) -> None:
         steps, tensors = averaging.average(given, out, values["last"])
         result, wrote = {"steps": steps}, f"step 0, the mean of steps {', '.join(map(str, steps))}"
     elif command == "publish":
-        given, options = values["workdir"], {k: values[k] for k in ("step", "whisper", "llm")}
+        given, options = values["workdir"], {k: values[k] for k in PUBLISHED}
         step, tensors = publishing.publish(given, out, **options)
         result, wrote = {"step": step}, f"step {step}, trained parameters in bfloat16"
     elif command == "import":

@@ -29,6 +29,7 @@ def publish(
     step: int | str | None = None,
     whisper: str | None = None,
     llm: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[int, int]:
     """Writes the working directory `out`: one checkpoint without optimizer state.
 
@@ -36,6 +37,8 @@ def publish(
         workdir: working directory of the run.
         step: the checkpoint: a step, "best", or None for the newest.
         whisper, llm: hub ids for the config in place of its own, such as folders of this machine.
+        dtype: of activations and pretrained weights, for the config in place of its own: CPUs are
+            many times slower in bfloat16 than in float32.
 
     Returns:
         The step, and the number of trained arrays.
@@ -53,6 +56,8 @@ def publish(
     config = given.config
     for name, hub_id in (("whisper", whisper), ("llm", llm)):
         config.base[name] = hub_id or config.base[name]
+    if dtype:
+        config.model.dtype = config.model.base_dtype = dtype
     leave_out_folders(config)
     meta = {name: given.meta[name] for name in ("row", "bases")} | {"config": config.to_dict()}
     with atomic_folder(out) as folder:

@@ -40,6 +40,7 @@ def test_trained_parameters_are_stored_in_bfloat16(make_workdir, convert, tmp_pa
         f"--out={tmp_path}/small",
         "--whisper=openai/whisper-base",
         "--llm=Qwen/Qwen3-4B",
+        "--dtype=float16",
     )
     given = opening.open_workdir(workdir)
     assert f"{workdir} → {tmp_path}/small: step {given.step}, trained" in done.stdout
@@ -49,6 +50,7 @@ def test_trained_parameters_are_stored_in_bfloat16(make_workdir, convert, tmp_pa
     meta = published.meta(given.step)
     assert meta["bases"] == given.meta["bases"]
     assert meta["config"]["base"] == {"whisper": "openai/whisper-base", "llm": "Qwen/Qwen3-4B"}
+    assert meta["config"]["model"]["dtype"] == "float16"
     assert json.loads((tmp_path / "small/config.json").read_text()) == meta["config"]
     assert list(meta["checksums"]) == ["params"]  # no optimizer state
     dtypes = {path: sum_.split(":")[0] for path, sum_ in meta["checksums"]["params"].items()}
