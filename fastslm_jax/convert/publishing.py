@@ -62,6 +62,8 @@ def publish(
     meta = {name: given.meta[name] for name in ("row", "bases")} | {"config": config.to_dict()}
     with atomic_folder(out) as folder:
         write_workdir(folder, given.step, params, meta)
+        for file in folder.rglob("commit_success.txt"):  # Orbax reads that it exists
+            file.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     return given.step, sum(is_trained[path] for path in stored)
 
 

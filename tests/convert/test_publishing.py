@@ -58,6 +58,9 @@ def test_trained_parameters_are_stored_in_bfloat16(make_workdir, convert, tmp_pa
     assert frozen == {path for path in dtypes if "positions" in path}
     assert done.json["tensors"] == len(dtypes) - len(frozen)
 
+    files = [file for file in (tmp_path / "small").rglob("*") if file.is_file()]
+    assert not [file for file in files if str(tmp_path).encode() in file.read_bytes()]
+
     for name, folder in given.meta["config"]["base"].items():
         (tmp_path / "small/bases").mkdir(exist_ok=True)
         (tmp_path / "small/bases" / name).symlink_to(folder)
