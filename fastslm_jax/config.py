@@ -157,9 +157,15 @@ def small_size() -> ConfigDict:
 
 
 def older_checkpoint_fields() -> dict[str, Any]:
-    """{field of config.model that checkpoints of older versions lack: its value in them}."""
-    fields = config_schema.Model.model_fields
-    return {name: field.default for name, field in fields.items() if not field.is_required()}
+    """The fields that checkpoints of older versions lack, and their values in them."""
+
+    def defaults(schema: type[pydantic.BaseModel]) -> dict[str, Any]:
+        fields = schema.model_fields.items()
+        found = {name: field.default for name, field in fields if not field.is_required()}
+        groups = {name: v for name, v in found.items() if isinstance(v, pydantic.BaseModel)}
+        return found | {name: group.model_dump() for name, group in groups.items()}
+
+    return {**defaults(config_schema.Config), "model": defaults(config_schema.Model)}
 
 
 def check(config: Mapping | ConfigDict, where: str = "config") -> None:

@@ -63,8 +63,8 @@ def saved_config(
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where} is missing; use another checkpoint")
     config_lib.check(saved, where)
-    config = ConfigDict(saved)
-    config.model = ConfigDict({**config_lib.older_checkpoint_fields(), **saved["model"]})
+    older = config_lib.older_checkpoint_fields()
+    config = ConfigDict({**older, **saved, "model": {**older["model"], **saved["model"]}})
     for name, given in (("whisper", whisper), ("llm", llm)):
         local = pathlib.Path(workdir) / "bases" / name
         if given:

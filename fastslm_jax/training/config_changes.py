@@ -48,7 +48,7 @@ def differences(before: Mapping, config: ConfigDict) -> list[str]:
 
     Example: ["config.seed was 1 before the resume and is now 2"].
     """
-    older = flatten({"model": config_lib.older_checkpoint_fields()})
+    older = flatten(config_lib.older_checkpoint_fields())
     now = json.loads(config.to_json_best_effort())
     was, now = (older | flatten(fields) for fields in (before, now))
     return [
