@@ -168,6 +168,20 @@ def older_checkpoint_fields() -> dict[str, Any]:
     return {**defaults(config_schema.Config), "model": defaults(config_schema.Model)}
 
 
+def from_saved(saved: Mapping, where: str = "config") -> ConfigDict:
+    """The config of a checkpoint, checked and with the fields that it is too old to have.
+
+    Args:
+        where: what the config is, for error messages.
+
+    Raises:
+        UserError: a field is missing or unknown, or its value is not allowed.
+    """
+    check(saved, where)
+    older = older_checkpoint_fields()
+    return ConfigDict({**older, **saved, "model": {**older["model"], **saved["model"]}})
+
+
 def check(config: Mapping | ConfigDict, where: str = "config") -> None:
     """Checks every field before any work.
 

@@ -41,6 +41,18 @@ def test_the_schema_has_the_fields_of_the_config():
         config_lib.check(config)
 
 
+def test_a_config_of_an_older_checkpoint_gets_the_newer_fields():
+    saved = config_lib.full_size().to_dict()
+    for name in ("spec_augment", "wandb"):
+        del saved[name]
+    for name in ("adapter", "downsample_factor"):
+        del saved["model"][name]
+    assert config_lib.from_saved(saved).to_dict() == config_lib.full_size().to_dict()
+    saved["model"]["adapter"] = "linear"
+    with pytest.raises(UserError, match=r"^a/5: config.model.adapter='linear'"):
+        config_lib.from_saved(saved, "a/5: config")
+
+
 COUNTS = (
     *("global_batch_size", "accumulate", "loss_chunk", "steps", "log_every", "eval_every"),
     *("checkpoint_every", "keep_checkpoints", "max_skipped", "eval.batch_size", "data.prefetch"),

@@ -167,8 +167,7 @@ def model_costs(folder: pathlib.Path) -> dict:
     if cache.exists():
         return json.loads(cache.read_text(encoding="utf-8"))
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config_lib.check(saved)
-    found = costs(ConfigDict(saved))
+    found = costs(config_lib.from_saved(saved))
     outputs.write_text(cache, json.dumps(found))
     return found
 

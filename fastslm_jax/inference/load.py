@@ -62,9 +62,7 @@ def saved_config(
     saved, where = checkpoints.meta(step).get("config"), f"{checkpoints.folder}/{step}: config"
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where} is missing; use another checkpoint")
-    config_lib.check(saved, where)
-    older = config_lib.older_checkpoint_fields()
-    config = ConfigDict({**older, **saved, "model": {**older["model"], **saved["model"]}})
+    config = config_lib.from_saved(saved, where)
     for name, given in (("whisper", whisper), ("llm", llm)):
         local = pathlib.Path(workdir) / "bases" / name
         if given:
