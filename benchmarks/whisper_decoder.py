@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
         if isinstance(source, str):
             name, found = source, read_predictions(pathlib.Path(source))
             if {line["id"] for line in found} != {clip.id for clip in clips}:
-                raise UserError(f"{source}: has not the recordings of {argv[1]}")
+                raise UserError(f"{source}: does not have the recordings of {argv[1]}")
         else:
             name, found = f"{source} s", answers(FLAGS.whisper, clips, source)
         scores = metrics.score(found, intervals=True)
