@@ -29,7 +29,7 @@ STRENGTHS = {  # field of Manner: strengths, without the one that changes nothin
 }
 
 
-def test_sentences(count: int, seed: int) -> list[str]:
+def held_out_sentences(count: int, seed: int) -> list[str]:
     """Different test sentences of the demo, whose words its model knows."""
     rng, found = random.Random(f"robustness/{seed}"), {}
     while len(found) < count:
@@ -112,7 +112,7 @@ class Run:
         checkpoints = folder / "checkpoints"  # so that the scores are written here
         if not checkpoints.is_symlink():
             checkpoints.symlink_to(pathlib.Path(self.checkpoint).resolve() / "checkpoints")
-        voices, sentences = engines.parse("espeak"), test_sentences(self.clips, self.seed)
+        voices, sentences = engines.parse("espeak"), held_out_sentences(self.clips, self.seed)
         for each in SETS:
             recipe = corpus.Recipe(
                 tuple(sentences),

@@ -4,8 +4,8 @@ OUT/checkpoints/STEP/params   trained parameters in bfloat16, other parameters a
                      meta     config with the names of the pretrained models, their fingerprints
 OUT/config.json               the config in the checkpoint
 
-The config has no folders of this machine: absolute paths of data keep their last two parts, and
-init_from is empty.
+The config has no folders of this machine, if the pretrained models have hub ids: absolute paths of
+data keep their last two parts, and init_from is empty.
 
 Loading it needs the pretrained models, by hub id or folder, and checks their fingerprints.
 """

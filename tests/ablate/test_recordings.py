@@ -35,8 +35,8 @@ def test_every_strength_changes_something():
         assert getattr(each.manner, each.effect) == each.strength
 
 
-def test_sentences_are_of_the_test_split():
-    sentences = robustness.test_sentences(20, 0)
+def test_held_out_sentences_are_of_the_test_split():
+    sentences = robustness.held_out_sentences(20, 0)
     assert len(set(sentences)) == 20
     assert {examples.split_of(text) for text in sentences} == {"test"}
-    assert sentences != robustness.test_sentences(20, 1)
+    assert sentences != robustness.held_out_sentences(20, 1)
