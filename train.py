@@ -132,26 +132,25 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
         del saved, train, restored
     first_step = int(state.step) + 1
 
-    # ----------------------------------------------------------------------------------------- jit
-    # training.step.train_step for this model, optimizer and mesh. The old state is donated.
-    train_step = jax.jit(
-        step_specs.train_step,
-        in_shardings=step_specs.in_shardings,
-        out_shardings=step_specs.out_shardings,
-        compiler_options=step_specs.compiler_options,
-        donate_argnums=0,
+    # ------------------------------------------------------------------------------------- batches
+    # The data workers start here: they prepare the first batches while the step is compiled.
+    process_part, num_parts = distributed.rows_of_process(mesh)
+    feed = loader.batches(
+        rows,
+        config.global_batch_size,
+        start_row=first_row,
+        process_index=process_part,
+        process_count=num_parts,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
-    if jax.process_count() > 1:
-        lowered = train_step.lower(step_specs.state, step_specs.frozen, step_specs.batch)
-        program = text_hash(lowered.as_text())
-        distributed.check_equal({"the first step": first_step, "the program of a step": program})
+    resources.callback(feed.close)
 
     # ------------------------------------------------------------------------------------- logging
     with distributed.shared_errors():
         writer = make_writer(workdir, first_step - 1, is_first_process, config)
         if is_first_process:
             write_description(workdir, config, step_specs)
-    process_part, num_parts = distributed.rows_of_process(mesh)
     log = StepLog(
         writer=writer,
         bar=cli.Bar(
@@ -176,17 +175,24 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     )
     resources.callback(log.close)
 
+    # ----------------------------------------------------------------------------------------- jit
+    # training.step.train_step for this model, optimizer and mesh. The old state is donated.
+    with log.compiling():
+        lowered = jax.jit(
+            step_specs.train_step,
+            in_shardings=step_specs.in_shardings,
+            out_shardings=step_specs.out_shardings,
+            compiler_options=step_specs.compiler_options,
+            donate_argnums=0,
+        ).lower(step_specs.state, step_specs.frozen, step_specs.batch)
+        if jax.process_count() > 1:
+            program = text_hash(lowered.as_text())
+            distributed.check_equal(
+                {"the first step": first_step, "the program of a step": program}
+            )
+        train_step = lowered.compile()
+
     # ---------------------------------------------------------------------------------------- loop
-    feed = loader.batches(
-        rows,
-        config.global_batch_size,
-        start_row=first_row,
-        process_index=process_part,
-        process_count=num_parts,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
-    resources.callback(feed.close)
     batches = loader.prefetch_to_devices(feed, functools.partial(sharding.shard_batch, mesh=mesh))
     preemption.accept_interrupts()
     for step in range(first_step, config.steps + 1):

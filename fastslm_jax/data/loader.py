@@ -52,6 +52,8 @@ def batches(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Yields this process's batches without end. Close it to end its threads and processes.
 
+    They start at once, so what is done before the first batch is drawn does not wait for data.
+
     Args:
         rows: the packed rows.
         global_rows: rows per batch over all processes.
@@ -78,7 +80,9 @@ def batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
             worker_init_fn=_ignore_interrupts,
         )
-    return iter(dataset)
+    iterator = iter(dataset)
+    iterator.start_prefetch()
+    return iterator
 
 
 def _ignore_interrupts(worker: int, count: int) -> None:

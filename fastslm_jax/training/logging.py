@@ -244,6 +244,13 @@ class StepLog:
         self._compiled = devices.Compiled()  # by train steps alone, not by evaluation
         self._first_programs = 0
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around the compilation of the train step."""
+        before = devices.compiled_so_far()
+        yield
+        self._compiled += devices.compiled_so_far() - before
+
     def begin(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         """Before a step on a batch of this process."""
         self.timer.count(batch)

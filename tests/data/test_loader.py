@@ -11,6 +11,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -73,6 +74,19 @@ def test_worker_processes_give_the_same_batches(make_rows):
     from_workers = take(3, loader.batches(make_rows(), 2, workers=4, prefetch=1))
     for batch, expected in zip(from_workers, from_threads, strict=True):
         assert_equal(batch, expected)
+
+
+def test_the_first_batch_is_prepared_before_it_is_drawn(make_rows, monkeypatch):
+    started, build = threading.Event(), PackedRows.__getitem__
+
+    def watched(rows, row):
+        started.set()
+        return build(rows, row)
+
+    monkeypatch.setattr(PackedRows, "__getitem__", watched)
+    feed = loader.batches(make_rows(), 2)
+    assert started.wait(timeout=30)
+    feed.close()
 
 
 def test_a_batch_must_divide_over_the_processes(make_rows):
