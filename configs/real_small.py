@@ -2,8 +2,9 @@
 
     python train.py --config=configs/real_small.py:1,FOLDER --workdir=FOLDER/stage1
 
-FOLDER has the speech of docs/real_model.md, which tells how it was made: corpus/ (sentences), with
-train_questions.jsonl, and words/ (single words); for eval.py also pico/, people/ and no_speech/.
+FOLDER has the speech of docs/real_model.md, which tells how it was made: corpus/ (prompts and examples
+of WordNet), with train_questions.jsonl, definitions/ (WordNet's definitions), and words/ (single words);
+for eval.py also pico/, people/ and no_speech/.
 Without a network, name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
 Hardware: one H100, 48 ms a step. On CPUs, add --config.model.dtype=float32
@@ -37,6 +38,7 @@ def get_config(arg: str = "1") -> ConfigDict:
     config.data.update({"workers": 12, "prefetch": 4})
     config.global_batch_size = 4
     corpus, words = f"{folder}/corpus", f"{folder}/words"
+    definitions = f"{folder}/definitions/train.jsonl"
     config.data.dev = f"{corpus}/dev.jsonl"
     optimizer = config.optimizer
     # Muon's steps are too large for LoRA, whose product is scaled by alpha / rank, and for the
@@ -63,15 +65,16 @@ def get_config(arg: str = "1") -> ConfigDict:
     join = {"min_seconds": 5.0, "max_seconds": 11.9, "grouping": "random"}
     if stage == "1":
         config.init_from = f"{folder}/fitted"  # fastslm_jax.training.fit_projection
-        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.25)
-        sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.15)
-        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.6, join)
+        sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.15)
+        sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.1)
+        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.25, join)
+        sources.definitions = config_lib.source(definitions, ("asr",), 0.5, join)
         config.steps, optimizer.learning_rate, optimizer.warmup_steps = 7000, 1e-2, 200
     elif stage == "2":
         config.init_from = f"{folder}/stage1"
         sources.single = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.2)
         sources.words = config_lib.source(f"{words}/train.jsonl", ("asr",), 0.1)
-        sources.joined = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.3, join)
+        sources.definitions = config_lib.source(definitions, ("asr",), 0.3, join)
         long = {**join, "min_seconds": 11.0, "max_seconds": 30.0}
         sources.long = config_lib.source(f"{corpus}/train.jsonl", ("asr",), 0.4, long)
         config.steps, optimizer.learning_rate = 1000, 4e-3

@@ -146,7 +146,8 @@ def place(tmp_path_factory):
         shutil.copy(recording, place / name)
     (place / "FOLDER").mkdir()
     shutil.copy(recording, place / "FOLDER")
-    real = [f"runs/real/{name}" for name in ("corpus", "words", "pico", "people", "no_speech")]
+    corpora = ("corpus", "definitions", "words", "pico", "people", "no_speech")
+    real = [f"runs/real/{name}" for name in corpora]
     for folder in ("my", "DIR", "data/asr", *real):
         shutil.copytree(demo / "corpus", place / folder)
     for folder in ("people", "no_speech"):

@@ -1,0 +1,138 @@
+"""WER over the amount of training, and the amount at which it would reach a target.
+
+    python benchmarks/learning_curve.py COUNT=FILE COUNT=FILE … [--references=TEXTFILE]
+        [--target=20] [--unit="different sentences"] [--out=FILE.png]
+
+Each FILE is a predictions.jsonl of eval.py, of one checkpoint on one test set; COUNT is what that
+checkpoint was trained on: windows, hours, sentences. The first file is the baseline. --references
+keeps the utterances whose text is a line of TEXTFILE, to score a part of a set.
+
+The curve is WER = a · COUNT^-b, fitted by least squares to the logarithms; the interval of 95 % is
+of 2,000 resamples of the utterances, the same for all checkpoints. An amount far outside of the
+measured ones is a guess: the curve is only known to hold between them. Last line: one JSON object.
+"""
+
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import flags
+from banner import print_banner
+
+from fastslm_jax import cli
+from fastslm_jax.errors import UserError
+from fastslm_jax.evaluation import metrics
+from fastslm_jax.evaluation.results import read_predictions
+
+FLAGS = flags.FLAGS
+RESAMPLES = 2000
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("references", None, "Text file: only utterances with one of its lines.")
+    flags.DEFINE_float("target", 20.0, "WER in % to extrapolate to.", lower_bound=0.1)
+    flags.DEFINE_string("unit", "windows", "What the counts are, for the picture and the text.")
+    flags.DEFINE_string("out", None, "File of the picture; none without it.")
+
+
+def parse(argument: str) -> tuple[float, pathlib.Path]:
+    count, _, file = argument.partition("=")
+    try:
+        number = float(count)
+    except ValueError:
+        number = 0.0
+    if number <= 0 or not file:
+        raise UserError(f"{argument!r} is not COUNT=FILE with a positive number")
+    return number, pathlib.Path(file)
+
+
+def errors_and_words(files: list[pathlib.Path], lines: set[str] | None) -> np.ndarray:
+    """[files, utterances, 2]: 100 times the errors, and the words, of each utterance."""
+    pairs, ids = [], None
+    for file in files:
+        found = {p.get("id", number): p for number, p in enumerate(read_predictions(file))}
+        if lines is not None:
+            found = {key: p for key, p in found.items() if p["reference"].strip() in lines}
+        if not found:
+            raise UserError(f"{file}: none of its utterances is a line of --references")
+        ids = ids or list(found)
+        if set(ids) != set(found):
+            raise UserError(f"{file}: does not have the utterances of {files[0]}")
+        texts = [[found[key][name] for key in ids] for name in ("reference", "hypothesis")]
+        pairs.append(metrics.contributions("asr", *texts, found[ids[0]]["lang"])["wer"])
+    return np.stack(pairs)
+
+
+def fit(counts: np.ndarray, wers: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+    """(b, the count at the target) of each row of `wers` [..., files]; infinite if b ≤ 0."""
+    x, y = np.log(counts), np.log(np.maximum(wers, 1e-3))
+    x_mean, y_mean = x.mean(), y.mean(axis=-1, keepdims=True)
+    slope = ((x - x_mean) * (y - y_mean)).sum(axis=-1) / ((x - x_mean) ** 2).sum()
+    with np.errstate(divide="ignore", over="ignore"):
+        reached = np.exp(x_mean + (np.log(target) - y_mean[..., 0]) / slope)
+    return -slope, np.where(slope < 0, reached, np.inf)
+
+
+def draw(path: str, counts: np.ndarray, wers: np.ndarray, ranges: np.ndarray, b: float) -> None:
+    figure, axes = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
+    axes.errorbar(counts, wers, yerr=np.abs(ranges - wers), fmt="o", capsize=3, label="measured")
+    if b > 0:
+        end = counts.max() * 100
+        x = np.geomspace(counts.min(), end, 50)
+        middle = np.exp(np.log(wers).mean() + b * np.log(counts).mean())
+        axes.plot(x, middle * x**-b, "--", label=f"fitted: a · count^-{b:.2f}")
+    axes.axhline(FLAGS.target, color="gray", linewidth=0.8)
+    axes.set(xscale="log", xlabel=FLAGS.unit, ylabel="WER in %", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    points = sorted(map(parse, argv[1:]))
+    if len({count for count, _ in points}) < 2:
+        raise UserError("name predictions of at least two counts: COUNT=FILE COUNT=FILE")
+    print_banner("WER over the amount of training; the first file is the baseline.", "cpu")
+    counts, files = np.array([count for count, _ in points]), [file for _, file in points]
+    lines = None
+    if FLAGS.references:
+        text = pathlib.Path(FLAGS.references).read_text(encoding="utf-8")
+        lines = {line.strip() for line in text.splitlines()}
+    pairs = errors_and_words(files, lines)
+    utterances = pairs.shape[1]
+    weights = np.random.default_rng(0).multinomial(
+        utterances, np.full(utterances, 1 / utterances), size=RESAMPLES
+    )
+    wers, resampled = metrics.ratio(pairs.sum(axis=1)), metrics.ratio(weights @ pairs).T
+    ranges = np.percentile(resampled, [2.5, 97.5], axis=0)
+    for count, wer, (low, high) in zip(counts, wers, ranges.T, strict=True):
+        ratio = wer / wers[0]
+        print(f"{count:>12,.0f}: WER {wer:.2f} % ({low:.2f} to {high:.2f}), {ratio:.3f} times")
+    b, reached = fit(counts, wers, FLAGS.target)
+    all_b, all_reached = fit(counts, resampled, FLAGS.target)
+    b_range, reached_range = (
+        np.percentile(x, [2.5, 97.5], method="nearest") for x in (all_b, all_reached)
+    )
+    print(f"WER ~ count^-{b:.3f} ({b_range[0]:.3f} to {b_range[1]:.3f})")
+    print(
+        f"{FLAGS.target:g} % at {reached:.2g} {FLAGS.unit} "
+        f"({reached_range[0]:.2g} to {reached_range[1]:.2g}) if that goes on"
+    )
+    if FLAGS.out:
+        draw(FLAGS.out, counts, wers, ranges, float(b))
+    result = {"utterances": utterances, "counts": counts.tolist(), "wer": wers.tolist()}
+    result |= {"exponent": [float(b), *b_range.tolist()], "target": FLAGS.target}
+    result["reached"] = [str(x) if np.isinf(x) else float(x) for x in (reached, *reached_range)]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
