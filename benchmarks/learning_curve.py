@@ -80,14 +80,20 @@ def fit(counts: np.ndarray, wers: np.ndarray, target: float) -> tuple[np.ndarray
     return -slope, np.where(slope < 0, reached, np.inf)
 
 
-def draw(path: str, counts: np.ndarray, wers: np.ndarray, ranges: np.ndarray, b: float) -> None:
+def draw(path: str, counts: np.ndarray, wers: np.ndarray, resampled: np.ndarray) -> None:
+    """The measured points and the fitted curve, with intervals of 95 %."""
     figure, axes = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
-    axes.errorbar(counts, wers, yerr=np.abs(ranges - wers), fmt="o", capsize=3, label="measured")
-    if b > 0:
-        end = counts.max() * 100
-        x = np.geomspace(counts.min(), end, 50)
-        middle = np.exp(np.log(wers).mean() + b * np.log(counts).mean())
-        axes.plot(x, middle * x**-b, "--", label=f"fitted: a · count^-{b:.2f}")
+    x = np.geomspace(counts.min(), 100 * counts.max(), 50)
+
+    def fitted(wers: np.ndarray) -> np.ndarray:
+        b, _ = fit(counts, wers, FLAGS.target)
+        log_mean = np.log(np.maximum(wers, 1e-3)).mean(axis=-1, keepdims=True)
+        return np.exp(log_mean - b[..., None] * (np.log(x) - np.log(counts).mean()))
+
+    axes.fill_between(x, *np.percentile(fitted(resampled), [2.5, 97.5], axis=0), alpha=0.2)
+    axes.plot(x, fitted(wers), "--", label="fitted: a · count^-b")
+    ranges = np.abs(np.percentile(resampled, [2.5, 97.5], axis=0) - wers)
+    axes.errorbar(counts, wers, yerr=ranges, fmt="o", capsize=3, label="measured")
     axes.axhline(FLAGS.target, color="gray", linewidth=0.8)
     axes.set(xscale="log", xlabel=FLAGS.unit, ylabel="WER in %", ylim=(0, None))
     axes.legend()
@@ -126,7 +132,7 @@ def main(argv: list[str]) -> None:
         f"({reached_range[0]:.2g} to {reached_range[1]:.2g}) if that goes on"
     )
     if FLAGS.out:
-        draw(FLAGS.out, counts, wers, ranges, float(b))
+        draw(FLAGS.out, counts, wers, resampled)
     result = {"utterances": utterances, "counts": counts.tolist(), "wer": wers.tolist()}
     result |= {"exponent": [float(b), *b_range.tolist()], "target": FLAGS.target}
     result["reached"] = [str(x) if np.isinf(x) else float(x) for x in (reached, *reached_range)]

@@ -88,10 +88,11 @@ def main(argv: list[str]) -> None:
             words[index] += 1
             wrong[index] += is_wrong
     rates = [100 * bad / count if count else 0.0 for bad, count in zip(wrong, words, strict=True)]
-    print("in training   words   wrong")
+    vocabulary = collections.Counter(map(group, counts.values()))
+    print("in training   words   wrong   (different words of the training texts)")
     for index, rate in enumerate(rates):
         ratio = f"{rate / rates[-1]:.2f} times" if rates[-1] else ""
-        print(f"{name(index):>11} {words[index]:>7} {rate:>6.1f} %  {ratio}")
+        print(f"{name(index):>11} {words[index]:>7} {rate:>6.1f} %  {ratio}  ({vocabulary[index]})")
     total = sum(words)
     wer = 100 * (sum(wrong) + inserted) / total if total else 0.0
     print(f"{'all':>11} {total:>7} {100 * sum(wrong) / max(1, total):>6.1f} %")
