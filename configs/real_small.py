@@ -2,9 +2,9 @@
 
     python train.py --config=configs/real_small.py:1,FOLDER --workdir=FOLDER/stage1
 
-FOLDER has the speech of docs/real_model.md, which tells how it was made: corpus/ (prompts and examples
-of WordNet), with train_questions.jsonl, definitions/ (WordNet's definitions), and words/ (single words);
-for eval.py also pico/, people/ and no_speech/.
+FOLDER has the speech of docs/real_model.md, which tells how it was made: corpus/ (prompts and
+examples of WordNet), with train_questions.jsonl, definitions/ (WordNet's definitions), and words/
+(single words); for eval.py also pico/, people/ and no_speech/.
 Without a network, name folders of the weights: --config.base.whisper=DIR --config.base.llm=DIR.
 
 Hardware: one H100, 48 ms a step. On CPUs, add --config.model.dtype=float32
