@@ -176,15 +176,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, resources: contextlib.ExitS
     resources.callback(log.close)
 
     # ----------------------------------------------------------------------------------------- jit
-    # training.step.train_step for this model, optimizer and mesh. The old state is donated.
     with log.compiling():
-        lowered = jax.jit(
-            step_specs.train_step,
-            in_shardings=step_specs.in_shardings,
-            out_shardings=step_specs.out_shardings,
-            compiler_options=step_specs.compiler_options,
-            donate_argnums=0,
-        ).lower(step_specs.state, step_specs.frozen, step_specs.batch)
+        lowered = step_specs.jit().lower(step_specs.state, step_specs.frozen, step_specs.batch)
         if jax.process_count() > 1:
             program = text_hash(lowered.as_text())
             distributed.check_equal(

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import matplotlib
 
 matplotlib.use("Agg")
+import asr_predictions
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
@@ -29,20 +30,19 @@ from banner import print_banner
 from fastslm_jax import cli
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics
-from fastslm_jax.evaluation.results import read_predictions
 
 FLAGS = flags.FLAGS
 RESAMPLES = 2000
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("references", None, "Text file: only utterances with one of its lines.")
+    asr_predictions.define_flags()
     flags.DEFINE_float("target", 20.0, "WER in % to extrapolate to.", lower_bound=0.1)
     flags.DEFINE_string("unit", "windows", "What the counts are, for the picture and the text.")
     flags.DEFINE_string("out", None, "File of the picture; none without it.")
 
 
-def parse(argument: str) -> tuple[float, pathlib.Path]:
+def parse(argument: str) -> tuple[float, str]:
     count, _, file = argument.partition("=")
     try:
         number = float(count)
@@ -50,18 +50,14 @@ def parse(argument: str) -> tuple[float, pathlib.Path]:
         number = 0.0
     if number <= 0 or not file:
         raise UserError(f"{argument!r} is not COUNT=FILE with a positive number")
-    return number, pathlib.Path(file)
+    return number, file
 
 
-def errors_and_words(files: list[pathlib.Path], lines: set[str] | None) -> np.ndarray:
+def errors_and_words(files: list[str]) -> np.ndarray:
     """[files, utterances, 2]: 100 times the errors, and the words, of each utterance."""
     pairs, ids = [], None
     for file in files:
-        found = {p.get("id", number): p for number, p in enumerate(read_predictions(file))}
-        if lines is not None:
-            found = {key: p for key, p in found.items() if p["reference"].strip() in lines}
-        if not found:
-            raise UserError(f"{file}: none of its utterances is a line of --references")
+        found = {p.get("id", number): p for number, p in enumerate(asr_predictions.read(file))}
         ids = ids or list(found)
         if set(ids) != set(found):
             raise UserError(f"{file}: does not have the utterances of {files[0]}")
@@ -70,14 +66,17 @@ def errors_and_words(files: list[pathlib.Path], lines: set[str] | None) -> np.nd
     return np.stack(pairs)
 
 
-def fit(counts: np.ndarray, wers: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
-    """(b, the count at the target) of each row of `wers` [..., files]; infinite if b ≤ 0."""
+def fit(counts: np.ndarray, wers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(log a, b) of WER = a · count^-b, for each row of `wers` [..., files]."""
     x, y = np.log(counts), np.log(np.maximum(wers, 1e-3))
-    x_mean, y_mean = x.mean(), y.mean(axis=-1, keepdims=True)
-    slope = ((x - x_mean) * (y - y_mean)).sum(axis=-1) / ((x - x_mean) ** 2).sum()
-    with np.errstate(divide="ignore", over="ignore"):
-        reached = np.exp(x_mean + (np.log(target) - y_mean[..., 0]) / slope)
-    return -slope, np.where(slope < 0, reached, np.inf)
+    b = -((x - x.mean()) * y).sum(axis=-1) / ((x - x.mean()) ** 2).sum()
+    return y.mean(axis=-1) + b * x.mean(), b
+
+
+def count_at(target: float, log_a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The count at which a curve reaches the target; infinite if it does not fall."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        return np.where(b > 0, np.exp((log_a - np.log(target)) / b), np.inf)
 
 
 def draw(path: str, counts: np.ndarray, wers: np.ndarray, resampled: np.ndarray) -> None:
@@ -86,9 +85,8 @@ def draw(path: str, counts: np.ndarray, wers: np.ndarray, resampled: np.ndarray)
     x = np.geomspace(counts.min(), 100 * counts.max(), 50)
 
     def fitted(wers: np.ndarray) -> np.ndarray:
-        b, _ = fit(counts, wers, FLAGS.target)
-        log_mean = np.log(np.maximum(wers, 1e-3)).mean(axis=-1, keepdims=True)
-        return np.exp(log_mean - b[..., None] * (np.log(x) - np.log(counts).mean()))
+        log_a, b = fit(counts, wers)
+        return np.exp(log_a[..., None] - b[..., None] * np.log(x))
 
     axes.fill_between(x, *np.percentile(fitted(resampled), [2.5, 97.5], axis=0), alpha=0.2)
     axes.plot(x, fitted(wers), "--", label="fitted: a · count^-b")
@@ -107,11 +105,7 @@ def main(argv: list[str]) -> None:
         raise UserError("name predictions of at least two counts: COUNT=FILE COUNT=FILE")
     print_banner("WER over the amount of training; the first file is the baseline.", "cpu")
     counts, files = np.array([count for count, _ in points]), [file for _, file in points]
-    lines = None
-    if FLAGS.references:
-        text = pathlib.Path(FLAGS.references).read_text(encoding="utf-8")
-        lines = {line.strip() for line in text.splitlines()}
-    pairs = errors_and_words(files, lines)
+    pairs = errors_and_words(files)
     utterances = pairs.shape[1]
     weights = np.random.default_rng(0).multinomial(
         utterances, np.full(utterances, 1 / utterances), size=RESAMPLES
@@ -121,10 +115,11 @@ def main(argv: list[str]) -> None:
     for count, wer, (low, high) in zip(counts, wers, ranges.T, strict=True):
         ratio = wer / wers[0]
         print(f"{count:>12,.0f}: WER {wer:.2f} % ({low:.2f} to {high:.2f}), {ratio:.3f} times")
-    b, reached = fit(counts, wers, FLAGS.target)
-    all_b, all_reached = fit(counts, resampled, FLAGS.target)
+    (log_a, b), (all_log_a, all_b) = fit(counts, wers), fit(counts, resampled)
+    reached = count_at(FLAGS.target, log_a, b)
     b_range, reached_range = (
-        np.percentile(x, [2.5, 97.5], method="nearest") for x in (all_b, all_reached)
+        np.percentile(each, [2.5, 97.5], method="nearest")
+        for each in (all_b, count_at(FLAGS.target, all_log_a, all_b))
     )
     print(f"WER ~ count^-{b:.3f} ({b_range[0]:.3f} to {b_range[1]:.3f})")
     print(

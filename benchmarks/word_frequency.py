@@ -15,6 +15,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import asr_predictions
 import jiwer
 from absl import flags
 from banner import print_banner
@@ -23,7 +24,6 @@ from fastslm_jax import cli
 from fastslm_jax.data.contamination import read_texts
 from fastslm_jax.errors import UserError
 from fastslm_jax.evaluation import metrics
-from fastslm_jax.evaluation.results import read_predictions
 
 FLAGS = flags.FLAGS
 EDGES = (0, 1, 3, 10, 30, 100, 1000)  # the first count of each group of words
@@ -31,7 +31,7 @@ EDGES = (0, 1, 3, 10, 30, 100, 1000)  # the first count of each group of words
 
 def define_flags() -> None:
     flags.DEFINE_list("texts", None, "The training texts.")
-    flags.DEFINE_string("references", None, "Text file: only utterances with one of its lines.")
+    asr_predictions.define_flags()
 
 
 def alignment(reference: str, hypothesis: str) -> tuple[list[tuple[str, bool]], int]:
@@ -64,13 +64,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise UserError("name one file of predictions")
     print_banner("Wrong words by frequency in training; the most frequent are the baseline.", "cpu")
-    predictions = read_predictions(pathlib.Path(argv[1]))
-    if FLAGS.references:
-        text = pathlib.Path(FLAGS.references).read_text(encoding="utf-8")
-        lines = {line.strip() for line in text.splitlines()}
-        predictions = [p for p in predictions if p["reference"].strip() in lines]
-    if not predictions:
-        raise UserError(f"{argv[1]}: none of its utterances is a line of --references")
+    predictions = asr_predictions.read(argv[1])
     lang = predictions[0]["lang"]
     counts = collections.Counter(
         word

@@ -35,9 +35,6 @@ class Compiled:
     programs: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: "Compiled") -> "Compiled":
-        return Compiled(self.programs + other.programs, self.seconds + other.seconds)
-
     def __sub__(self, other: "Compiled") -> "Compiled":
         return Compiled(self.programs - other.programs, self.seconds - other.seconds)
 

@@ -127,14 +127,7 @@ def _compile(config: ConfigDict, step: StepSpecs, mesh: Mesh, name: str) -> Comp
     shape, rows = tuple(mesh.shape.values()), config.global_batch_size
     with progress(f"tracing and compiling for {name}, mesh {shape}, {rows} rows"):
         start = time.monotonic()
-        train_step = jax.jit(
-            step.train_step,
-            in_shardings=step.in_shardings,
-            out_shardings=step.out_shardings,
-            compiler_options=step.compiler_options,
-            donate_argnums=0,
-        )
-        traced = train_step.trace(step.state, step.frozen, step.batch)
+        traced = step.jit().trace(step.state, step.frozen, step.batch)
         executed = flops.executed(traced)
         lowered = traced.lower()
         compile_start = time.monotonic()

@@ -240,22 +240,19 @@ class StepLog:
     def __post_init__(self) -> None:
         self._pending: collections.deque[tuple[int, Mapping]] = collections.deque()
         self._skipped_total = 0
-        self._compiled_before = devices.Compiled()
-        self._compiled = devices.Compiled()  # by train steps alone, not by evaluation
-        self._first_programs = 0
+        self._compile_seconds = 0.0  # of the train step alone, not of evaluation
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """Around the compilation of the train step."""
         before = devices.compiled_so_far()
         yield
-        self._compiled += devices.compiled_so_far() - before
+        self._compile_seconds = (devices.compiled_so_far() - before).seconds
 
     def begin(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         """Before a step on a batch of this process."""
         self.timer.count(batch)
         self.profile.begin(step)
-        self._compiled_before = devices.compiled_so_far()
 
     def end(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """After a step is dispatched.
@@ -263,7 +260,6 @@ class StepLog:
         Raises:
             UserError: too many consecutive steps were not finite.
         """
-        self._compiled += devices.compiled_so_far() - self._compiled_before
         self.profile.end(step, metrics)
         self.bar.update()
         is_logged = step % self.log_every == 0 or step in (self.first_step, self.last_step)
@@ -272,7 +268,6 @@ class StepLog:
             self._check_finite(*self._pending.popleft())
             self.timer.finished()
         if step == self.first_step:
-            self._first_programs = self._compiled.programs
             kernels = collections.Counter(choice.split(":")[0] for choice in attention.CHOICES)
             for kernel, shapes in sorted(kernels.items()):
                 logging.info("attention kernel %s for %d shapes", kernel, shapes)
@@ -306,8 +301,7 @@ class StepLog:
         rates = self.timer.rates()
         rates |= speed(self.flops_per_step, rates.get("step_seconds"), self.mesh)
         rates |= {
-            "compile_seconds": self._compiled.seconds,
-            "recompilations": self._compiled.programs - self._first_programs,
+            "compile_seconds": self._compile_seconds,
             "skipped_total": self._skipped_total,
             "rows": self.rows(step),
         }

@@ -26,9 +26,7 @@ class StepSpecs:
     """A train step, and its arguments as `jax.ShapeDtypeStruct`s with shardings.
 
     Attributes:
-        train_step: (state, frozen, batch) → (state, metrics). Jit it with `in_shardings`,
-            `out_shardings`, `compiler_options` and donate_argnums=0: the new state replaces the
-            old one.
+        train_step: `training.step.train_step` for this model, optimizer and mesh; see `jit`.
         mask: {path: whether the parameter is trained}.
         params: {path: shape} of all parameters.
         state: shapes of the train state.
@@ -70,6 +68,16 @@ class StepSpecs:
     @property
     def compiler_options(self) -> dict[str, bool]:
         return compiler.train_options(self.mesh.devices.ravel().tolist())
+
+    def jit(self) -> jax.stages.Wrapped:
+        """(state, frozen, batch) → (state, metrics). The old state is donated to the new one."""
+        return jax.jit(
+            self.train_step,
+            in_shardings=self.in_shardings,
+            out_shardings=self.out_shardings,
+            compiler_options=self.compiler_options,
+            donate_argnums=0,
+        )
 
 
 def build(experiment: Experiment, mesh: Mesh) -> StepSpecs:
